@@ -1,0 +1,1 @@
+"""Everything that is FLUX.1: request rules, loading, prompts, denoising, pictures."""

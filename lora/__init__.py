@@ -1,0 +1,1 @@
+"""LoRA adapters: references, sources, file formats and the cached loader."""

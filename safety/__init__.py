@@ -1,0 +1,1 @@
+"""Safety checkers: images in, verdicts out."""

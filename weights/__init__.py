@@ -1,0 +1,1 @@
+"""Getting weight files and keeping them, and the embedded miniature checkpoint."""
