@@ -4,9 +4,9 @@ The classes, file layout and configurations are those of the official checkpoint
 dimensions are small. `dev` is a complete pipeline. `schnell` holds what differs, the transformer
 and the scheduler; load it with dev's other components:
 
-    dev = FluxPipeline.from_pretrained(directory / "dev", torch_dtype=torch.float32)
+    dev = FluxPipeline.from_pretrained(directory / "dev", dtype=torch.float32)
     shared = {name: dev.components[name] for name in SHARED}
-    FluxPipeline.from_pretrained(directory / "schnell", torch_dtype=torch.float32, **shared)
+    FluxPipeline.from_pretrained(directory / "schnell", dtype=torch.float32, **shared)
 
 The weights are drawn here and not by the libraries' own initialisation, so the bytes do not change
 with a library's version; and uniformly, because a uniform draw and a product round alike on every
@@ -15,8 +15,6 @@ CPU, while a normal draw goes through its logarithm and cosine.
 
 import argparse
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +35,6 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-
 from vocabulary import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -80,9 +77,9 @@ class Dimensions:
             )
 
 
-def build(directory: Path, dimensions: Dimensions = Dimensions(), seed: int = 0) -> None:  # noqa: B008
+def build(directory: Path, dimensions: Dimensions = Dimensions(), seed: int = 0) -> None:
     """Write `directory/dev` and `directory/schnell`, bf16 safetensors; same seed, same bytes."""
-    with _undisturbed_rng():
+    with torch.random.fork_rng(devices=[]):  # constructing a module draws from the global RNG
         generator = torch.Generator().manual_seed(seed)
         tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
         shared = {
@@ -94,31 +91,13 @@ def build(directory: Path, dimensions: Dimensions = Dimensions(), seed: int = 0)
         }
         dev = _transformer(dimensions, guidance=True, generator=generator)
         schnell = _transformer(dimensions, guidance=False, generator=generator)
-    _write_dev(directory / "dev", FluxPipeline(transformer=dev, scheduler=_dev_sigmas(), **shared))
-    _write_schnell(
-        directory / "schnell",
-        FluxPipeline(transformer=schnell, scheduler=_schnell_sigmas(), **shared),
-    )
-
-
-def _write_dev(directory: Path, pipeline: FluxPipeline) -> None:
-    pipeline.to(torch.bfloat16).save_pretrained(directory)
+    pipeline = FluxPipeline(transformer=dev, scheduler=_dev_sigmas(), **shared)
+    pipeline.save_pretrained(directory / "dev")
+    pipeline = FluxPipeline(transformer=schnell, scheduler=_schnell_sigmas(), **shared)
+    pipeline.save_config(directory / "schnell")  # the index, which names the shared parts as well
+    schnell.save_pretrained(directory / "schnell" / "transformer")
+    pipeline.scheduler.save_pretrained(directory / "schnell" / "scheduler")
     logger.info("wrote %s", directory)
-
-
-def _write_schnell(directory: Path, pipeline: FluxPipeline) -> None:
-    """Write the two components that differ from dev's, and the index that names all."""
-    pipeline.transformer.to(torch.bfloat16).save_pretrained(directory / "transformer")
-    pipeline.scheduler.save_pretrained(directory / "scheduler")
-    pipeline.save_config(directory)
-    logger.info("wrote %s", directory)
-
-
-@contextmanager
-def _undisturbed_rng() -> Iterator[None]:
-    """Keep the caller's global RNG: constructing modules draws from it, for values then replaced."""
-    with torch.random.fork_rng(devices=[]):
-        yield
 
 
 def _dev_sigmas() -> FlowMatchEulerDiscreteScheduler:
@@ -150,7 +129,7 @@ def _transformer(
         guidance_embeds=guidance,
         axes_dims_rope=dimensions.rope_axes,
     )
-    return _randomise(transformer, generator)
+    return _randomise(transformer, generator).bfloat16()
 
 
 def _clip(
@@ -168,7 +147,7 @@ def _clip(
         eos_token_id=tokenizer.eos_token_id,  # the pooled output is taken at this token
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _randomise(CLIPTextModel(config), generator)
+    return _randomise(CLIPTextModel(config), generator).bfloat16()
 
 
 def _t5(
@@ -186,7 +165,7 @@ def _t5(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return _randomise(T5EncoderModel(config), generator)
+    return _randomise(T5EncoderModel(config), generator).bfloat16()
 
 
 def _vae(dimensions: Dimensions, generator: torch.Generator) -> AutoencoderKL:
@@ -203,7 +182,7 @@ def _vae(dimensions: Dimensions, generator: torch.Generator) -> AutoencoderKL:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return _structure(_randomise(vae, generator))
+    return _structure(_randomise(vae, generator)).bfloat16()
 
 
 @torch.no_grad()

@@ -14,36 +14,33 @@ CLIP_LENGTH = 77
 T5_LENGTH = 512
 TRIGGERS = ("TOK", "SKS", "OHWX", "ZWX", "CINEMO", "FLUX")
 
-WORDS: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        """
-    red green blue yellow orange purple pink brown black white gray grey cyan magenta teal navy
-    violet lime maroon olive turquoise beige gold golden silver crimson indigo coral colour color
-    colours colors coloured colored colourful colorful monochrome inverted bright dark light pale
-    deep vivid soft warm cold neon pastel
-    circle circles square squares triangle triangles star stars heart hearts ring rings cross
-    crosses diamond diamonds rectangle rectangles oval ovals ellipse hexagon hexagons pentagon
-    crescent moon sun arrow line lines dot dots disc disk disks ball box plus shape shapes object
-    objects figure figures block bar bars wave waves cloud clouds drop leaf flower tree house cat
-    dog bird fish person man woman face sky sea mountain car
-    small little tiny large big huge medium sized giant great wide narrow tall short long thick thin
-    left right top bottom upper lower above below center centre centered middle corner corners
-    beside next over under near between inside outside behind front side sides edge half around
-    along across up down by into onto through touching overlapping upside diagonal horizontal
-    vertical
-    background backgrounds flat gradient plain striped stripes stripe checkered checkerboard dotted
-    spotted pattern patterned texture textured noise noisy blank empty solid filled hollow outline
-    outlined border frame blurred blurry sharp smooth shiny glowing transparent shadow fading fade
-    a an the on in of with and to from at is are two one three four five six some many single pair
-    no not without only both each other another that this it its there as for or very than all
-    which has have same different plus
-    picture photo photograph painting image drawing style sketch illustration icon logo poster art
-    artwork print scene view portrait sticker sign symbol cartoon digital watercolor watercolour oil
-    pencil ink minimal minimalist simple abstract geometric design show shows showing draw drawn
-    made like look looks
-    """.split()
-    )
-)
+TEXT = """
+red green blue yellow orange purple pink brown black white gray grey cyan magenta teal navy
+violet lime maroon olive turquoise beige gold golden silver crimson indigo coral colour color
+colours colors coloured colored colourful colorful monochrome inverted bright dark light pale
+deep vivid soft warm cold neon pastel
+circle circles square squares triangle triangles star stars heart hearts ring rings cross
+crosses diamond diamonds rectangle rectangles oval ovals ellipse hexagon hexagons pentagon
+crescent moon sun arrow line lines dot dots disc disk disks ball box plus shape shapes object
+objects figure figures block bar bars wave waves cloud clouds drop leaf flower tree house cat
+dog bird fish person man woman face sky sea mountain car
+small little tiny large big huge medium sized giant great wide narrow tall short long thick thin
+left right top bottom upper lower above below center centre centered middle corner corners
+beside next over under near between inside outside behind front side sides edge half around
+along across up down by into onto through touching overlapping upside diagonal horizontal
+vertical
+background backgrounds flat gradient plain striped stripes stripe checkered checkerboard dotted
+spotted pattern patterned texture textured noise noisy blank empty solid filled hollow outline
+outlined border frame blurred blurry sharp smooth shiny glowing transparent shadow fading fade
+a an the on in of with and to from at is are two one three four five six some many single pair
+no not without only both each other another that this it its there as for or very than all
+which has have same different plus
+picture photo photograph painting image drawing style sketch illustration icon logo poster art
+artwork print scene view portrait sticker sign symbol cartoon digital watercolor watercolour oil
+pencil ink minimal minimalist simple abstract geometric design show shows showing draw drawn
+made like look looks
+"""
+WORDS = tuple(dict.fromkeys(TEXT.split()))
 
 
 def _merges(words: list[tuple[str, ...]]) -> list[tuple[str, str]]:

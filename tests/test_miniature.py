@@ -1,0 +1,196 @@
+"""The miniature checkpoint: the committed files, the builder and the tokenizers."""
+
+from pathlib import Path
+
+import miniature
+import numpy as np
+import pytest
+import torch
+import vocabulary
+from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer, T5Tokenizer
+
+NANO = Path(__file__).parent.parent / "weights" / "nano"
+VISIBLE = 1.0  # mean absolute difference of 8-bit pixels
+
+
+def load(directory: Path) -> dict[str, FluxPipeline]:
+    dev = FluxPipeline.from_pretrained(directory / "dev", dtype=torch.float32)
+    shared = {name: dev.components[name] for name in miniature.SHARED}
+    schnell = FluxPipeline.from_pretrained(directory / "schnell", dtype=torch.float32, **shared)
+    for pipeline in (dev, schnell):
+        pipeline.set_progress_bar_config(disable=True)
+    return {"dev": dev, "schnell": schnell}
+
+
+@pytest.fixture(scope="module")
+def nano() -> dict[str, FluxPipeline]:
+    return load(NANO)
+
+
+def draw(pipeline, prompt="a red circle on a white background", seed=0, size=64, **options):
+    """A picture (height, width, RGB) in 0..255, checked to be lively and not saturated."""
+    options = {"num_inference_steps": 2, "max_sequence_length": 64} | options
+    options |= {"height": size, "width": size, "output_type": "np"}
+    generator = torch.Generator().manual_seed(seed)
+    picture = pipeline(prompt, generator=generator, **options).images[0] * 255
+    assert picture.shape == (size, size, 3)
+    assert np.isfinite(picture).all()
+    assert ((picture <= 0) | (picture >= 255)).mean() < 0.01
+    assert picture.std() > 5
+    return picture
+
+
+def difference(one, other) -> float:
+    return np.abs(one - other).mean()
+
+
+def files(directory: Path) -> dict[str, Path]:
+    return {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
+
+
+def test_committed_checkpoint_is_what_the_builder_makes(tmp_path):
+    miniature.build(tmp_path)
+    built, committed = files(tmp_path), files(NANO)
+    assert built.keys() == committed.keys()
+    for name in [name for name in built if name.endswith(".safetensors")]:
+        expected, found = load_file(built[name]), load_file(committed[name])
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            assert tensor.dtype == found[key].dtype == torch.bfloat16
+            assert torch.equal(tensor, found[key]), f"{name}: {key}"
+    assert sum(path.stat().st_size for path in committed.values()) < 10e6
+
+
+def test_same_seed_gives_the_same_bytes_and_leaves_the_global_rng_alone(tmp_path):
+    small = miniature.Dimensions(double_blocks=1, single_blocks=1, heads=1, vae_channels=(8, 8))
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    for name, seed in {"a": 5, "b": 5, "c": 6}.items():
+        miniature.build(tmp_path / name, small, seed)
+    assert torch.equal(torch.rand(4), expected)
+    a, b, c = ({n: p.read_bytes() for n, p in files(tmp_path / d).items()} for d in "abc")
+    assert a == b
+    assert all((a[name] == c[name]) != name.endswith(".safetensors") for name in a)
+
+
+@pytest.mark.parametrize("widths", [{"vae_channels": (4, 8)}, {"latent_channels": 12}])
+def test_dimensions_refuse_what_the_vae_cannot_carry(widths):
+    with pytest.raises(ValueError, match="vae_channels"):
+        miniature.Dimensions(**widths)
+
+
+@pytest.mark.parametrize("variant", ["dev", "schnell"])
+def test_pictures_depend_on_prompt_and_seed(nano, variant):
+    picture = draw(nano[variant])
+    assert difference(picture, draw(nano[variant])) == 0
+    assert difference(picture, draw(nano[variant], prompt="two blue squares")) > VISIBLE
+    assert difference(picture, draw(nano[variant], seed=1)) > VISIBLE
+
+
+def test_guidance_matters_to_dev_only(nano):
+    dev, schnell = (
+        difference(draw(nano[name], guidance_scale=2.0), draw(nano[name], guidance_scale=3.5))
+        for name in ("dev", "schnell")
+    )
+    assert dev > VISIBLE
+    assert schnell == 0
+
+
+def test_two_prompts_differ_visibly_at_512(nano):
+    options = {"size": 512, "num_inference_steps": 4, "max_sequence_length": 512}
+    red, blue = (draw(nano["dev"], prompt, **options) for prompt in ("a red star", "a blue star"))
+    assert difference(red, blue) > VISIBLE
+
+
+def test_image_to_image_depends_on_the_image(nano):
+    pipeline = FluxImg2ImgPipeline(**nano["dev"].components)
+    pipeline.set_progress_bar_config(disable=True)
+    red, blue = (
+        draw(pipeline, image=Image.new("RGB", (64, 64), colour), strength=0.5)
+        for colour in ("#b03030", "#3030b0")
+    )
+    assert red[..., 0].mean() > blue[..., 0].mean() + 30
+    assert blue[..., 2].mean() > red[..., 2].mean() + 30
+
+
+@pytest.mark.parametrize("checkpoint", ["nano", "other"])
+def test_vae_returns_a_blurred_picture(checkpoint, other_checkpoint):
+    directory = {"nano": NANO, "other": other_checkpoint}[checkpoint]
+    vae = AutoencoderKL.from_pretrained(directory / "dev" / "vae", dtype=torch.float32)
+    picture = torch.full((1, 3, 256, 256), -0.5)
+    picture[:, 0, 64:192, 64:192] = 0.75
+    with torch.no_grad():
+        posterior = vae.encode(picture).latent_dist
+        returned = vae.decode(posterior.mean).sample
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    assert posterior.mean.shape == (1, 16, 256 // scale, 256 // scale)
+    assert posterior.std.max() < 0.1
+    assert (returned - picture).abs().mean() < 0.15
+
+
+def test_a_checkpoint_of_other_dimensions_draws(other_checkpoint):
+    pipelines = load(other_checkpoint)
+    assert pipelines["dev"].vae_scale_factor == 8
+    for pipeline in pipelines.values():
+        assert difference(draw(pipeline), draw(pipeline, prompt="two blue squares")) > VISIBLE
+
+
+@pytest.fixture(scope="module", params=["clip", "t5"])
+def tokenizer(request):
+    if request.param == "clip":
+        return CLIPTokenizer.from_pretrained(NANO / "dev" / "tokenizer")
+    return T5Tokenizer.from_pretrained(NANO / "dev" / "tokenizer_2")
+
+
+def test_known_words_are_single_tokens(tokenizer):
+    for word in (*vocabulary.WORDS, *vocabulary.TRIGGERS):
+        for written in (word, word.capitalize(), f"{word},"):
+            if written == word.capitalize() and word in vocabulary.TRIGGERS:
+                continue
+            tokens = tokenizer.tokenize(written)
+            assert len(tokens) == 1 + written.endswith(","), tokens
+
+
+def test_a_sentence_survives_the_round_trip(tokenizer):
+    sentence = "a small red circle, left of the big blue star."
+    ids = tokenizer(sentence).input_ids
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    assert decoded.replace(" ", "") == sentence.replace(" ", "")
+
+
+def test_unknown_words_fall_back_to_pieces(tokenizer):
+    tokens = tokenizer.tokenize("quixotry7")
+    assert len(tokens) > 5
+    assert tokenizer.unk_token not in tokens
+
+
+@pytest.mark.parametrize("text", ["🦊👩‍🚀", "漢字 и кириллица", "e\u0301\u200b\x00\ud7ff", "\n\t "])
+def test_any_text_is_accepted(tokenizer, text):
+    ids = tokenizer(text).input_ids
+    assert ids[-1] == tokenizer.eos_token_id
+    assert max(ids) < len(tokenizer)
+
+
+def test_empty_and_long_prompts(tokenizer):
+    length = tokenizer.model_max_length
+    empty = tokenizer("").input_ids
+    assert len(empty) == (2 if length == vocabulary.CLIP_LENGTH else 1)
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    for prompt in ("", "red " * 1000):
+        ids = tokenizer(prompt, **options).input_ids
+        assert len(ids) == length
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids[-2] != tokenizer.eos_token_id
+
+
+def test_special_tokens_are_those_of_the_real_tokenizers():
+    clip = CLIPTokenizer.from_pretrained(NANO / "dev" / "tokenizer")
+    t5 = T5Tokenizer.from_pretrained(NANO / "dev" / "tokenizer_2")
+    assert clip.pad_token_id == clip.eos_token_id == len(clip) - 1
+    assert clip.bos_token_id == len(clip) - 2
+    assert (t5.pad_token_id, t5.eos_token_id, t5.unk_token_id) == (0, 1, 2)
+    assert (clip.model_max_length, t5.model_max_length) == (77, 512)
