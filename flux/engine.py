@@ -1,0 +1,163 @@
+"""The engine: requests in, images out, one after another."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
+from PIL import Image
+
+from flux.inpaint import repainted_cells, soft_alpha
+from flux.prompts import PromptEmbeddings, PromptEncoder
+from flux.request import Mode, Request, RequestError
+from flux.timing import Stopwatch
+
+PIPELINES = {
+    Mode.TEXT_TO_IMAGE: FluxPipeline,
+    Mode.IMAGE_TO_IMAGE: FluxImg2ImgPipeline,
+    Mode.INPAINT: FluxInpaintPipeline,
+}
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The area that is drawn, and what is on it before.
+
+    Attributes:
+        width, height: in pixels; the request's size, extended to whole tokens of this VAE.
+        arguments: of the pipeline's call: the input picture's latents, and the mask.
+    """
+
+    width: int
+    height: int
+    arguments: dict[str, Any]
+
+
+class Engine:
+    """Draws requests with diffusers' pipelines; only ever used from the engine thread.
+
+    Args:
+        pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders.
+        prompt_cache: how many encoded prompts are kept.
+    """
+
+    def __init__(self, pipelines: dict[str, FluxPipeline], prompt_cache: int) -> None:
+        self._pipelines = {
+            (variant, mode): _sibling(pipeline, kind)
+            for variant, pipeline in pipelines.items()
+            for mode, kind in PIPELINES.items()
+        }
+        self._any = next(iter(pipelines.values()))  # for what the variants share
+        self._prompts = PromptEncoder(self._any, prompt_cache)
+        self._cell: int = self._any.vae_scale_factor  # pixels along the side of a latent
+
+    def generate(
+        self, request: Request, stopwatch: Stopwatch, check_cancelled: Callable[[], None]
+    ) -> Iterator[Image.Image]:
+        """Draw the images of a request, each when it is asked for.
+
+        Image k equals the first image of a request with seed + k: images are drawn alone, and
+        their noise on the CPU.
+
+        Yields:
+            RGB images of the request's size.
+        """
+        if request.precision == "fp8":  # quantised transformers will be chosen here
+            raise RequestError("go_fast: this build has no fp8 weights yet; send go_fast=false")
+        if not request.sigmas and request.picture:
+            yield from [request.picture] * len(request.seeds)
+            return
+        with stopwatch.stage("text"):
+            prompt = self._prompts.encode(request.prompt, request.variant.max_sequence_length)
+        check_cancelled()
+        with stopwatch.stage("input"):
+            canvas = self._prepare(request)
+        for seed in request.seeds:
+            check_cancelled()
+            with stopwatch.stage("denoising"):
+                latents = self._denoise(request, prompt, canvas, seed, check_cancelled)
+            check_cancelled()
+            with stopwatch.stage("decoding"):
+                image = self._decode(request, canvas, latents)
+            yield image
+
+    def _prepare(self, request: Request) -> Canvas:
+        token = 2 * self._cell
+        width = math.ceil(request.width / token) * token
+        height = math.ceil(request.height / token) * token
+        arguments: dict[str, Any] = {}
+        if request.picture:
+            latents = self._encode(_extend(request.picture, width, height))
+            arguments |= {"image": latents, "strength": 1.0}  # the sigmas hold the strength
+        if request.mask:
+            mask = torch.from_numpy(np.array(_extend(request.mask, width, height)))
+            cells = repainted_cells(mask[None, None] / 255, self._cell)
+            arguments |= {"mask_image": cells, "masked_image_latents": latents}
+        return Canvas(width, height, arguments)
+
+    def _encode(self, picture: Image.Image) -> torch.Tensor:
+        """A picture's latents, [1, channels, height / cell, width / cell]."""
+        vae = self._any.vae
+        pixels = self._any.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+        mean: torch.Tensor = vae.encode(pixels).latent_dist.mode()
+        return mean.sub(vae.config.shift_factor).mul(vae.config.scaling_factor)
+
+    def _denoise(
+        self,
+        request: Request,
+        prompt: PromptEmbeddings,
+        canvas: Canvas,
+        seed: int,
+        check_cancelled: Callable[[], None],
+    ) -> torch.Tensor:
+        """Packed latents of one image, [1, tokens, 4 * channels]."""
+
+        def on_step_end(*_: object) -> dict[str, torch.Tensor]:
+            check_cancelled()
+            return {}
+
+        latents: torch.Tensor = self._pipelines[request.variant.name, request.mode](
+            prompt_embeds=prompt.tokens,
+            pooled_prompt_embeds=prompt.pooled,
+            width=canvas.width,
+            height=canvas.height,
+            num_inference_steps=len(request.sigmas),
+            sigmas=list(request.sigmas),
+            guidance_scale=request.guidance or 0.0,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=on_step_end,
+            **canvas.arguments,
+        ).images
+        if latents.is_cuda:  # so that each stage is charged its own seconds
+            torch.cuda.synchronize()
+        return latents
+
+    def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
+        vae = self._any.vae
+        latents = self._any._unpack_latents(latents, canvas.height, canvas.width, self._cell)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(latents, return_dict=False)[0]
+        drawn: Image.Image = self._any.image_processor.postprocess(pixels, output_type="pil")[0]
+        drawn = drawn.crop((0, 0, request.width, request.height))
+        if request.picture and request.mask:
+            return Image.composite(drawn, request.picture, soft_alpha(request.mask))
+        return drawn
+
+
+def _sibling(pipeline: FluxPipeline, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
+    """A pipeline of another kind over the same components, with the same progress bar."""
+    sibling = kind(**pipeline.components)
+    sibling.set_progress_bar_config(mininterval=0)  # a line for every step, however fast
+    return sibling
+
+
+def _extend(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Extend an image to the right and below by repeating its edge."""
+    pixels = np.asarray(image)
+    missing = [(0, height - image.height), (0, width - image.width)]
+    missing += [(0, 0)] * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, missing, mode="edge"))

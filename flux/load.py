@@ -1,0 +1,88 @@
+"""Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from flux.variants import VARIANTS
+from weights.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
+SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be loaded; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Settings after a look at the machine: which checkpoint runs where, and in which dtype."""
+
+    checkpoint: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, settings: Settings) -> "Deployment":
+        """Replace every `auto`, and say in the log what it became."""
+        cuda = torch.cuda.is_available()
+        device = torch.device(settings.device.replace("auto", "cuda" if cuda else "cpu"))
+        checkpoint = settings.checkpoint.replace("auto", "official" if cuda else "nano")
+        on_cpu = device.type == "cpu"
+        dtype = settings.dtype.replace("auto", "float32" if on_cpu else "bfloat16")
+        logger.info("checkpoint %s on %s, computing in %s", checkpoint, device, dtype)
+        if checkpoint == "nano":
+            logger.info(
+                "nano is the embedded miniature, for trying out and testing; "
+                "set FLUX_CHECKPOINT=official for FLUX.1"
+            )
+        if on_cpu and dtype == "float32":
+            logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
+        return cls(checkpoint, device, getattr(torch, dtype))
+
+    def source(self, variant: str) -> str:
+        """Where a variant is loaded from: a directory, or a repository of the hub."""
+        if self.checkpoint == "official":
+            return VARIANTS[variant].repository
+        root = NANO if self.checkpoint == "nano" else Path(self.checkpoint)
+        if not (root / variant / "model_index.json").is_file():
+            raise CheckpointError(
+                f"FLUX_CHECKPOINT={self.checkpoint}: {root / variant} holds no pipeline "
+                "(model_index.json); expected official, nano, or a directory with dev and schnell"
+            )
+        return str(root / variant)
+
+
+def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
+    """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
+
+    Raises:
+        CheckpointError: if files are missing or do not fit together.
+    """
+    diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    pipelines: dict[str, FluxPipeline] = {}
+    shared: dict[str, object] = {}
+    for variant in VARIANTS:
+        start = time.perf_counter()
+        source = deployment.source(variant)
+        try:
+            pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
+        pipeline.to(deployment.device)
+        pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
+        shared = {name: pipeline.components[name] for name in SHARED}
+        pipelines[variant] = pipeline
+        logger.info("loaded %s from %s in %.1f s", variant, source, time.perf_counter() - start)
+    return pipelines

@@ -1,0 +1,87 @@
+"""Output files: encoded beside the engine, kept until the server has read them."""
+
+import shutil
+import tempfile
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+
+from PIL import Image
+
+from flux.images import save
+from flux.timing import Stopwatch
+
+
+class Outputs:
+    """The output directory: one directory a request, removed when the next request begins.
+
+    The server reads the files after the request has returned, so nothing may be deleted
+    before the next one.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        self._root = Path(tempfile.mkdtemp(prefix="flux-", dir=parent))
+        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)  # also at exit
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+
+    def begin(self, output_format: str, quality: int, stopwatch: Stopwatch) -> "RequestOutputs":
+        """Remove the files of earlier requests and make room for those of a new one."""
+        for earlier in self._root.iterdir():
+            shutil.rmtree(earlier)
+        directory = Path(tempfile.mkdtemp(dir=self._root))
+        return RequestOutputs(directory, output_format, quality, stopwatch, self._encoder)
+
+
+class RequestOutputs:
+    """The files of one request; a context that leaves either all of them or none.
+
+    Images are encoded in a thread of their own, one after another, while the engine draws the
+    next. `wait` for them before leaving; an exception that leaves the context removes all.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        output_format: str,
+        quality: int,
+        stopwatch: Stopwatch,
+        encoder: ThreadPoolExecutor,
+    ) -> None:
+        self.paths: list[Path] = []
+        self._directory = directory
+        self._format = output_format
+        self._quality = quality
+        self._stopwatch = stopwatch
+        self._encoder = encoder
+        self._pending: list[Future[None]] = []
+
+    def add(self, image: Image.Image) -> None:
+        """Queue an RGB image for encoding, under the next path of `paths`."""
+        path = self._directory / f"output-{len(self.paths)}.{self._format}"
+        self.paths.append(path)
+        self._pending.append(self._encoder.submit(self._encode, image, path))
+
+    def _encode(self, image: Image.Image, path: Path) -> None:
+        with self._stopwatch.stage("encoding"):
+            save(image, path, self._format, self._quality)
+
+    def wait(self) -> None:
+        """Wait until everything is written; raise what an encoding raised."""
+        for job in self._pending:
+            job.result()
+
+    def __enter__(self) -> "RequestOutputs":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error:
+            wait(self._pending)
+            shutil.rmtree(self._directory)

@@ -1,0 +1,214 @@
+"""Inputs to Request: every rule that a caller can observe, resolved once.
+
+Sizes, modes, steps, seeds and precision are decided here and nowhere else; what comes after
+does as the frozen Request says. No torch in this module.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from os import PathLike
+from typing import Literal, TypeVar
+
+from PIL import Image
+
+from flux.images import PictureError, read_mask, read_picture
+from flux.sampling import ASPECT_RATIOS, fit_size, nearest_multiple, sigmas
+from flux.variants import VARIANTS, Variant
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Precision = Literal["bf16", "fp8"]
+SEED_RANGE = 2**64  # what torch.Generator takes; seeds wrap around
+
+
+class RequestError(ValueError):
+    """An input, or a combination of inputs, that cannot be served; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of the public contract, named, typed and ordered as there."""
+
+    prompt: str
+    image: PathLike[str] | str | None = None
+    mask: PathLike[str] | str | None = None
+    aspect_ratio: str = "1:1"
+    height: int | None = None
+    width: int | None = None
+    prompt_strength: float = 0.8
+    model: str = "dev"
+    num_outputs: int = 1
+    num_inference_steps: int = 28
+    guidance_scale: float = 3
+    seed: int | None = None
+    output_format: str = "webp"
+    output_quality: int = 80
+    disable_safety_checker: bool = False
+    go_fast: bool = False
+    megapixels: str = "1"
+    replicate_weights: str | None = None
+    lora_scale: float = 1
+    extra_lora: str | None = None
+    extra_lora_scale: float = 1
+
+
+class Mode(Enum):
+    """What is drawn: a new picture, a variation of one, or a part of one."""
+
+    TEXT_TO_IMAGE = "txt2img"
+    IMAGE_TO_IMAGE = "img2img"
+    INPAINT = "inpaint"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A resolved request.
+
+    Attributes:
+        width, height: of the output, in pixels; multiples of 16.
+        picture: RGB, of the output's size; None in txt2img.
+        mask: mode L, of the output's size, white where the picture is repainted; inpaint only.
+        sigmas: noise levels before the variant's shift, one a step; empty where no noise is
+            asked for, and the picture is to come back as it is.
+        seeds: one for each image, 0 to 2**64 - 1.
+        guidance: for the guidance embedding; None for a variant that has none.
+    """
+
+    prompt: str
+    variant: Variant
+    mode: Mode
+    precision: Precision
+    width: int
+    height: int
+    picture: Image.Image | None
+    mask: Image.Image | None
+    sigmas: tuple[float, ...]
+    seeds: tuple[int, ...]
+    guidance: float | None
+    output_format: str
+    output_quality: int
+    check_safety: bool
+
+
+def resolve(inputs: Inputs, *, max_input_pixels: int, may_skip_safety: bool) -> Request:
+    """Apply the contract's rules.
+
+    Args:
+        inputs: as they come from the server.
+        max_input_pixels: the limit on the area of an input picture.
+        may_skip_safety: whether the operator lets callers disable the safety checker.
+
+    Raises:
+        RequestError: for inputs that cannot be served.
+    """
+    if inputs.replicate_weights or inputs.extra_lora:
+        raise RequestError("replicate_weights, extra_lora: this build cannot load adapters yet")
+    variant = _row(VARIANTS, "model", inputs.model)
+    mode = _mode(inputs)
+    try:
+        picture = read_picture(inputs.image, max_input_pixels) if inputs.image else None
+        mask = read_mask(inputs.mask, max_input_pixels) if inputs.mask else None
+    except PictureError as error:
+        raise RequestError(str(error)) from error
+    width, height = _size(inputs, picture)
+    first_seed = _seed(inputs.seed)
+    logger.info("Using seed: %d", first_seed)
+    if not variant.guidance:
+        logger.info("guidance_scale is ignored: %s has no guidance embedding", variant.name)
+    return Request(
+        prompt=inputs.prompt,
+        variant=variant,
+        mode=mode,
+        precision=_precision(inputs, picture),
+        width=width,
+        height=height,
+        picture=picture and _resize(picture, width, height, Image.Resampling.LANCZOS),
+        mask=mask and _resize(mask, width, height, Image.Resampling.BILINEAR),  # no ringing
+        sigmas=_noise_levels(inputs, mode),
+        seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
+        guidance=float(inputs.guidance_scale) if variant.guidance else None,
+        output_format=inputs.output_format,
+        output_quality=int(inputs.output_quality),
+        check_safety=_check_safety(inputs, may_skip_safety),
+    )
+
+
+def _mode(inputs: Inputs) -> Mode:
+    if inputs.image:
+        return Mode.INPAINT if inputs.mask else Mode.IMAGE_TO_IMAGE
+    if inputs.mask:
+        raise RequestError(
+            "mask: given without image. A mask says which part of an input image to repaint; "
+            "send the image too, or leave out the mask"
+        )
+    return Mode.TEXT_TO_IMAGE
+
+
+def _size(inputs: Inputs, picture: Image.Image | None) -> tuple[int, int]:
+    """The output's width and height in pixels, with a log line for each input that has no say."""
+    quarter = inputs.megapixels == "0.25"
+    custom = inputs.aspect_ratio == "custom"
+    if picture is not None:
+        if inputs.aspect_ratio != "1:1" or inputs.width or inputs.height:
+            logger.info("aspect_ratio, width and height are ignored: the image sets the size")
+        return fit_size(*picture.size, quarter=quarter)
+    if custom:
+        if not (inputs.width and inputs.height):
+            raise RequestError(
+                "aspect_ratio: custom needs both width and height, "
+                f"got width={inputs.width}, height={inputs.height}"
+            )
+        if quarter:
+            logger.info("megapixels is ignored: custom takes the size from width and height")
+        return nearest_multiple(inputs.width), nearest_multiple(inputs.height)
+    if inputs.width or inputs.height:
+        logger.info("width and height are ignored: they only work with aspect_ratio custom")
+    width, height = _row(ASPECT_RATIOS, "aspect_ratio", inputs.aspect_ratio)
+    return (width // 2, height // 2) if quarter else (width, height)
+
+
+def _precision(inputs: Inputs, picture: Image.Image | None) -> Precision:
+    """fp8 for go_fast, unless a custom size is drawn, which the contract runs in bf16."""
+    if inputs.go_fast and inputs.aspect_ratio == "custom" and picture is None:
+        logger.info("go_fast is ignored: custom sizes run in bf16")
+        return "bf16"
+    return "fp8" if inputs.go_fast else "bf16"
+
+
+def _noise_levels(inputs: Inputs, mode: Mode) -> tuple[float, ...]:
+    """Empty at strength 0, where the picture comes back as it is."""
+    strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
+    return tuple(sigmas(int(inputs.num_inference_steps), strength)) if strength > 0 else ()
+
+
+def _seed(seed: int | None) -> int:
+    """The given seed, 0 included; 32 random bits for none or a negative one."""
+    if seed is None or seed < 0:
+        return secrets.randbits(32)
+    return int(seed) % SEED_RANGE
+
+
+def _check_safety(inputs: Inputs, may_skip_safety: bool) -> bool:
+    if inputs.disable_safety_checker and not may_skip_safety:
+        logger.info("disable_safety_checker is ignored: this deployment does not allow it")
+        return True
+    return not inputs.disable_safety_checker
+
+
+def _resize(
+    picture: Image.Image, width: int, height: int, resampling: Image.Resampling
+) -> Image.Image:
+    if picture.size == (width, height):
+        return picture
+    return picture.resize((width, height), resampling)
+
+
+def _row(table: Mapping[str, T], name: str, value: str) -> T:
+    """The row of a table that an input names; also where no schema guards the choices."""
+    if value not in table:
+        raise RequestError(f"{name}: {value!r} is not one of {', '.join(table)}")
+    return table[value]

@@ -1,0 +1,177 @@
+"""The rules of the inputs, without torch."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flux.request import Inputs, Mode, Request, RequestError, resolve
+
+SIZES = {  # the contract's, at one megapixel
+    "1:1": (1024, 1024),
+    "16:9": (1344, 768),
+    "21:9": (1536, 640),
+    "3:2": (1216, 832),
+    "2:3": (832, 1216),
+    "4:5": (896, 1088),
+    "5:4": (1088, 896),
+    "3:4": (896, 1152),
+    "4:3": (1152, 896),
+    "9:16": (768, 1344),
+    "9:21": (640, 1536),
+}
+CUSTOM = {"aspect_ratio": "custom", "width": 512, "height": 512}
+
+
+def resolved(**inputs) -> Request:
+    inputs = {"prompt": "a star", **inputs}
+    return resolve(Inputs(**inputs), max_input_pixels=10**7, may_skip_safety=True)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    def write(width: int, height: int) -> Path:
+        path = tmp_path / f"{width}x{height}.png"
+        Image.new("RGB", (width, height), "teal").save(path)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("ratio", SIZES)
+def test_preset_sizes(ratio: str) -> None:
+    whole, quarter = (resolved(aspect_ratio=ratio, megapixels=m) for m in ("1", "0.25"))
+    width, height = SIZES[ratio]
+    assert (whole.width, whole.height) == (width, height)
+    assert (quarter.width, quarter.height) == (width // 2, height // 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "rounded"),
+    [(256, 256), (263, 256), (264, 272), (271, 272), (500, 496), (1433, 1440), (1440, 1440)],
+)
+def test_custom_sizes_are_rounded_to_the_nearest_multiple_of_16(given: int, rounded: int) -> None:
+    request = resolved(aspect_ratio="custom", width=given, height=1000)
+    assert (request.width, request.height) == (rounded, 1008)
+
+
+@pytest.mark.parametrize("given", [{}, {"width": 512}, {"height": 512}])
+def test_custom_without_both_sides_is_an_error(given) -> None:
+    with pytest.raises(RequestError, match="custom needs both width and height"):
+        resolved(aspect_ratio="custom", **given)
+
+
+@pytest.mark.parametrize(
+    ("size", "megapixels", "expected"),
+    [
+        ((512, 600), "1", (512, 608)),
+        ((100, 60), "1", (96, 64)),  # never scaled up
+        ((1440, 1440), "1", (1440, 1440)),
+        ((2880, 1440), "1", (1440, 720)),
+        ((3000, 100), "1", (1440, 48)),
+        ((4000, 3), "1", (1440, 16)),  # at least 16
+        ((1, 1), "1", (16, 16)),
+        ((1024, 1024), "0.25", (512, 512)),
+        ((2048, 512), "0.25", (1024, 256)),
+        ((512, 512), "0.25", (512, 512)),
+    ],
+)
+def test_an_image_sets_the_size(picture, size, megapixels, expected) -> None:
+    request = resolved(
+        image=picture(*size), megapixels=megapixels, aspect_ratio="custom", width=256
+    )
+    assert (request.width, request.height) == expected
+    assert request.picture is not None
+    assert request.picture.size == expected
+
+
+def test_modes(picture) -> None:
+    image, mask = picture(64, 64), picture(32, 48)
+    assert resolved().mode is Mode.TEXT_TO_IMAGE
+    assert resolved(image=image).mode is Mode.IMAGE_TO_IMAGE
+    request = resolved(image=image, mask=mask)
+    assert request.mode is Mode.INPAINT
+    assert request.mask is not None
+    assert request.mask.size == (64, 64)
+    with pytest.raises(RequestError, match="mask: given without image"):
+        resolved(mask=mask)
+
+
+@pytest.mark.parametrize("steps", range(1, 51))
+def test_the_first_sigma_is_the_strength_for_every_number_of_steps(picture, steps: int) -> None:
+    image = picture(64, 64)
+    for strength in (0.01, 0.5, 0.8, 0.99, 1.0):
+        sigmas = resolved(image=image, prompt_strength=strength, num_inference_steps=steps).sigmas
+        assert sigmas[0] == strength
+        assert len(sigmas) == max(1, round(steps * strength))
+        assert list(sigmas) == sorted(set(sigmas), reverse=True)
+        assert sigmas[-1] > 0
+    assert resolved(image=image, prompt_strength=0, num_inference_steps=steps).sigmas == ()
+
+
+def test_at_full_strength_the_sigmas_are_those_of_diffusers() -> None:
+    for steps in range(1, 51):
+        expected = [1 + k * (1 / steps - 1) / max(1, steps - 1) for k in range(steps)]
+        request = resolved(num_inference_steps=steps, prompt_strength=0.3)  # no image: no effect
+        assert request.sigmas == pytest.approx(expected, abs=1e-12)
+
+
+def test_seeds() -> None:
+    assert resolved(seed=0, num_outputs=3).seeds == (0, 1, 2)
+    assert resolved(seed=5.0, num_outputs=2.0).seeds == (5, 6)
+    assert resolved(seed=2**64 - 1, num_outputs=2).seeds == (2**64 - 1, 0)
+    assert resolved(seed=float(2**70)).seeds == (0,)
+    random = [resolved(seed=seed).seeds[0] for seed in (None, -1, -7) * 10]
+    assert len(set(random)) == len(random)
+    assert 2**24 < max(random) < 2**32
+
+
+def test_precision(picture) -> None:
+    assert resolved().precision == "bf16"
+    assert resolved(go_fast=True).precision == "fp8"
+    assert resolved(go_fast=True, **CUSTOM).precision == "bf16"
+    assert resolved(go_fast=True, image=picture(64, 64), **CUSTOM).precision == "fp8"
+
+
+def test_guidance_is_for_dev_alone() -> None:
+    assert resolved(guidance_scale=2.5).guidance == 2.5
+    assert resolved(guidance_scale=2.5, model="schnell").guidance is None
+
+
+@pytest.mark.parametrize("inputs", [{"model": "pro"}, {"aspect_ratio": "2:1"}])
+def test_unknown_choices_are_named_where_no_schema_guards_them(inputs) -> None:
+    (value,) = inputs.values()
+    with pytest.raises(RequestError, match=f"{value!r} is not one of"):
+        resolved(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        ({"width": 512}, "width and height are ignored"),
+        ({**CUSTOM, "megapixels": "0.25"}, "megapixels is ignored"),
+        ({**CUSTOM, "go_fast": True}, "go_fast is ignored"),
+        ({"model": "schnell"}, "guidance_scale is ignored"),
+        ({"seed": 12}, "Using seed: 12"),
+    ],
+)
+def test_inputs_without_effect_are_named_in_the_log(caplog, inputs, line: str) -> None:
+    with caplog.at_level(logging.INFO):
+        resolved(**inputs)
+    assert line in caplog.text
+
+
+def test_safety_can_only_be_skipped_where_the_operator_allows_it(caplog) -> None:
+    inputs = Inputs(prompt="", disable_safety_checker=True)
+    assert not resolve(inputs, max_input_pixels=1, may_skip_safety=True).check_safety
+    with caplog.at_level(logging.INFO):
+        assert resolve(inputs, max_input_pixels=1, may_skip_safety=False).check_safety
+    assert "disable_safety_checker is ignored" in caplog.text
+
+
+def test_the_rules_do_without_torch() -> None:
+    command = "import sys; import flux.request; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

@@ -1,0 +1,54 @@
+"""Deployment settings from the environment."""
+
+from pathlib import Path
+
+import pytest
+
+from weights.settings import Settings, SettingsError
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert Settings.from_environment({}) == Settings()
+    assert Settings.from_environment({"FLUX_CHECKPOINT": " "}) == Settings()
+
+
+def test_every_variable_is_read() -> None:
+    settings = Settings.from_environment(
+        {
+            "FLUX_CHECKPOINT": "nano",
+            "FLUX_DTYPE": "bfloat16",
+            "FLUX_OUTPUT_DIRECTORY": "/somewhere",
+            "FLUX_PROMPT_CACHE": "3",
+            "FLUX_NSFW_THRESHOLD": "0.25",
+            "FLUX_ALLOW_DISABLE_SAFETY_CHECKER": "False",
+        }
+    )
+    assert settings.checkpoint == "nano"
+    assert settings.dtype == "bfloat16"
+    assert settings.output_directory == Path("/somewhere")
+    assert settings.prompt_cache == 3
+    assert settings.nsfw_threshold == 0.25
+    assert settings.allow_disable_safety_checker is False
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FLUX_DTYPE", "float8"),
+        ("FLUX_PROMPT_CACHE", "0"),
+        ("FLUX_PROMPT_CACHE", "many"),
+        ("FLUX_NSFW_THRESHOLD", "1.5"),
+        ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_variable(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable}='{value}'"):
+        Settings.from_environment({variable: value})
+
+
+def test_the_readme_documents_every_variable() -> None:
+    import dataclasses
+
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    for setting in dataclasses.fields(Settings):
+        assert f"`{setting.metadata['variable']}`" in readme

@@ -1,0 +1,95 @@
+"""Deployment settings: one frozen dataclass, read from environment variables in one place."""
+# ruff: noqa: RUF009  (`_setting` makes a field, as dataclasses.field does)
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class SettingsError(ValueError):
+    """An environment variable holds something that its setting cannot take."""
+
+
+def _flag(text: str) -> bool:
+    try:
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+            text.lower()
+        ]
+    except KeyError:
+        raise ValueError("expected true or false") from None
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def _probability(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise ValueError("expected a number from 0 to 1")
+    return value
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError("expected a whole number of at least 1")
+    return value
+
+
+def _setting(variable: str, read: Callable[[str], T], default: U) -> T | U:
+    """A dataclass field that `Settings.from_environment` reads from `variable`."""
+    value: U = field(default=default, metadata={"variable": variable, "read": read})
+    return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decides; everything about a single request is in `flux.request`.
+
+    Attributes:
+        checkpoint: `official`, `nano` (the embedded miniature), a directory with the
+            subdirectories `dev` and `schnell`, or `auto`: official where CUDA is there,
+            else nano.
+        device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
+        dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
+            on a CPU, where bfloat16 is several times slower.
+        output_directory: holds the output files until the next request; None is the system's
+            temporary directory.
+        prompt_cache: how many encoded prompts are kept.
+        max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
+        nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
+        allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.
+    """
+
+    checkpoint: str = _setting("FLUX_CHECKPOINT", str, "auto")
+    device: str = _setting("FLUX_DEVICE", str, "auto")
+    dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
+    output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
+    prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
+    max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _positive, 64)
+    nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
+    allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
+        """Read every variable that is set and not empty; raise SettingsError for a bad one."""
+        values: dict[str, Any] = {}
+        for setting in fields(cls):
+            variable = setting.metadata["variable"]
+            text = environment.get(variable, "").strip()
+            if not text:
+                continue
+            try:
+                values[setting.name] = setting.metadata["read"](text)
+            except ValueError as error:
+                raise SettingsError(f"{variable}={text!r}: {error}") from error
+        return cls(**values)
