@@ -1,0 +1,230 @@
+"""The public contract: Cog's signature, and the stages that a request passes through.
+
+The only module that imports cog. Cog reads this file without running it and resolves
+just a few forms: literals, and names bound to one literal in this file. Anything else
+is dropped without a word, so the signature below stays in those forms
+(tests/test_contract.py checks them on the syntax tree).
+"""
+# ruff: noqa: E501  (a description must be one plain string literal)
+
+import logging
+
+from cog import BaseRunner, Input, Path
+from PIL import Image
+
+from flux.engine import Engine
+from flux.images import PIXELS_PER_MEGAPIXEL
+from flux.load import Deployment, load_pipelines
+from flux.outputs import Outputs, RequestOutputs
+from flux.request import Inputs, Request, resolve
+from flux.timing import Stopwatch
+from flux.worker import CheckCancelled, EngineThread
+from safety.checker import SafetyError, judge
+from safety.open_nsfw import OpenNSFW
+from weights.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+ASPECT_RATIOS = [
+    "1:1",
+    "16:9",
+    "21:9",
+    "3:2",
+    "2:3",
+    "4:5",
+    "5:4",
+    "3:4",
+    "4:3",
+    "9:16",
+    "9:21",
+    "custom",
+]
+LORA_DESCRIPTION = "Load LoRA weights. Supports Replicate models in the format <owner>/<username> or <owner>/<username>/<version>, HuggingFace URLs in the format huggingface.co/<owner>/<model-name>, CivitAI URLs in the format civitai.com/models/<id>[/<model-name>], or arbitrary .safetensors URLs from the Internet. For example, 'fofr/flux-pixar-cars'"
+
+
+class Predictor(BaseRunner):
+    """FLUX.1 [dev] and [schnell]; loaded once, then one request at a time."""
+
+    def setup(self) -> None:
+        """Load everything, in the thread that will serve every request."""
+        _log_to_stderr()
+        self._settings = Settings.from_environment()
+        self._thread = EngineThread()
+        self._thread.call(self._load)
+
+    def run(
+        self,
+        prompt: str = Input(
+            description="Prompt for generated image. If you include the `trigger_word` used in the training process you are more likely to activate the trained object, style, or concept in the resulting image."
+        ),
+        image: Path | None = Input(
+            description="Input image for image to image or inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored."
+        ),
+        mask: Path | None = Input(
+            description="Image mask for image inpainting mode. If provided, aspect_ratio, width, and height inputs are ignored."
+        ),
+        aspect_ratio: str = Input(
+            description="Aspect ratio for the generated image. If custom is selected, uses height and width below & will run in bf16 mode",
+            choices=ASPECT_RATIOS,
+            default="1:1",
+        ),
+        height: int | None = Input(
+            description="Height of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
+            ge=256,
+            le=1440,
+        ),
+        width: int | None = Input(
+            description="Width of generated image. Only works if `aspect_ratio` is set to custom. Will be rounded to nearest multiple of 16. Incompatible with fast generation",
+            ge=256,
+            le=1440,
+        ),
+        prompt_strength: float = Input(
+            description="Prompt strength when using img2img. 1.0 corresponds to full destruction of information in image",
+            ge=0,
+            le=1,
+            default=0.8,
+        ),
+        model: str = Input(
+            description="Which model to run inference with. The dev model performs best with around 28 inference steps but the schnell model only needs 4 steps.",
+            choices=["dev", "schnell"],
+            default="dev",
+        ),
+        num_outputs: int = Input(
+            description="Number of outputs to generate", ge=1, le=4, default=1
+        ),
+        num_inference_steps: int = Input(
+            description="Number of denoising steps. More steps can give more detailed images, but take longer.",
+            ge=1,
+            le=50,
+            default=28,
+        ),
+        guidance_scale: float = Input(
+            description="Guidance scale for the diffusion process. Lower values can give more realistic images. Good values to try are 2, 2.5, 3 and 3.5",
+            ge=0,
+            le=10,
+            default=3,
+        ),
+        seed: int | None = Input(description="Random seed. Set for reproducible generation"),
+        output_format: str = Input(
+            description="Format of the output images",
+            choices=["webp", "jpg", "png"],
+            default="webp",
+        ),
+        output_quality: int = Input(
+            description="Quality when saving the output images, from 0 to 100. 100 is best quality, 0 is lowest quality. Not relevant for .png outputs",
+            ge=0,
+            le=100,
+            default=80,
+        ),
+        disable_safety_checker: bool = Input(
+            description="Disable safety checker for generated images.", default=False
+        ),
+        go_fast: bool = Input(
+            description="Run faster predictions with model optimized for speed (currently fp8 quantized); disable to run in original bf16",
+            default=False,
+        ),
+        megapixels: str = Input(
+            description="Approximate number of megapixels for generated image",
+            choices=["1", "0.25"],
+            default="1",
+        ),
+        replicate_weights: str | None = Input(description=LORA_DESCRIPTION),
+        lora_scale: float = Input(
+            description="Determines how strongly the main LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
+            ge=-1,
+            le=3,
+            default=1,
+        ),
+        extra_lora: str | None = Input(description=LORA_DESCRIPTION),
+        extra_lora_scale: float = Input(
+            description="Determines how strongly the extra LoRA should be applied. Sane results between 0 and 1 for base inference. For go_fast we apply a 1.5x multiplier to this value; we've generally seen good performance when scaling the base value by that amount. You may still need to experiment to find the best value for your particular lora.",
+            ge=-1,
+            le=3,
+            default=1,
+        ),
+    ) -> list[Path]:
+        """Draw the images that the inputs ask for and return their files."""
+        inputs = Inputs(
+            prompt=prompt,
+            image=image,
+            mask=mask,
+            aspect_ratio=aspect_ratio,
+            height=height,
+            width=width,
+            prompt_strength=prompt_strength,
+            model=model,
+            num_outputs=num_outputs,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            output_format=output_format,
+            output_quality=output_quality,
+            disable_safety_checker=disable_safety_checker,
+            go_fast=go_fast,
+            megapixels=megapixels,
+            replicate_weights=replicate_weights,
+            lora_scale=lora_scale,
+            extra_lora=extra_lora,
+            extra_lora_scale=extra_lora_scale,
+        )
+        return self._thread.call(lambda check_cancelled: self._serve(inputs, check_cancelled))
+
+    def _load(self, _: CheckCancelled) -> None:
+        deployment = Deployment.choose(self._settings)
+        self._engine = Engine(load_pipelines(deployment), self._settings.prompt_cache)
+        self._checker = OpenNSFW(self._settings.nsfw_threshold)
+        self._outputs = Outputs(self._settings.output_directory)
+
+    def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
+        """The way of a request, in the engine thread."""
+        settings, stopwatch = self._settings, Stopwatch()
+        request = resolve(
+            inputs,
+            max_input_pixels=settings.max_input_megapixels * PIXELS_PER_MEGAPIXEL,
+            may_skip_safety=settings.allow_disable_safety_checker,
+        )
+        with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:
+            images = self._engine.generate(request, stopwatch, check_cancelled)
+            for number, image in enumerate(images):
+                if self._passes(request, number, image, stopwatch):
+                    files.add(image)
+                check_cancelled()
+            if not files.paths:
+                raise SafetyError(
+                    "The safety checker withheld every image; try another prompt or another seed"
+                )
+            files.wait()
+            check_cancelled()
+        self._record(request, files, stopwatch)
+        return [Path(path) for path in files.paths]
+
+    def _passes(
+        self, request: Request, number: int, image: Image.Image, stopwatch: Stopwatch
+    ) -> bool:
+        """Whether an image may be delivered; says in the log what the checker saw."""
+        if not request.check_safety:
+            return True
+        with stopwatch.stage("safety"):
+            verdict = judge(self._checker, image)
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in verdict.scores.items())
+        logger.info(
+            "Safety: image %d of %d is %s (%s)",
+            number + 1,
+            len(request.seeds),
+            "WITHHELD" if verdict.flagged else "fine",
+            scores or "no score",
+        )
+        return not verdict.flagged
+
+    def _record(self, request: Request, files: RequestOutputs, stopwatch: Stopwatch) -> None:
+        for stage, seconds in stopwatch.seconds.items():
+            self.record_metric(f"timing.{stage}", round(seconds, 4))
+        self.record_metric("megapixels", request.width * request.height / PIXELS_PER_MEGAPIXEL)
+        self.record_metric("image_output_count", len(files.paths))
+
+
+def _log_to_stderr() -> None:
+    """Send our own log at INFO, and the libraries' warnings, to where the server reads it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in (__name__, "flux", "lora", "safety", "weights"):
+        logging.getLogger(package).setLevel(logging.INFO)
