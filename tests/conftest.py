@@ -1,9 +1,28 @@
 """Fixtures shared by the tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib
 import miniature
 import pytest
+from PIL import Image
+from support import LoggedServer, logged_server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[LoggedServer]:
+    """The real Cog server on the embedded checkpoint, one for all tests."""
+    with logged_server(tmp_path_factory.mktemp("outputs")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """A real photograph, 512 x 600: Grace Hopper, public domain, as matplotlib ships it."""
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    with Image.open(path) as photograph:
+        return photograph.convert("RGB")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,61 @@
+"""What every benchmark shares: interleaved medians, the machine, and the report."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every contender, run in turn, so that a drifting machine meets all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run()
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(runs) for name, runs in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on and a reader needs to know."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "diffusers")},
+    }
+
+
+def report(title: str, results: dict[str, Any]) -> None:
+    """Print the results, and write them where `--json FILE` says."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    file = parser.parse_args().json
+    document = {"benchmark": title, "machine": machine(), **results}
+    text = json.dumps(document, indent=2)
+    print(text)
+    if file:
+        file.write_text(text + "\n")

@@ -1,0 +1,148 @@
+"""The Cog server on a free loopback port, for scripts and tests: started, watched, stopped."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import requests
+
+SERVE = Path(__file__).resolve().parent / "serve"
+READY_SECONDS = 600  # loading an official checkpoint from a slow disk takes minutes
+STOP_SECONDS = 20
+LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or answered with an error; the message is the server's."""
+
+
+class Server:
+    """A running server; a context manager that ends it by its process id.
+
+    Args:
+        environment: added to this process's; the deployment settings go here.
+        on_log: called with every line that the predictor logs, in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        on_log: Callable[[str], None] | None = None,
+    ) -> None:
+        self._environment = {**os.environ, **(environment or {})}
+        self._on_log = on_log
+        self._tail: deque[str] = deque(maxlen=20)
+        self._session = requests.Session()
+        self._session.trust_env = False  # loopback must not go through a proxy
+
+    def __enter__(self) -> "Server":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = subprocess.Popen(
+            [SERVE, "--port", str(port)],
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that Ctrl-C reaches us alone, and we stop it in order
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def request(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Send an HTTP request; repeats the 409 that the server gives between two predictions."""
+        for _ in range(40):
+            response = self._session.request(method, self.url + path, **options)
+            if response.status_code != 409:
+                break
+            time.sleep(0.25)
+        return response
+
+    def predict(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one prediction and return the server's answer, of whatever status.
+
+        Raises:
+            ServerError: if the server refuses the inputs, in its own words.
+        """
+        response = self.request("POST", "/predictions", json={"input": dict(inputs)})
+        if not response.ok:
+            raise ServerError(f"HTTP {response.status_code}: {_details(response)}")
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stop(self) -> None:
+        """Ask the server to end, then make it; returns when it and its worker are gone."""
+        for ending in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is not None:
+                break
+            os.kill(self._process.pid, ending)
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+        self._reader.join(STOP_SECONDS)  # the pipe closes when the worker, too, has ended
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._session.close()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                self._reader.join(1)
+                raise ServerError("the server ended:\n" + "\n".join(self._tail))
+            try:
+                health = self._session.get(f"{self.url}/health-check", timeout=5).json()
+            except (requests.ConnectionError, requests.Timeout):
+                health = {"status": "STARTING"}
+            if health["status"] == "READY":
+                return
+            if health["status"] == "SETUP_FAILED":
+                raise ServerError(f"setup failed:\n{health['setup']['logs']}")
+            time.sleep(0.1)
+        raise ServerError(f"the server was not ready after {READY_SECONDS} s")
+
+    def _read_log(self) -> None:
+        for line in self._process.stdout or ():
+            try:
+                record = json.loads(line)
+                message, target = record["fields"]["message"], record["target"]
+            except (ValueError, LookupError, TypeError):
+                message, target = line.rstrip("\n"), ""
+            self._tail.append(message)
+            if self._on_log and target in LOGS and "source" in record["fields"]:
+                self._on_log(message)
+
+
+def _details(response: requests.Response) -> str:
+    """The reasons of a refusal, each with the input that it is about."""
+    try:
+        details = response.json()["detail"]
+        return "; ".join(f"{d['loc'][-1]}: {d['msg']}" for d in details)
+    except (ValueError, LookupError, TypeError):
+        return response.text

@@ -1,0 +1,149 @@
+"""What several tests need: pictures as data URIs, and answers of the server as pictures."""
+
+import base64
+import inspect
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from server import Server
+
+PROMPT = "a red circle on a blue background"
+QUICK = {"prompt": PROMPT, "megapixels": "0.25", "num_inference_steps": 2, "seed": 7}
+
+
+@dataclass
+class Answer:
+    """A prediction's answer, with the outputs as bytes."""
+
+    status: str
+    error: str | None
+    logs: str
+    metrics: dict[str, Any]
+    files: list[bytes]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [Image.open(io.BytesIO(content)) for content in self.files]
+
+    @property
+    def image(self) -> Image.Image:
+        (image,) = self.images
+        return image
+
+
+@dataclass
+class LoggedServer:
+    """A running server, every line that it has logged, and its output directory."""
+
+    server: Server
+    outputs: Path
+    lines: list[str] = field(default_factory=list)
+
+    def predict(self, **inputs: Any) -> Answer:
+        """Predict with QUICK's inputs, save where others are given; None takes one out."""
+        merged = {**QUICK, **inputs}
+        answer = self.server.predict({k: v for k, v in merged.items() if v is not None})
+        return Answer(
+            status=answer["status"],
+            error=answer.get("error"),
+            logs=answer.get("logs", ""),
+            metrics=answer.get("metrics", {}),
+            files=[base64.b64decode(uri.partition(",")[2]) for uri in answer.get("output") or ()],
+        )
+
+    def draw(self, **inputs: Any) -> Answer:
+        """Predict and insist on success."""
+        answer = self.predict(**inputs)
+        assert answer.status == "succeeded", answer.error
+        return answer
+
+    def fail(self, **inputs: Any) -> str:
+        """Predict, insist on a failed prediction, and return its error."""
+        answer = self.predict(**inputs)
+        assert answer.status == "failed"
+        assert answer.error
+        return answer.error
+
+
+@contextmanager
+def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
+    """Run a server whose output files go to a directory."""
+    lines: list[str] = []
+    settings = {"FLUX_OUTPUT_DIRECTORY": str(outputs), "FLUX_CHECKPOINT": "nano", **environment}
+    with Server(settings, on_log=lines.append) as server:
+        yield LoggedServer(server, outputs, lines)
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
+    """Receive the server's webhooks: the URL, the payloads, and an event for each arrival."""
+    import json
+
+    payloads: list[dict[str, Any]] = []
+    arrived = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            payloads.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            arrived.set()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as receiver:
+        thread = threading.Thread(target=receiver.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{receiver.server_port}/", payloads, arrived
+        finally:
+            receiver.shutdown()
+            thread.join()
+
+
+def defaults(run: Any) -> dict[str, Any]:
+    """The inputs that `Predictor.run` takes when a caller gives none."""
+    parameters = inspect.signature(run).parameters
+    return {name: p.default.default for name, p in parameters.items() if name != "self"}
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes | Image.Image) -> str:
+    if isinstance(content, Image.Image):
+        content = encode(content)
+    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+
+
+def colours(width: int, height: int, shift: int = 0) -> Image.Image:
+    """A smooth RGB picture without two equal rows or columns."""
+    x = np.linspace(0, 255, width)[None, :].repeat(height, 0)
+    y = np.linspace(255, 0, height)[:, None].repeat(width, 1)
+    z = (x + y + shift) % 256
+    return Image.fromarray(np.stack([x, y, z], -1).astype(np.uint8))
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference of 8-bit pixels."""
+    return float(np.abs(pixels(a) - pixels(b)).mean())
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.size == b.size and bool((pixels(a) == pixels(b)).all())

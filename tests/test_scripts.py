@@ -1,0 +1,78 @@
+"""The newcomer's commands, run as a newcomer runs them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import colours
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """script/predict in a directory of its own, on the miniature."""
+    return subprocess.run(
+        [ROOT / "script" / "predict", *arguments],
+        cwd=cwd,
+        env={**os.environ, "FLUX_CHECKPOINT": "nano", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def servers() -> list[str]:
+    """The command lines of Cog servers that run on this machine for this checkout."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"cog.server.http" in (entry / "cmdline").read_bytes():
+                found.append(f"{entry.name} {(entry / 'cwd').readlink()}")
+        except OSError:
+            continue
+    return found
+
+
+def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
+    colours(96, 64).save(tmp_path / "photo.png")
+    before = servers()
+    inputs = ["prompt=a heart", "image=@photo.png", "num_inference_steps=3", "num_outputs=2"]
+    options = [o for i in [*inputs, "output_format=jpg", "prompt_strength=0.5"] for o in ("-i", i)]
+    result = run(*options, "-o", "drawn", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Using seed: " in result.stderr
+    assert "2/2 [" in result.stderr  # progress: half of three steps, rounded to even
+    first, second, metrics = result.stdout.split("\n", 2)
+    for number, path in enumerate((first, second)):
+        assert path == f"drawn/output.{number}.jpg"
+        with Image.open(tmp_path / path) as image:
+            assert (image.format, image.size) == ("JPEG", (96, 64))
+    assert json.loads(metrics)["image_output_count"] == 2
+    assert servers() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["-i", "prompt"], {}, "-i prompt: expected NAME=VALUE or NAME=@FILE"),
+        (["-i", "promt=a heart"], {}, "-i promt=a heart: no such input; there are aspect_ratio"),
+        (["-i", "image=@absent.png"], {}, "-i image=@absent.png: No such file"),
+        (["-i", "num_outputs=two"], {}, "-i num_outputs=two: expected integer"),
+        (["-i", "prompt=x", "-i", "width=5000"], {}, "HTTP 422: width: "),
+        (["-i", "prompt=x", "-i", "aspect_ratio=custom"], {}, "custom needs both width and height"),
+        (["-i", "prompt=x"], {"FLUX_CHECKPOINT": "/absent"}, "/absent/dev holds no pipeline"),
+    ],
+)
+def test_predict_fails_with_the_reason_and_leaves_no_server(
+    tmp_path, arguments, environment, message: str
+) -> None:
+    before = servers()
+    result = run(*arguments, cwd=tmp_path, **environment)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert servers() == before
