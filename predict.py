@@ -8,13 +8,13 @@ is dropped without a word, so the signature below stays in those forms
 # ruff: noqa: E501  (a description must be one plain string literal)
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cog import BaseRunner, Input, Path
 from PIL import Image
 
-from flux.engine import Engine
 from flux.images import PIXELS_PER_MEGAPIXEL
-from flux.load import Deployment, load_pipelines
 from flux.outputs import Outputs, RequestOutputs
 from flux.request import Inputs, Request, resolve
 from flux.timing import Stopwatch
@@ -170,6 +170,13 @@ class Predictor(BaseRunner):
         return self._thread.call(lambda check_cancelled: self._serve(inputs, check_cancelled))
 
     def _load(self, _: CheckCancelled) -> None:
+        with _without_remarks():
+            import torch
+
+            from flux.engine import Engine
+            from flux.load import Deployment, load_pipelines
+
+        torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
         self._engine = Engine(load_pipelines(deployment), self._settings.prompt_cache)
         self._checker = OpenNSFW(self._settings.nsfw_threshold)
@@ -221,6 +228,17 @@ class Predictor(BaseRunner):
             self.record_metric(f"timing.{stage}", round(seconds, 4))
         self.record_metric("megapixels", request.width * request.height / PIXELS_PER_MEGAPIXEL)
         self.record_metric("image_output_count", len(files.paths))
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Import the large libraries without their warnings about optional packages."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def _log_to_stderr() -> None:

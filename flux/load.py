@@ -71,6 +71,7 @@ def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
     diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     pipelines: dict[str, FluxPipeline] = {}
     shared: dict[str, object] = {}
     for variant in VARIANTS:

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-import torch
-
 T = TypeVar("T")
 WAKE_SECONDS = 0.05  # how often the waiting thread gives a cancel the chance to strike
 
@@ -54,7 +52,7 @@ class _Task(Generic[T]):
 
 
 class EngineThread:
-    """Runs one piece of work at a time, in a thread with gradients off."""
+    """Runs one piece of work at a time, all of it in the same thread."""
 
     def __init__(self) -> None:
         self._inbox: SimpleQueue[_Task[object]] = SimpleQueue()
@@ -79,7 +77,6 @@ class EngineThread:
         return task.result  # type: ignore[return-value]
 
     def _serve(self) -> None:
-        torch.set_grad_enabled(False)
         while True:
             task = self._inbox.get()
             if not task.finished:

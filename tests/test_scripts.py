@@ -45,6 +45,8 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
     result = run(*options, "-o", "drawn", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Using seed: " in result.stderr
+    assert "torchao" not in result.stderr  # what the libraries miss is no user's business
+    assert "torchvision" not in result.stderr
     assert "2/2 [" in result.stderr  # progress: half of three steps, rounded to even
     first, second, metrics = result.stdout.split("\n", 2)
     for number, path in enumerate((first, second)):

@@ -5,7 +5,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from flux.worker import EngineThread
 
@@ -22,15 +21,11 @@ def throw(thread: threading.Thread) -> None:
     )
 
 
-def test_work_runs_in_one_thread_without_gradients() -> None:
+def test_all_work_runs_in_one_thread() -> None:
     engine = EngineThread()
-    seen = {engine.call(lambda _: (threading.get_ident(), torch.is_grad_enabled()))}
-    for _ in range(3):
-        seen.add(engine.call(lambda _: (threading.get_ident(), torch.is_grad_enabled())))
-    ((ident, gradients),) = seen
-    assert ident != threading.get_ident()
-    assert not gradients
-    assert torch.is_grad_enabled()
+    seen = {engine.call(lambda _: threading.get_ident()) for _ in range(4)}
+    assert len(seen) == 1
+    assert threading.get_ident() not in seen
 
 
 def test_errors_of_the_work_reach_the_caller_and_the_thread_goes_on() -> None:
