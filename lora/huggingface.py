@@ -48,6 +48,7 @@ from weights.errors import (
 from weights.retry import Patience
 
 _TIMEOUT = 10.0
+_LOGGERS_OF_URLS = ("httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
 _USUAL_STEMS = ("pytorch_lora_weights", "lora")
 _MAX_LISTED = 10
 
@@ -55,7 +56,7 @@ _MAX_LISTED = 10
 def resolve(reference: HuggingFaceReference, settings: SourceSettings) -> Artifact:
     """Ask the Hub for the commit and the file of a reference, in one request."""
     api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token or False)
-    with _translated(reference.display, settings):
+    with _translated(reference.display, settings), _discreet():
         info = api.model_info(
             reference.repo, revision=reference.revision, files_metadata=True, timeout=_TIMEOUT
         )
@@ -85,7 +86,7 @@ def download(
     repo, file, commit = location.repo, location.file, location.commit
     token: str | bool = settings.hf_token or False
     there = try_to_load_from_cache(repo, file, settings.hf_cache_dir, commit)
-    with _translated(artifact.source, settings), _quiet():
+    with _translated(artifact.source, settings), _discreet():
         if isinstance(there, str):
             url = hf_hub_url(repo, file, revision=commit, endpoint=settings.hf_endpoint)
             get_hf_file_metadata(url, token=token, timeout=_TIMEOUT, endpoint=settings.hf_endpoint)
@@ -182,23 +183,24 @@ def _progress_bar(patience: Patience, on_progress: Progress) -> "type[tqdm[Any]]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Cut the queries off the URLs in huggingface_hub's warnings: some are presigned."""
+def _discreet() -> Iterator[None]:
+    """Cut the queries off the URLs in the libraries' log lines: those of the storage are secret."""
 
     def redact(record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
             record.args = tuple(
-                without_secrets(arg) if isinstance(arg, str) and "://" in arg else arg
-                for arg in record.args
+                without_secrets(str(arg)) if "://" in str(arg) else arg for arg in record.args
             )
         return True
 
-    library = logging.getLogger("huggingface_hub.file_download")
-    library.addFilter(redact)
+    loggers = [logging.getLogger(name) for name in _LOGGERS_OF_URLS]
+    for logger in loggers:
+        logger.addFilter(redact)
     try:
         yield
     finally:
-        library.removeFilter(redact)
+        for logger in loggers:
+            logger.removeFilter(redact)
 
 
 @contextlib.contextmanager
@@ -215,14 +217,11 @@ def _translated(name: str, settings: SourceSettings) -> Iterator[None]:
             f"whose token is in HF_TOKEN ({_token_state(settings)})."
         ) from None
     except RepositoryNotFoundError:
-        raise NotFoundError(
-            f"{name}: Hugging Face has no such repository, or it is private. Check the spelling; "
-            f"a private one needs a token in HF_TOKEN ({_token_state(settings)})."
-        ) from None
+        raise _unseen(name, settings) from None
     except RevisionNotFoundError:
         raise NotFoundError(f"{name}: no such branch, tag or commit in the repository.") from None
     except HfHubHTTPError as error:
-        raise _from_status(name, error) from None
+        raise _from_status(name, error.response.status_code, settings) from None
     except HFValidationError as error:
         raise ReferenceFormatError(f"{name}: not a valid name of a repository: {error}") from error
     except (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -239,16 +238,26 @@ def _translated(name: str, settings: SourceSettings) -> Iterator[None]:
         ) from None
 
 
-def _from_status(name: str, error: HfHubHTTPError) -> WeightsError:
-    status = error.response.status_code
+def _from_status(name: str, status: int, settings: SourceSettings) -> WeightsError:
+    if status == HTTPStatus.UNAUTHORIZED and not settings.hf_token:
+        return _unseen(name, settings)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return AccessDeniedError(
-            f"{name}: Hugging Face denies access (HTTP {status}). Check HF_TOKEN."
+            f"{name}: Hugging Face denies access (HTTP {status}). Check the token in HF_TOKEN "
+            f"({_token_state(settings)})."
         )
     if status == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"{name}: no such file in the repository.")
     return SourceUnavailableError(
         f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later."
+    )
+
+
+def _unseen(name: str, settings: SourceSettings) -> NotFoundError:
+    """The Hub does not tell a missing repository from one that it will not show."""
+    return NotFoundError(
+        f"{name}: Hugging Face has no such repository, or it is private. Check the spelling; "
+        f"a private one needs a token in HF_TOKEN ({_token_state(settings)})."
     )
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import miniature
 import pytest
 
+from tests.hub import Hub
+
 
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory) -> Path:
@@ -29,3 +31,10 @@ def other_checkpoint(tmp_path_factory) -> Path:
     )
     miniature.build(directory, dimensions, seed=1)
     return directory
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the sites that adapters come from, on loopback."""
+    with Hub() as running:
+        yield running

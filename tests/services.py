@@ -70,6 +70,9 @@ class HuggingFace:
         self._repositories[name] = repository
         return repository
 
+    def remove(self, name: str) -> None:
+        del self._repositories[name]
+
     def _answer(self, request: Request) -> Reply | None:
         match request.path.strip("/").split("/"):
             case ["api", "models", owner, name, *rest]:
