@@ -1,5 +1,6 @@
 """From an artifact to a .safetensors file on this disk."""
 
+import logging
 from pathlib import Path
 
 from lora import huggingface
@@ -10,6 +11,8 @@ from weights.download import Expected, LogProgress, download, sha256_of
 from weights.http import Remote
 from weights.retry import Patience
 
+logger = logging.getLogger(__name__)
+
 
 def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience) -> Fetched:
     """Get the file of an artifact, and out of its archive if it came in one.
@@ -17,6 +20,8 @@ def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience
     target: where to put a file that is not already kept by somebody else.
     Raises WeightsError; nothing but an unfinished download is then left at `target`.
     """
+    size = f" ({artifact.size / 1e6:.1f} MB)" if artifact.size else ""
+    logger.info("Fetching %s%s.", artifact.source, size)
     progress = LogProgress(artifact.source)
     match artifact.location:
         case HubFile():

@@ -34,7 +34,7 @@ from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm
 
 from lora.artifact import Artifact, Fetched, HubFile
-from lora.reference import HuggingFaceReference, without_secrets
+from lora.reference import HuggingFaceReference
 from lora.settings import SourceSettings
 from weights.download import Progress, sha256_of
 from weights.errors import (
@@ -45,6 +45,7 @@ from weights.errors import (
     SourceUnavailableError,
     WeightsError,
 )
+from weights.redact import without_secrets
 from weights.retry import Patience
 
 _TIMEOUT = 10.0

@@ -25,12 +25,12 @@ from weights.cache import FileCache, Record
 from weights.download import check_size
 from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
 from weights.http import HttpClient
+from weights.redact import one_line
 from weights.retry import Patience, never_cancelled
 
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 5
-_MAX_WORD = 200
 _MAX_WORDS = 10
 
 Hit = Literal["memory", "disk", "download"]
@@ -229,15 +229,17 @@ class _Memory(Generic[A]):
 
 
 def _merged(*groups: Sequence[str]) -> tuple[str, ...]:
-    """All words once, in order, each on one line and of bounded length."""
-    words = (" ".join(word.split())[:_MAX_WORD] for group in groups for word in group)
+    """All words once, in order."""
+    words = (one_line(word) for group in groups for word in group)
     return tuple(dict.fromkeys(word for word in words if word))[:_MAX_WORDS]
 
 
 def _log(loaded: Loaded[A]) -> None:
     adapter = loaded.adapter
     ignored = list(adapter.ignored)
-    names = ", ".join(ignored[:_MAX_LISTED]) + (", ..." if len(ignored) > _MAX_LISTED else "")
+    names = ", ".join(map(one_line, ignored[:_MAX_LISTED])) + (
+        ", ..." if len(ignored) > _MAX_LISTED else ""
+    )
     logger.info(
         "Adapter %s, revision %s, %.1f MB, format %s, %d modules, %d keys ignored%s, from %s%s",
         loaded.source,

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, unquote, unquote_to_bytes, urlsplit
 
 from weights.errors import ReferenceFormatError
+from weights.redact import one_line, without_secrets
 
 FORMS = """\
   owner/name, owner/name/version or owner/name:version        a fine-tune on Replicate
@@ -22,7 +23,6 @@ FORMS = """\
   https://host/path/file.safetensors or https://host/path/file.tar
   data:application/octet-stream;base64,...                    the file itself"""
 
-_MAX_SHOWN = 120
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -241,9 +241,7 @@ def _hugging_face(text: str, segments: list[str]) -> HuggingFaceReference:
     view, *rest = rest
     if rest[:1] == ["refs"] and len(rest) >= 3:
         rest = ["/".join(rest[:3]), *rest[3:]]
-    if not rest:
-        return HuggingFaceReference(repo)
-    revision, *place = rest
+    revision, *place = rest or (None,)
     if view == "tree" and not (place and place[-1].lower().endswith(".safetensors")):
         return HuggingFaceReference(repo, revision, folder="/".join(place) or None)
     return HuggingFaceReference(repo, revision, file=_safetensors(text, place))
@@ -284,7 +282,7 @@ def _data(text: str) -> DataReference:
         data = base64.b64decode(compact, validate=True) if is_base64 else unquote_to_bytes(body)
     except (binascii.Error, ValueError) as error:
         raise _not_understood("data:...;base64,...", "its base64 is damaged") from error
-    return DataReference(data, (media_type or "text/plain")[:_MAX_SHOWN])
+    return DataReference(data, one_line(media_type or "text/plain"))
 
 
 def _local(text: str, allowed: bool) -> LocalReference:
@@ -292,15 +290,6 @@ def _local(text: str, allowed: bool) -> LocalReference:
         raise _not_understood(text, "paths on the machine of the model are not allowed")
     path = unquote(urlsplit(text).path) if text[:5].lower() == "file:" else text
     return LocalReference(Path(path).expanduser())
-
-
-def without_secrets(text: str) -> str:
-    """A URL, or what was meant as one, without user part, query and fragment, and not too long."""
-    bare = re.split(r"[?#]", text, maxsplit=1)[0]
-    scheme, separator, rest = bare.rpartition("://")
-    authority, slash, path = rest.partition("/")
-    shown = scheme + separator + authority.rpartition("@")[2] + slash + path
-    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
 
 
 def _not_understood(text: str, why: str = "") -> ReferenceFormatError:

@@ -95,5 +95,5 @@ def _gib(environ: Mapping[str, str], name: str, default: float) -> int:
     text = environ.get(name) or str(default)
     try:
         return int(float(text) * _GIB)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{name}={text!r} is not a number of gigabytes, like 2 or 0.5") from error

@@ -18,6 +18,7 @@ from lora.reference import (
 from lora.settings import SourceSettings
 from weights.errors import InvalidFileError, NotFoundError
 from weights.http import Credential, HttpClient, Remote
+from weights.redact import one_line
 from weights.retry import Patience
 
 _SIGNING_PREFIXES = ("x-amz-", "x-goog-")
@@ -104,7 +105,7 @@ class Sources:
         return Artifact(
             pin=f"url {identity} {probe.validator}" if probe.validator else None,
             source=remote.name,
-            revision=probe.validator or "unknown",
+            revision=one_line((probe.validator or "unknown").strip('"')),
             location=remote,
             size=probe.size,
             validator=probe.validator,

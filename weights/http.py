@@ -2,7 +2,8 @@
 
 requests does the redirects; it drops the Authorization header as soon as one leads to another
 host. The session ignores the environment: a proxy would connect on our behalf, past the address
-check, and a .netrc would add credentials of its own.
+check, and a .netrc would add credentials of its own. It keeps no cookies either, because one that
+came with the request of one user would go out with that of the next.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlsplit
 
 import requests
@@ -24,11 +26,11 @@ from weights.errors import (
     SourceUnavailableError,
     WeightsError,
 )
+from weights.redact import one_line
 from weights.retry import Patience
 
 _MAX_JSON_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 4096
-_MAX_DETAIL = 200
 _MAX_REDIRECTS = 10
 _TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
 _GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
@@ -105,6 +107,7 @@ class HttpClient:
         self.settings = settings
         self._session = requests.Session()
         self._session.trust_env = False
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.max_redirects = _MAX_REDIRECTS
         self._session.headers.update({"Accept-Encoding": "identity"})
         if not settings.allow_private_hosts:
@@ -234,7 +237,7 @@ def _detail(response: requests.Response) -> str:
         body = json.loads(response.raw.read(_MAX_ERROR_BYTES))
         if isinstance(body, dict):
             said = [body.get("message") or body.get("error"), body.get("deadline")]
-            detail = ": ".join([detail, *(str(part)[:_MAX_DETAIL] for part in said if part)])
+            detail = ": ".join([detail, *(one_line(str(part)) for part in said if part)])
     return detail
 
 

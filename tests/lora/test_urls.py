@@ -172,6 +172,8 @@ def test_local_file_only_where_allowed_and_noticed_when_changed(new_loader, sett
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "127.1", "0x7f.1"])
 def test_private_hosts_are_refused_however_they_are_spelled(hub, new_loader, settings, host):
     url = hub.add_file("/files/x.safetensors", OLD).replace("127.0.0.1", host)
-    with pytest.raises(ForbiddenAddressError, match="not on the public internet"):
-        new_loader(public_only(settings)).load(url)
+    loader = new_loader(public_only(settings))
+    for text in (url, url.replace("http:", "https:")):
+        with pytest.raises(ForbiddenAddressError, match="not on the public internet"):
+            loader.load(text)
     assert hub.requests == []

@@ -240,3 +240,12 @@ def test_redirect_is_followed_and_the_token_stays_behind(hub, tmp_path):
 def test_endless_redirects_end(hub, fetch):
     with pytest.raises(WeightsError, match="redirects"):
         fetch(hub.add_redirect("/x", hub.url + "/x"))
+
+
+def test_cookies_of_one_request_do_not_go_out_with_the_next(hub):
+    url = hub.add_file("/x", CONTENT, headers={"Set-Cookie": "session=mine; Path=/"})
+    client = HttpClient(HttpSettings(allow_private_hosts=True))
+    for _ in range(2):
+        client.probe(Remote(url, "x"), Patience())
+    client.close()
+    assert [request.headers.get("cookie") for request in hub.requests] == [None, None]
