@@ -46,8 +46,15 @@ class LoaderSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "LoaderSettings":
-        """Read the settings from environment variables; see the README for their names.
+        """Read the settings from environment variables.
 
+        HF_ENDPOINT, CIVITAI_ENDPOINT, REPLICATE_ENDPOINT: URLs of the sources.
+        HF_TOKEN, CIVITAI_API_TOKEN, REPLICATE_API_TOKEN: tokens for them.
+        LORA_CACHE_DIR, LORA_CACHE_GB (50), LORA_MIN_FREE_GB (5): files on disk.
+        LORA_MEMORY_GB (8): parsed adapters. LORA_MAX_FILE_GB (4): the largest file accepted.
+        LORA_ALLOW_PRIVATE_HOSTS, LORA_ALLOW_LOCAL_PATHS: 1 or true to allow.
+
+        The cache of Hugging Face is where huggingface_hub has it: HF_HOME or HF_HUB_CACHE.
         Raises ValueError if a size is not a number.
         """
         default = Path("~/.cache/flux-fine-tune/adapters").expanduser()

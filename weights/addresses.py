@@ -9,7 +9,7 @@ connection and is checked by the same line. TLS still verifies the name, not the
 
 import socket
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -19,21 +19,19 @@ from urllib3.util.connection import create_connection
 
 from weights.errors import ForbiddenAddressError
 
-_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
-
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Whether the address belongs to the public internet.
 
-    Python calls NAT64, 6to4 and multicast addresses global; the first two can carry a private
-    IPv4 address inside, so NAT64 is refused and 6to4 judged by what it carries.
+    More than Python's is_global: that is true of multicast, of 6to4 (judged here by the IPv4
+    address it carries) and of NAT64 (64:ff9b::/96, refused here as part of the reserved ::/8).
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
         if address.sixtofour is not None:
             return is_public(address.sixtofour)
-        if address.is_site_local or any(address in network for network in _NAT64):
+        if address.is_site_local:
             return False
     return address.is_global and not address.is_multicast and not address.is_reserved
 

@@ -97,6 +97,13 @@ def test_part_of_an_earlier_run_is_continued_if_the_file_is_the_same(hub, fetch,
     assert ranges(hub) == ["bytes=1000-"]
 
 
+def test_complete_part_of_an_earlier_run_is_not_fetched_again(hub, fetch, tmp_path):
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    expected = Expected(size=len(CONTENT), sha256=sha256(CONTENT))
+    assert fetch(hub.add_file("/x", CONTENT), expected=expected).read_bytes() == CONTENT
+    assert hub.requests == []
+
+
 def test_part_of_unknown_origin_is_not_continued(hub, fetch, tmp_path):
     (tmp_path / "file.part").write_bytes(b"other bytes")
     assert fetch(hub.add_file("/x", CONTENT)).read_bytes() == CONTENT
