@@ -24,6 +24,8 @@ def photograph() -> Image.Image:
     with Image.open(path) as photograph:
         return photograph.convert("RGB")
 
+from tests.hub import Hub
+
 
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory) -> Path:
@@ -48,3 +50,10 @@ def other_checkpoint(tmp_path_factory) -> Path:
     )
     miniature.build(directory, dimensions, seed=1)
     return directory
+
+
+@pytest.fixture
+def hub():
+    """A stand-in for the sites that adapters come from, on loopback."""
+    with Hub() as running:
+        yield running

@@ -1,0 +1,162 @@
+"""What a downloaded file really is, and the one .safetensors inside a trainer's archive.
+
+The archive comes from a stranger, so it is never extracted: its members stream past, one regular
+file is copied to a name of our own, and everything is counted. tarfile reads a member's extended
+header into memory at once, whatever length it claims, hence the check in `_Member`.
+"""
+
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal, Self
+
+from weights.errors import InvalidFileError
+
+Kind = Literal["safetensors", "tar"]
+
+_HEAD_BYTES = 512
+_MAX_MEMBERS = 10_000
+_MAX_TEXT_BYTES = 1 << 16
+_MAX_EXTENDED_HEADER = 1 << 20
+_CHUNK = 1 << 20
+_EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+_TRIGGER = re.compile(r"""^[\s"'-]*trigger_word["']?\s*:\s*["']?([^"'\n,#]+)""", re.MULTILINE)
+_MADE_UP_WORD = re.compile(r"\b(?=[A-Z0-9_]*[A-Z])[A-Z0-9_]{3,}\b")
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def kind_of(path: Path, name: str) -> Kind:
+    """Tell a .safetensors file from a tar by its first bytes.
+
+    Raises InvalidFileError that says what else it is: an error page, a pickle, a Git LFS pointer.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b":
+        return "tar"
+    if head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
+        return "safetensors"
+    raise InvalidFileError(
+        f"{name}: this is {_describe(head)}, not a .safetensors file. Give the link of the "
+        f".safetensors file itself, or of a .tar that holds one."
+    )
+
+
+def _describe(head: bytes) -> str:
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not text:
+        return "an empty file"
+    if text.startswith(b"<"):
+        return "a web page or an XML error message"
+    if text.startswith((b"{", b"[")):
+        return "a JSON message"
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "a zip archive or a PyTorch pickle, which can run code and is never read"
+    return "something else"
+
+
+def take_weights(
+    archive: Path, target: Path, name: str, max_bytes: int, check_cancelled: Callable[[], None]
+) -> tuple[str, ...]:
+    """Copy the only .safetensors of a tar to `target`; returns trigger words found beside it.
+
+    max_bytes bounds what the tar expands to. Raises InvalidFileError if there is not exactly one
+    such file, or if the tar is damaged or beyond the bounds.
+    """
+    reader = _Reader(name, target, max_bytes, check_cancelled)
+    try:
+        with tarfile.open(archive, "r|*", tarinfo=_Member) as members:
+            for member in members:
+                reader.take(members, member)
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
+        target.unlink(missing_ok=True)
+        if isinstance(error, InvalidFileError):
+            raise InvalidFileError(f"{name}: {error}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise InvalidFileError(
+            f"{name}: the tar is damaged ({error}). Fetch or train it again."
+        ) from error
+    return reader.finish()
+
+
+class _Member(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _EXTENDED and not 0 <= member.size <= _MAX_EXTENDED_HEADER:
+            raise InvalidFileError("the tar has an extended header of absurd size.")
+        return member
+
+
+class _Reader:
+    """Collects from the members of one tar what an adapter needs."""
+
+    def __init__(
+        self, name: str, target: Path, max_bytes: int, check_cancelled: Callable[[], None]
+    ) -> None:
+        self._name, self._target = name, target
+        self._max_bytes, self._check_cancelled = max_bytes, check_cancelled
+        self._members = self._bytes = 0
+        self._found: list[str] = []
+        self._triggers: list[str] = []
+        self._captions: list[set[str]] = []
+
+    def take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Look at one member, and copy it if it is the weights."""
+        self._count(member)
+        path = PurePosixPath(member.name)
+        if member.type not in tarfile.REGULAR_TYPES or member.issparse() or path.name[:1] == ".":
+            return
+        content = archive.extractfile(member)
+        if content is None:
+            return
+        suffix = path.suffix.lower()
+        if suffix == ".safetensors":
+            self._found.append(member.name)
+            if len(self._found) == 1:
+                self._copy(content)
+        elif member.size <= _MAX_TEXT_BYTES and suffix in (*_CONFIG_SUFFIXES, ".txt"):
+            self._read_text(content.read().decode(errors="replace"), is_caption=suffix == ".txt")
+
+    def finish(self) -> tuple[str, ...]:
+        """Return the trigger words, having made sure of the weights."""
+        if len(self._found) != 1:
+            self._target.unlink(missing_ok=True)
+            held = ", ".join(self._found[:10]) or "none"
+            raise InvalidFileError(
+                f"{self._name}: a tar must hold exactly one .safetensors file, this one holds "
+                f"{held}. Give the link of a single .safetensors file."
+            )
+        common = set.intersection(*self._captions) if len(self._captions) > 1 else set()
+        return tuple(dict.fromkeys(self._triggers)) or tuple(sorted(common))
+
+    def _count(self, member: tarfile.TarInfo) -> None:
+        self._check_cancelled()
+        self._members += 1
+        self._bytes += max(0, member.size)
+        if self._members > _MAX_MEMBERS or self._bytes > self._max_bytes:
+            raise InvalidFileError(
+                f"the tar holds more than {_MAX_MEMBERS} files or {self._max_bytes / 1e9:.1f} GB."
+            )
+
+    def _copy(self, content: IO[bytes]) -> None:
+        with self._target.open("wb") as file:
+            while chunk := content.read(_CHUNK):
+                self._check_cancelled()
+                file.write(chunk)
+
+    def _read_text(self, text: str, *, is_caption: bool) -> None:
+        if is_caption:
+            self._captions.append(set(_MADE_UP_WORD.findall(text)))
+            return
+        words = (word.strip() for word in _TRIGGER.findall(text))
+        self._triggers += [word for word in words if word.lower() not in ("", "null", "none", "~")]

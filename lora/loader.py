@@ -1,0 +1,254 @@
+"""From a user's text to a parsed adapter, with as little work as the caches allow.
+
+A reference without a version is asked about each time, cheaply, so that a retrained model is
+noticed; if its source is down, the file from before is used and the log says so. Failures leave
+nothing behind: a file is recorded when it is whole, an adapter when it is parsed.
+"""
+
+import errno
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Literal, Protocol, Self, TypeVar
+from uuid import uuid4
+
+from lora import huggingface
+from lora.artifact import Artifact
+from lora.fetch import fetch
+from lora.reference import Reference, parse_reference
+from lora.settings import LoaderSettings
+from lora.sources import Sources
+from weights.cache import FileCache, Record
+from weights.download import check_size
+from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
+from weights.http import HttpClient
+from weights.redact import one_line
+from weights.retry import Patience, never_cancelled
+
+logger = logging.getLogger(__name__)
+
+_MAX_LISTED = 5
+_MAX_WORDS = 10
+
+Hit = Literal["memory", "disk", "download"]
+
+
+class AdapterLike(Protocol):
+    """What the loader needs to know of a parsed adapter: its size, and what to log."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory it occupies, in bytes."""
+
+    @property
+    def format(self) -> str:
+        """Name of the file's key format."""
+
+    @property
+    def modules(self) -> int:
+        """How many modules of the model it changes."""
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Keys of the file that have no effect."""
+
+    @property
+    def trigger_words(self) -> Sequence[str]:
+        """Words that its metadata says a prompt should contain."""
+
+
+A = TypeVar("A", bound=AdapterLike)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[A]):
+    """An adapter, and how it was come by.
+
+    digest, size: SHA-256 and bytes of its file. hit: where it was found.
+    """
+
+    adapter: A
+    digest: str
+    source: str
+    revision: str
+    size: int
+    trigger_words: tuple[str, ...]
+    hit: Hit
+
+
+class AdapterLoader(Generic[A]):
+    """Loads adapters by reference, through a cache of files and one of parsed adapters.
+
+    parse: reads a .safetensors file, given its path and SHA-256; raises ValueError for a bad one.
+    For one thread at a time; several processes may share the directory of the cache.
+    """
+
+    def __init__(self, settings: LoaderSettings, parse: Callable[[Path, str], A]) -> None:
+        self._settings = settings
+        self._parse = parse
+        self._client = HttpClient(settings.http)
+        self._sources = Sources(settings.sources, self._client)
+        hub_cache = settings.sources.hf_cache_dir
+        self._cache = FileCache(settings.cache, lambda path: huggingface.remove(path, hub_cache))
+        self._memory: _Memory[A] = _Memory(settings.memory_bytes)
+
+    def close(self) -> None:
+        """Close the connections kept open."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def load(self, text: str, check_cancelled: Callable[[], None] = never_cancelled) -> Loaded[A]:
+        """Return the adapter that a reference means now, and log what it is.
+
+        Raises WeightsError with a message for the user, and whatever check_cancelled raises; it
+        is called before each try and for each chunk of a download.
+        """
+        allowed = self._settings.sources.allow_local_paths
+        reference = parse_reference(text, allow_local_paths=allowed)
+        try:
+            loaded = self._deliver(*self._locate(reference, check_cancelled))
+        except FileNotFoundError:  # evicted by another process since it was found
+            loaded = self._deliver(*self._locate(reference, check_cancelled))
+        _log(loaded)
+        return loaded
+
+    def _locate(
+        self, reference: Reference, check_cancelled: Callable[[], None]
+    ) -> tuple[Record, Hit]:
+        """Find or fetch the file that a reference means now."""
+        key = self._sources.key(reference)
+        known = self._cache.find(key)
+        if known is not None and reference.immutable:
+            return known, "disk"
+        attempts = self._settings.attempts if known is None else 1
+        patience = Patience(attempts, self._settings.backoff, check_cancelled=check_cancelled)
+        try:
+            artifact = self._sources.resolve(reference, patience)
+            record, hit = self._obtain(artifact, patience)
+        except SourceUnavailableError as error:
+            if known is None:
+                raise
+            logger.warning("%s Using the file from before, which may be out of date.", error)
+            return known, "disk"
+        self._cache.remember(key, record)
+        return record, hit
+
+    def _obtain(self, artifact: Artifact, patience: Patience) -> tuple[Record, Hit]:
+        """Return the record of an artifact; one process fetches it, the others wait for it."""
+        pin = artifact.pin or f"unpinned {uuid4()}"
+        check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
+        with self._cache.fetching(pin, patience.check_cancelled) as target:
+            known = self._cache.find(pin)
+            if known is not None:
+                return known, "disk"
+            record = self._fetch(artifact, target, patience)
+            if artifact.pin is not None:
+                self._cache.remember(pin, record)
+            return record, "download"
+
+    def _fetch(self, artifact: Artifact, target: Path, patience: Patience) -> Record:
+        self._cache.make_room(artifact.size or 0)
+        try:
+            fetched = fetch(artifact, target, self._sources, patience)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskSpaceError(
+                f"{artifact.source}: the disk is full. Free some space, or lower the budget of the "
+                f"adapter cache."
+            ) from error
+        size = fetched.path.stat().st_size
+        path = str(fetched.path)
+        if not fetched.in_place:
+            path = self._cache.adopt(fetched.path, fetched.sha256)
+        return Record(
+            sha256=fetched.sha256,
+            size=size,
+            path=path,
+            source=artifact.source,
+            revision=artifact.revision,
+            trigger_words=_merged(artifact.trigger_words, fetched.trigger_words),
+            evictable=fetched.evictable,
+        )
+
+    def _deliver(self, record: Record, hit: Hit) -> Loaded[A]:
+        """Parse the file of a record, unless its adapter is in memory."""
+        adapter = self._memory.get(record.sha256)
+        if adapter is None:
+            adapter = self._parsed(record)
+            self._memory.put(record.sha256, adapter)
+        else:
+            hit = "memory"
+        return Loaded(
+            adapter=adapter,
+            digest=record.sha256,
+            source=record.source,
+            revision=record.revision,
+            size=record.size,
+            trigger_words=_merged(record.trigger_words, adapter.trigger_words),
+            hit=hit,
+        )
+
+    def _parsed(self, record: Record) -> A:
+        with self._cache.in_use(record) as path:
+            try:
+                return self._parse(path, record.sha256)
+            except ValueError as error:
+                raise InvalidFileError(f"{record.source}: {error}") from error
+
+
+class _Memory(Generic[A]):
+    """Parsed adapters by digest, the least recently used leaving first."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._adapters: OrderedDict[str, A] = OrderedDict()
+
+    def get(self, digest: str) -> A | None:
+        if digest in self._adapters:
+            self._adapters.move_to_end(digest)
+        return self._adapters.get(digest)
+
+    def put(self, digest: str, adapter: A) -> None:
+        self._adapters[digest] = adapter
+        while sum(kept.nbytes for kept in self._adapters.values()) > self._budget:
+            self._adapters.popitem(last=False)
+
+
+def _merged(*groups: Sequence[str]) -> tuple[str, ...]:
+    """All words once, in order."""
+    words = (one_line(word) for group in groups for word in group)
+    return tuple(dict.fromkeys(word for word in words if word))[:_MAX_WORDS]
+
+
+def _log(loaded: Loaded[A]) -> None:
+    adapter = loaded.adapter
+    ignored = list(adapter.ignored)
+    names = ", ".join(map(one_line, ignored[:_MAX_LISTED])) + (
+        ", ..." if len(ignored) > _MAX_LISTED else ""
+    )
+    logger.info(
+        "Adapter %s, revision %s, %.1f MB, format %s, %d modules, %d keys ignored%s, from %s%s",
+        loaded.source,
+        loaded.revision,
+        loaded.size / 1e6,
+        adapter.format,
+        adapter.modules,
+        len(ignored),
+        f" ({names})" if names else "",
+        loaded.hit,
+        f", trigger words: {', '.join(loaded.trigger_words)}" if loaded.trigger_words else "",
+    )

@@ -1,0 +1,56 @@
+import pytest
+from huggingface_hub.utils import close_session
+
+from lora.loader import AdapterLoader
+from lora.settings import LoaderSettings, SourceSettings
+from tests.lora.files import parse
+from tests.services import Civitai, HuggingFace, Replicate
+from weights.cache import CacheSettings
+from weights.http import HttpSettings
+
+
+@pytest.fixture
+def settings(hub, tmp_path):
+    """Settings that lead to the stand-in hub, with short waits."""
+    return LoaderSettings(
+        cache=CacheSettings(tmp_path / "cache", min_free_bytes=0),
+        sources=SourceSettings(hub.url, hub.url, hub.url, hf_cache_dir=tmp_path / "hf"),
+        http=HttpSettings(allow_private_hosts=True, connect_timeout=1, read_timeout=1),
+        attempts=3,
+        backoff=0.01,
+    )
+
+
+@pytest.fixture
+def new_loader(settings):
+    """Makes loaders, as a restarted or a second process would."""
+    loaders = []
+
+    def make(settings=settings, parse=parse):
+        loaders.append(AdapterLoader(settings, parse))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+    close_session()
+
+
+@pytest.fixture
+def loader(new_loader):
+    return new_loader()
+
+
+@pytest.fixture
+def huggingface(hub):
+    return HuggingFace(hub)
+
+
+@pytest.fixture
+def civitai(hub):
+    return Civitai(hub)
+
+
+@pytest.fixture
+def replicate(hub):
+    return Replicate(hub)

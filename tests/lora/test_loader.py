@@ -1,0 +1,210 @@
+"""The cached loader: what is kept, what is logged, and what failures leave behind."""
+
+import multiprocessing
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from lora.loader import AdapterLoader
+from lora.settings import LoaderSettings
+from tests.lora.files import parse, safetensors
+from tests.services import trained_on_replicate
+from weights.cache import FileCache
+from weights.errors import InvalidFileError, SourceUnavailableError
+
+VERSION = "0a" * 32
+
+
+def add_files(hub, *names):
+    return [hub.add_file(f"/{name}.safetensors", safetensors(name)) for name in names]
+
+
+class CountingParser:
+    """Counts how often each file is parsed."""
+
+    def __init__(self):
+        self.parsed = []
+
+    def __call__(self, path, digest):
+        adapter = parse(path, digest)
+        self.parsed.append(adapter.content)
+        return adapter
+
+
+def test_one_line_tells_everything(loader, replicate, caplog):
+    caplog.set_level("INFO", logger="lora.loader")
+    replicate.add("fofr/flux-x", trained_on_replicate(safetensors("x", 1_000_000)), VERSION)
+    loader.load(f"fofr/flux-x:{VERSION}")
+    loader.load(f"fofr/flux-x:{VERSION}")
+    first, second = caplog.messages
+    assert first == (
+        f"Adapter replicate.com/fofr/flux-x:{VERSION}, revision {VERSION[:12]}, 1.0 MB, "
+        "format test, 1 modules, 1 keys ignored (bundle_emb.x), from download, trigger words: TOK"
+    )
+    assert second == first.replace("from download", "from memory")
+
+
+def test_switching_between_a_handful_parses_each_once(hub, new_loader):
+    parser = CountingParser()
+    loader = new_loader(parse=parser)
+    first, second = add_files(hub, "first", "second")
+    for text in (first, second, first, second):
+        loader.load(text)
+    assert parser.parsed == ["first", "second"]
+
+
+def test_memory_keeps_the_recently_used_within_its_budget(hub, new_loader, settings):
+    parser = CountingParser()
+    texts = add_files(hub, "a", "b", "c")
+    room_for_two = 2 * len(safetensors("a"))
+    loader = new_loader(replace(settings, memory_bytes=room_for_two), parser)
+    a, b, c = texts
+    hits = [loader.load(text).hit for text in (a, b, a, c, a, b)]
+    assert hits == ["download", "download", "memory", "download", "memory", "disk"]
+    assert parser.parsed == ["a", "b", "c", "b"]
+
+
+def test_adapter_larger_than_the_memory_budget_still_loads(hub, new_loader, settings):
+    (text,) = add_files(hub, "a")
+    loader = new_loader(replace(settings, memory_bytes=1))
+    assert [loader.load(text).hit for _ in range(2)] == ["download", "disk"]
+
+
+def test_same_content_under_two_names_is_one_adapter(hub, loader):
+    content = safetensors("same")
+    one = loader.load(hub.add_file("/one.safetensors", content))
+    two = loader.load(hub.add_file("/two.safetensors", content))
+    assert one.adapter is two.adapter
+    assert two.source.endswith("/two.safetensors")
+
+
+def test_disk_budget_evicts_also_from_the_cache_of_huggingface(
+    hub, new_loader, huggingface, settings
+):
+    size = len(safetensors("hub"))
+    tight = replace(settings, cache=replace(settings.cache, max_bytes=size))
+    huggingface.add("o/n", {"a.safetensors": safetensors("hub")})
+    (text,) = add_files(hub, "url")
+    new_loader(tight).load("huggingface.co/o/n")
+    assert new_loader(tight).load("huggingface.co/o/n").hit == "disk"
+    new_loader(tight).load(text)
+    blobs = settings.sources.hf_cache_dir.rglob("blobs/*")
+    assert [path for path in blobs if path.is_file()] == []
+    assert new_loader(tight).load("huggingface.co/o/n").hit == "download"
+
+
+def test_file_that_was_in_the_cache_of_huggingface_before_is_left_there(
+    hub, new_loader, huggingface, settings
+):
+    huggingface.add("o/n", {"a.safetensors": safetensors("hub")})
+    new_loader().load("huggingface.co/o/n")
+    elsewhere = replace(settings.cache, root=settings.cache.root / "other", max_bytes=0)
+    loader = new_loader(replace(settings, cache=elsewhere))
+    assert loader.load("huggingface.co/o/n").adapter.content == "hub"
+    loader.load(add_files(hub, "url")[0])
+    assert hub.count("GET", "/cdn/") == 1
+    assert loader.load("huggingface.co/o/n").hit == "memory"
+    assert hub.count("GET", "/cdn/") == 1
+
+
+def test_bad_file_is_named_and_the_next_request_is_fine(hub, new_loader):
+    def refuse_bad(path, digest):
+        adapter = parse(path, digest)
+        if adapter.content == "bad":
+            raise ValueError("no module of FLUX.1 matches")
+        return adapter
+
+    loader = new_loader(parse=refuse_bad)
+    bad, good = add_files(hub, "bad", "good")
+    for _ in range(2):
+        with pytest.raises(InvalidFileError, match=r"bad\.safetensors: no module of FLUX"):
+            loader.load(bad)
+    assert loader.load(good).adapter.content == "good"
+
+
+def test_failed_download_leaves_no_hit_behind(hub, loader):
+    text = hub.add_file("/x.safetensors", safetensors("x"), ranges=False)
+    hub.cut("/x", after=5, times=99)
+    for _ in range(2):
+        with pytest.raises(SourceUnavailableError):
+            loader.load(text)
+    hub.heal()
+    assert loader.load(text).hit == "download"
+
+
+def test_storage_down_after_a_retrain_serves_the_file_from_before(hub, loader, huggingface, caplog):
+    repository = huggingface.add("o/n", {"a.safetensors": safetensors("old")})
+    loader.load("huggingface.co/o/n")
+    repository.commit({"a.safetensors": safetensors("new")})
+    hub.fail("/cdn/", 503)
+    assert loader.load("huggingface.co/o/n").adapter.content == "old"
+    assert "may be out of date" in caplog.text
+    assert loader.load("huggingface.co/o/n").adapter.content == "new"
+
+
+def test_file_evicted_just_before_it_is_opened_is_fetched_again(
+    hub, new_loader, settings, monkeypatch
+):
+    (text,) = add_files(hub, "x")
+    new_loader().load(text)
+    loader, open_file = new_loader(), FileCache.in_use
+
+    def evicted_meanwhile(cache, record):
+        monkeypatch.setattr(FileCache, "in_use", open_file)
+        for path in (settings.cache.root / "objects").iterdir():
+            path.unlink()
+        return open_file(cache, record)
+
+    monkeypatch.setattr(FileCache, "in_use", evicted_meanwhile)
+    assert loader.load(text).hit == "download"
+
+
+def _load(settings, text, start, hits):
+    start.wait(30)
+    with AdapterLoader(settings, parse) as loader:
+        hits.put(loader.load(text).hit)
+
+
+def test_processes_that_ask_at_once_share_one_download(hub, settings):
+    content = safetensors("x", 200_000)
+    text = hub.add_file("/x.safetensors", content)
+    hub.drip("/x.safetensors", size=100_000, seconds=0.1, times=99)
+    context = multiprocessing.get_context("spawn")
+    start, hits = context.Event(), context.SimpleQueue()
+    processes = [context.Process(target=_load, args=(settings, text, start, hits)) for _ in "12"]
+    for process in processes:
+        process.start()
+    start.set()
+    found = sorted(hits.get() for _ in processes)
+    for process in processes:
+        process.join()
+        process.close()
+    assert found == ["disk", "download"]
+
+
+def test_settings_come_from_the_environment_they_are_given():
+    settings = LoaderSettings.from_environment(
+        {
+            "HF_ENDPOINT": "http://mirror/",
+            "HF_TOKEN": " hf_x\n",
+            "CIVITAI_API_TOKEN": "",
+            "LORA_CACHE_GB": "0.5",
+            "LORA_CACHE_DIR": "/cache",
+            "LORA_ALLOW_PRIVATE_HOSTS": "true",
+        }
+    )
+    assert settings.sources.hf_endpoint == "http://mirror"
+    assert (settings.sources.hf_token, settings.sources.civitai_token) == ("hf_x", None)
+    assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache", 1 << 29)
+    assert settings.http.allow_private_hosts
+    assert not settings.sources.allow_local_paths
+    assert "hf_x" not in repr(settings)
+    with pytest.raises(ValueError, match="LORA_CACHE_GB='much'"):
+        LoaderSettings.from_environment({"LORA_CACHE_GB": "much"})
+
+
+def test_getting_files_does_not_import_torch():
+    code = "import sys, lora.loader, weights.cache; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

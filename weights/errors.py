@@ -1,0 +1,44 @@
+"""What can go wrong with getting weights, in words that a user can act on.
+
+Every message says what was given, what was expected and what to do, and none holds a token or
+the query of a URL (presigned URLs are secrets).
+"""
+
+
+class WeightsError(ValueError):
+    """Weights could not be had; the base of everything that this package raises on purpose."""
+
+
+class ReferenceFormatError(WeightsError):
+    """The text does not name weights in any form that is understood."""
+
+
+class AccessDeniedError(WeightsError):
+    """The source asks for a login, a right or an acceptance that is missing."""
+
+
+class NotFoundError(WeightsError):
+    """The source answers, and has no such model, version or file."""
+
+
+class ForbiddenAddressError(WeightsError):
+    """The URL leads to an address that is not on the public internet."""
+
+
+class InvalidFileError(WeightsError):
+    """What arrived is not the expected file: too large, a wrong hash, or no weights at all."""
+
+
+class DiskSpaceError(WeightsError):
+    """The disk has no room for the file, even with everything unused evicted."""
+
+
+class SourceUnavailableError(WeightsError):
+    """The source does not answer properly now; the same request may succeed later.
+
+    retry_after: seconds after which the source asked to be tried again, if it did.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

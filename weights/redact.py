@@ -1,0 +1,19 @@
+"""Keeping secrets out of what is shown: presigned URLs are keys to the file they name."""
+
+import re
+
+_MAX_SHOWN = 120
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or what was meant as one, without user part, query and fragment, and not too long."""
+    bare = re.split(r"[?#]", text, maxsplit=1)[0]
+    scheme, separator, rest = bare.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    shown = scheme + separator + authority.rpartition("@")[2] + slash + path
+    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+
+
+def one_line(text: str, limit: int = 200) -> str:
+    """Text from outside as it may stand in a log: without line breaks, and not too long."""
+    return " ".join(text.split())[:limit]
