@@ -8,8 +8,9 @@ is dropped without a word, so the signature below stays in those forms
 # ruff: noqa: E501  (a description must be one plain string literal)
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cog import BaseRunner, Input, Path
 from PIL import Image
@@ -18,10 +19,16 @@ from flux.images import PIXELS_PER_MEGAPIXEL
 from flux.outputs import Outputs, RequestOutputs
 from flux.request import Inputs, Request, resolve
 from flux.timing import Stopwatch
+from flux.variants import VARIANTS
 from flux.worker import CheckCancelled, EngineThread
+from lora.loader import AdapterLoader
+from lora.settings import LoaderSettings
 from safety.checker import SafetyError, judge
 from safety.open_nsfw import OpenNSFW
 from weights.settings import Settings
+
+if TYPE_CHECKING:
+    from lora.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +52,16 @@ LORA_DESCRIPTION = "Load LoRA weights. Supports Replicate models in the format <
 class Predictor(BaseRunner):
     """FLUX.1 [dev] and [schnell]; loaded once, then one request at a time."""
 
-    def setup(self) -> None:
-        """Load everything, in the thread that will serve every request."""
+    def setup(self, weights: str | None = None) -> None:
+        """Load everything, in the thread that will serve every request.
+
+        Args:
+            weights: what COG_WEIGHTS holds, a reference like those of `replicate_weights`: the
+                adapter of requests that name none.
+        """
         _log_to_stderr()
         self._settings = Settings.from_environment()
+        self._default_adapter = weights or None
         self._thread = EngineThread()
         self._thread.call(self._load)
 
@@ -169,29 +182,37 @@ class Predictor(BaseRunner):
         )
         return self._thread.call(lambda check_cancelled: self._serve(inputs, check_cancelled))
 
-    def _load(self, _: CheckCancelled) -> None:
+    def _load(self, check_cancelled: CheckCancelled) -> None:
         with _without_remarks():
             import torch
 
             from flux.engine import Engine
             from flux.load import Deployment, load_pipelines
+            from lora.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
         self._engine = Engine(load_pipelines(deployment), self._settings.prompt_cache)
         self._checker = OpenNSFW(self._settings.nsfw_threshold)
         self._outputs = Outputs(self._settings.output_directory)
+        targets = Targets(self._engine.shapes)
+        self._loader: AdapterLoader[Adapter] = AdapterLoader(
+            LoaderSettings.of(self._settings),
+            lambda path, digest: load_adapter(path, digest, targets),
+        )
+        if self._default_adapter:
+            adapters = self._adapters(((self._default_adapter, 1.0),), check_cancelled)
+            for variant in VARIANTS:
+                self._engine.merge(variant, adapters, check_cancelled)
 
     def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
         """The way of a request, in the engine thread."""
-        settings, stopwatch = self._settings, Stopwatch()
-        request = resolve(
-            inputs,
-            max_input_pixels=settings.max_input_megapixels * PIXELS_PER_MEGAPIXEL,
-            may_skip_safety=settings.allow_disable_safety_checker,
-        )
+        stopwatch = Stopwatch()
+        request = resolve(inputs, self._settings, self._default_adapter)
+        with stopwatch.stage("adapters"):
+            adapters = self._adapters(request.adapters, check_cancelled)
         with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:
-            images = self._engine.generate(request, stopwatch, check_cancelled)
+            images = self._engine.generate(request, adapters, stopwatch, check_cancelled)
             for number, image in enumerate(images):
                 if self._passes(request, number, image, stopwatch):
                     files.add(image)
@@ -204,6 +225,17 @@ class Predictor(BaseRunner):
             check_cancelled()
         self._record(request, files, stopwatch)
         return [Path(path) for path in files.paths]
+
+    def _adapters(
+        self, wanted: Sequence[tuple[str, float]], check_cancelled: CheckCancelled
+    ) -> "list[tuple[Adapter, float]]":
+        """Load adapters by reference, and say in the log what each of them is."""
+        adapters = []
+        for reference, scale in wanted:
+            loaded = self._loader.load(reference, check_cancelled)
+            logger.info("Adapter %s, scale %g", loaded.describe(), scale)
+            adapters.append((loaded.adapter, scale))
+        return adapters
 
     def _passes(
         self, request: Request, number: int, image: Image.Image, stopwatch: Stopwatch

@@ -1,7 +1,8 @@
 """The engine: requests in, images out, one after another."""
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,21 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxInpaintPipelin
 from PIL import Image
 
 from flux.inpaint import repainted_cells, soft_alpha
+from flux.merge import AdapterLike, WorkingWeights
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request, RequestError
 from flux.timing import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 PIPELINES = {
     Mode.TEXT_TO_IMAGE: FluxPipeline,
     Mode.IMAGE_TO_IMAGE: FluxImg2ImgPipeline,
     Mode.INPAINT: FluxInpaintPipeline,
 }
+ENCODERS = ("text_encoder", "text_encoder_2")
+Adapters = Sequence[tuple[AdapterLike, float]]
+"""Adapters with their scales."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,43 @@ class Engine:
         }
         self._any = next(iter(pipelines.values()))  # for what the variants share
         self._prompts = PromptEncoder(self._any, prompt_cache)
+        self._transformers = {
+            variant: WorkingWeights({"transformer": pipeline.transformer})
+            for variant, pipeline in pipelines.items()
+        }
+        self._encoders = WorkingWeights({name: getattr(self._any, name) for name in ENCODERS})
         self._cell: int = self._any.vae_scale_factor  # pixels along the side of a latent
 
+    @property
+    def shapes(self) -> dict[str, dict[str, torch.Size]]:
+        """Shapes of all weights that adapters can change: component, parameter name, shape.
+
+        The transformer is dev's, which has every parameter of schnell's.
+        """
+        dev = self._pipelines["dev", Mode.TEXT_TO_IMAGE]
+        return {
+            name: {key: value.shape for key, value in getattr(dev, name).named_parameters()}
+            for name in ("transformer", *ENCODERS)
+        }
+
+    def merge(self, variant: str, adapters: Adapters, check_cancelled: Callable[[], None]) -> None:
+        """Make the weights that serve a variant contain these adapters and nothing else."""
+        merged, restored, absent = 0, 0, 0
+        for weights in (self._encoders, self._transformers[variant]):
+            swap = weights.reconcile(adapters, check_cancelled)
+            merged, restored = merged + swap.merged, restored + swap.restored
+            absent = sum(component == "transformer" for component, _ in swap.absent)
+        if merged or restored:
+            logger.info("Adapters: %d weights merged, %d restored", merged, restored)
+        if absent:
+            logger.info("Adapters: %d weights are left out, %s has none of them", absent, variant)
+
     def generate(
-        self, request: Request, stopwatch: Stopwatch, check_cancelled: Callable[[], None]
+        self,
+        request: Request,
+        adapters: Adapters,
+        stopwatch: Stopwatch,
+        check_cancelled: Callable[[], None],
     ) -> Iterator[Image.Image]:
         """Draw the images of a request, each when it is asked for.
 
@@ -70,8 +110,12 @@ class Engine:
         if not request.sigmas and request.picture:
             yield from [request.picture] * len(request.seeds)
             return
+        with stopwatch.stage("adapters"):
+            self.merge(request.variant.name, adapters, check_cancelled)
         with stopwatch.stage("text"):
-            prompt = self._prompts.encode(request.prompt, request.variant.max_sequence_length)
+            state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
+            length = request.variant.max_sequence_length
+            prompt = self._prompts.encode(request.prompt, length, state)
         check_cancelled()
         with stopwatch.stage("input"):
             canvas = self._prepare(request)

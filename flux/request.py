@@ -14,9 +14,10 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
-from flux.images import PictureError, read_mask, read_picture
+from flux.images import PIXELS_PER_MEGAPIXEL, PictureError, read_mask, read_picture
 from flux.sampling import ASPECT_RATIOS, fit_size, nearest_multiple, sigmas
 from flux.variants import VARIANTS, Variant
+from weights.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Request:
             asked for, and the picture is to come back as it is.
         seeds: one for each image, 0 to 2**64 - 1.
         guidance: for the guidance embedding; None for a variant that has none.
+        adapters: references, as the caller wrote them, with their effective scales.
     """
 
     prompt: str
@@ -89,32 +91,34 @@ class Request:
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     guidance: float | None
+    adapters: tuple[tuple[str, float], ...]
     output_format: str
     output_quality: int
     check_safety: bool
 
 
-def resolve(inputs: Inputs, *, max_input_pixels: int, may_skip_safety: bool) -> Request:
+def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = None) -> Request:
     """Apply the contract's rules.
 
     Args:
         inputs: as they come from the server.
-        max_input_pixels: the limit on the area of an input picture.
-        may_skip_safety: whether the operator lets callers disable the safety checker.
+        settings: the operator's limits and permissions.
+        default_adapter: a reference that stands in for an empty `replicate_weights`.
 
     Raises:
         RequestError: for inputs that cannot be served.
     """
-    if inputs.replicate_weights or inputs.extra_lora:
-        raise RequestError("replicate_weights, extra_lora: this build cannot load adapters yet")
     variant = _row(VARIANTS, "model", inputs.model)
     mode = _mode(inputs)
+    limit = settings.max_input_megapixels * PIXELS_PER_MEGAPIXEL
     try:
-        picture = read_picture(inputs.image, max_input_pixels) if inputs.image else None
-        mask = read_mask(inputs.mask, max_input_pixels) if inputs.mask else None
+        picture = read_picture(inputs.image, limit) if inputs.image else None
+        mask = read_mask(inputs.mask, limit) if inputs.mask else None
     except PictureError as error:
         raise RequestError(str(error)) from error
     width, height = _size(inputs, picture)
+    precision = _precision(inputs, picture)
+    multiplier = settings.go_fast_multiplier if precision == "fp8" else 1.0
     first_seed = _seed(inputs.seed)
     logger.info("Using seed: %d", first_seed)
     if not variant.guidance:
@@ -123,7 +127,7 @@ def resolve(inputs: Inputs, *, max_input_pixels: int, may_skip_safety: bool) -> 
         prompt=inputs.prompt,
         variant=variant,
         mode=mode,
-        precision=_precision(inputs, picture),
+        precision=precision,
         width=width,
         height=height,
         picture=picture and _resize(picture, width, height, Image.Resampling.LANCZOS),
@@ -131,9 +135,10 @@ def resolve(inputs: Inputs, *, max_input_pixels: int, may_skip_safety: bool) -> 
         sigmas=_noise_levels(inputs, mode),
         seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
         guidance=float(inputs.guidance_scale) if variant.guidance else None,
+        adapters=_adapters(inputs, default_adapter, multiplier),
         output_format=inputs.output_format,
         output_quality=int(inputs.output_quality),
-        check_safety=_check_safety(inputs, may_skip_safety),
+        check_safety=_check_safety(inputs, settings.allow_disable_safety_checker),
     )
 
 
@@ -183,6 +188,17 @@ def _noise_levels(inputs: Inputs, mode: Mode) -> tuple[float, ...]:
     """Empty at strength 0, where the picture comes back as it is."""
     strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
     return tuple(sigmas(int(inputs.num_inference_steps), strength)) if strength > 0 else ()
+
+
+def _adapters(
+    inputs: Inputs, default: str | None, multiplier: float
+) -> tuple[tuple[str, float], ...]:
+    """Main and extra adapter with their scales; blank references are none."""
+    given = (
+        ((inputs.replicate_weights or "").strip() or default, inputs.lora_scale),
+        ((inputs.extra_lora or "").strip(), inputs.extra_lora_scale),
+    )
+    return tuple((reference, scale * multiplier) for reference, scale in given if reference)
 
 
 def _seed(seed: int | None) -> int:

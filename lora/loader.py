@@ -78,6 +78,23 @@ class Loaded(Generic[A]):
     trigger_words: tuple[str, ...]
     hit: Hit
 
+    def describe(self) -> str:
+        """All of it in a line for the log."""
+        ignored = list(map(one_line, self.adapter.ignored))
+        names = ", ".join(ignored[:_MAX_LISTED]) + (", ..." if len(ignored) > _MAX_LISTED else "")
+        parts = [
+            self.source,
+            f"revision {self.revision}",
+            f"{self.size / 1e6:.1f} MB",
+            f"format {self.adapter.format}",
+            f"{self.adapter.modules} modules",
+            f"{len(ignored)} keys ignored" + (f" ({names})" if names else ""),
+            f"from {self.hit}",
+        ]
+        if self.trigger_words:
+            parts.append(f"trigger words: {', '.join(self.trigger_words)}")
+        return ", ".join(parts)
+
 
 class AdapterLoader(Generic[A]):
     """Loads adapters by reference, through a cache of files and one of parsed adapters.
@@ -111,7 +128,7 @@ class AdapterLoader(Generic[A]):
         self.close()
 
     def load(self, text: str, check_cancelled: Callable[[], None] = never_cancelled) -> Loaded[A]:
-        """Return the adapter that a reference means now, and log what it is.
+        """Return the adapter that a reference means now.
 
         Raises WeightsError with a message for the user, and whatever check_cancelled raises; it
         is called before each try and for each chunk of a download.
@@ -119,11 +136,9 @@ class AdapterLoader(Generic[A]):
         allowed = self._settings.sources.allow_local_paths
         reference = parse_reference(text, allow_local_paths=allowed)
         try:
-            loaded = self._deliver(*self._locate(reference, check_cancelled))
+            return self._deliver(*self._locate(reference, check_cancelled))
         except FileNotFoundError:  # evicted by another process since it was found
-            loaded = self._deliver(*self._locate(reference, check_cancelled))
-        _log(loaded)
-        return loaded
+            return self._deliver(*self._locate(reference, check_cancelled))
 
     def _locate(
         self, reference: Reference, check_cancelled: Callable[[], None]
@@ -232,23 +247,3 @@ def _merged(*groups: Sequence[str]) -> tuple[str, ...]:
     """All words once, in order."""
     words = (one_line(word) for group in groups for word in group)
     return tuple(dict.fromkeys(word for word in words if word))[:_MAX_WORDS]
-
-
-def _log(loaded: Loaded[A]) -> None:
-    adapter = loaded.adapter
-    ignored = list(adapter.ignored)
-    names = ", ".join(map(one_line, ignored[:_MAX_LISTED])) + (
-        ", ..." if len(ignored) > _MAX_LISTED else ""
-    )
-    logger.info(
-        "Adapter %s, revision %s, %.1f MB, format %s, %d modules, %d keys ignored%s, from %s%s",
-        loaded.source,
-        loaded.revision,
-        loaded.size / 1e6,
-        adapter.format,
-        adapter.modules,
-        len(ignored),
-        f" ({names})" if names else "",
-        loaded.hit,
-        f", trigger words: {', '.join(loaded.trigger_words)}" if loaded.trigger_words else "",
-    )

@@ -1,14 +1,11 @@
-"""What an operator can set about adapters. The environment is read here and nowhere else."""
+"""What getting adapters depends on, apart from the reference."""
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weights.cache import CacheSettings
 from weights.http import HttpSettings
-
-_GIB = 1 << 30
+from weights.settings import GIB, Settings
 
 
 @dataclass(frozen=True)
@@ -40,67 +37,31 @@ class LoaderSettings:
     cache: CacheSettings
     sources: SourceSettings = field(default_factory=SourceSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
-    memory_bytes: int = 8 * _GIB
+    memory_bytes: int = 8 * GIB
     attempts: int = 5
     backoff: float = 1.0
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "LoaderSettings":
-        """Read the settings from environment variables.
-
-        HF_ENDPOINT, CIVITAI_ENDPOINT, REPLICATE_ENDPOINT: URLs of the sources.
-        HF_TOKEN, CIVITAI_API_TOKEN, REPLICATE_API_TOKEN: tokens for them.
-        LORA_CACHE_DIR, LORA_CACHE_GB (50), LORA_MIN_FREE_GB (5): files on disk.
-        LORA_MEMORY_GB (8): parsed adapters. LORA_MAX_FILE_GB (4): the largest file accepted.
-        LORA_ALLOW_PRIVATE_HOSTS, LORA_ALLOW_LOCAL_PATHS: 1 or true to allow.
-
-        The cache of Hugging Face is where huggingface_hub has it: HF_HOME or HF_HUB_CACHE.
-        Raises ValueError if a size is not a number.
-        """
-        default = Path("~/.cache/flux-fine-tune/adapters").expanduser()
+    def of(cls, settings: Settings) -> "LoaderSettings":
+        """The part of the deployment's settings that is about adapters."""
         return cls(
             cache=CacheSettings(
-                root=Path(environ.get("LORA_CACHE_DIR") or default),
-                max_bytes=_gib(environ, "LORA_CACHE_GB", 50),
-                min_free_bytes=_gib(environ, "LORA_MIN_FREE_GB", 5),
+                root=settings.lora_cache_directory.expanduser(),
+                max_bytes=settings.lora_cache_bytes,
+                min_free_bytes=settings.lora_min_free_bytes,
             ),
-            sources=_sources(environ),
+            sources=SourceSettings(
+                hf_endpoint=settings.hf_endpoint,
+                civitai_endpoint=settings.civitai_endpoint,
+                replicate_endpoint=settings.replicate_endpoint,
+                hf_token=settings.hf_token,
+                civitai_token=settings.civitai_token,
+                replicate_token=settings.replicate_token,
+                allow_local_paths=settings.lora_allow_local_paths,
+            ),
             http=HttpSettings(
-                allow_private_hosts=_flag(environ, "LORA_ALLOW_PRIVATE_HOSTS"),
-                max_bytes=_gib(environ, "LORA_MAX_FILE_GB", 4),
+                allow_private_hosts=settings.lora_allow_private_hosts,
+                max_bytes=settings.lora_max_file_bytes,
             ),
-            memory_bytes=_gib(environ, "LORA_MEMORY_GB", 8),
+            memory_bytes=settings.lora_memory_bytes,
         )
-
-
-def _sources(environ: Mapping[str, str]) -> SourceSettings:
-    default = SourceSettings()
-    return SourceSettings(
-        hf_endpoint=_endpoint(environ, "HF_ENDPOINT", default.hf_endpoint),
-        civitai_endpoint=_endpoint(environ, "CIVITAI_ENDPOINT", default.civitai_endpoint),
-        replicate_endpoint=_endpoint(environ, "REPLICATE_ENDPOINT", default.replicate_endpoint),
-        hf_token=_token(environ, "HF_TOKEN"),
-        civitai_token=_token(environ, "CIVITAI_API_TOKEN"),
-        replicate_token=_token(environ, "REPLICATE_API_TOKEN"),
-        allow_local_paths=_flag(environ, "LORA_ALLOW_LOCAL_PATHS"),
-    )
-
-
-def _endpoint(environ: Mapping[str, str], name: str, default: str) -> str:
-    return (environ.get(name) or default).rstrip("/")
-
-
-def _token(environ: Mapping[str, str], name: str) -> str | None:
-    return environ.get(name, "").strip() or None
-
-
-def _flag(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
-
-
-def _gib(environ: Mapping[str, str], name: str, default: float) -> int:
-    text = environ.get(name) or str(default)
-    try:
-        return int(float(text) * _GIB)
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name}={text!r} is not a number of gigabytes, like 2 or 0.5") from error

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import requests
-from support import QUICK, LoggedServer, same, webhook
+
+from tests.support import QUICK, LoggedServer, same, webhook
 
 LARGE = {"aspect_ratio": "custom", "width": 1440, "height": 1440, "output_format": "png"}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {

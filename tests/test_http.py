@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from server import ServerError
-from support import PROMPT, colours, data_uri, difference, encode, pixels, same
+
+from tests.support import PROMPT, colours, data_uri, difference, encode, pixels, same
 
 SCHNELL = {"model": "schnell", "num_inference_steps": 1}
 RAW = {"output_format": "png"}
@@ -331,7 +332,7 @@ def test_metrics(server) -> None:
     metrics = server.draw(num_outputs=2).metrics
     assert metrics["image_output_count"] == 2
     assert metrics["megapixels"] == 0.25
-    stages = ("text", "denoising", "decoding", "safety", "encoding")
+    stages = ("text", "adapters", "denoising", "decoding", "safety", "encoding")
     timing = metrics["timing"]
     assert all(0 <= timing[stage] <= metrics["predict_time"] for stage in stages)
     assert timing["denoising"] > 0

@@ -10,11 +10,11 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
-from support import QUICK, colours, defaults, difference, pixels, same
 
 from flux.load import NANO, SHARED
 from predict import Predictor
 from safety.checker import Verdict
+from tests.support import QUICK, colours, defaults, difference, pixels, same
 
 Draw = Callable[..., list[Image.Image]]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import colours
+
+from tests.support import colours
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
+GIB = 1 << 30
 
 
 class SettingsError(ValueError):
@@ -45,9 +46,18 @@ def _positive(text: str) -> int:
     return value
 
 
-def _setting(variable: str, read: Callable[[str], T], default: U) -> T | U:
+def _gigabytes(text: str) -> int:
+    return int(float(text) * GIB)
+
+
+def _url(text: str) -> str:
+    return text.rstrip("/")
+
+
+def _setting(variable: str, read: Callable[[str], T], default: U, *, secret: bool = False) -> T | U:
     """A dataclass field that `Settings.from_environment` reads from `variable`."""
-    value: U = field(default=default, metadata={"variable": variable, "read": read})
+    metadata = {"variable": variable, "read": read}
+    value: U = field(default=default, metadata=metadata, repr=not secret)
     return value
 
 
@@ -68,6 +78,15 @@ class Settings:
         max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
         nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
         allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.
+        lora_cache_directory, lora_cache_bytes, lora_min_free_bytes: adapter files on disk, their
+            budget, and what is left free beside them. Files from the Hugging Face hub stay in
+            huggingface_hub's own cache (HF_HOME) and count towards the budget.
+        lora_memory_bytes: budget for parsed adapters in host memory.
+        lora_max_file_bytes: the largest adapter file accepted.
+        lora_allow_private_hosts: download from addresses outside the public internet.
+        lora_allow_local_paths: let a caller name a file on this machine.
+        go_fast_multiplier: of both scales in fp8; the contract says 1.5.
+        *_endpoint, *_token: each source's URL, and the token that goes to it alone.
     """
 
     checkpoint: str = _setting("FLUX_CHECKPOINT", str, "auto")
@@ -78,6 +97,22 @@ class Settings:
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _positive, 64)
     nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
     allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
+    lora_cache_directory: Path = _setting(
+        "LORA_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/adapters")
+    )
+    lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GIB)
+    lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GIB)
+    lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GIB)
+    lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GIB)
+    lora_allow_private_hosts: bool = _setting("LORA_ALLOW_PRIVATE_HOSTS", _flag, False)
+    lora_allow_local_paths: bool = _setting("LORA_ALLOW_LOCAL_PATHS", _flag, False)
+    go_fast_multiplier: float = _setting("LORA_GO_FAST_MULTIPLIER", float, 1.5)
+    hf_endpoint: str = _setting("HF_ENDPOINT", _url, "https://huggingface.co")
+    civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", _url, "https://civitai.com")
+    replicate_endpoint: str = _setting("REPLICATE_ENDPOINT", _url, "https://replicate.com")
+    hf_token: str | None = _setting("HF_TOKEN", str, None, secret=True)
+    civitai_token: str | None = _setting("CIVITAI_API_TOKEN", str, None, secret=True)
+    replicate_token: str | None = _setting("REPLICATE_API_TOKEN", str, None, secret=True)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -90,6 +125,6 @@ class Settings:
                 continue
             try:
                 values[setting.name] = setting.metadata["read"](text)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 raise SettingsError(f"{variable}={text!r}: {error}") from error
         return cls(**values)

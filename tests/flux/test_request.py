@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from flux.request import Inputs, Mode, Request, RequestError, resolve
+from weights.settings import Settings
 
 SIZES = {  # the contract's, at one megapixel
     "1:1": (1024, 1024),
@@ -28,7 +29,7 @@ CUSTOM = {"aspect_ratio": "custom", "width": 512, "height": 512}
 
 def resolved(**inputs) -> Request:
     inputs = {"prompt": "a star", **inputs}
-    return resolve(Inputs(**inputs), max_input_pixels=10**7, may_skip_safety=True)
+    return resolve(Inputs(**inputs), Settings())
 
 
 @pytest.fixture
@@ -136,6 +137,25 @@ def test_precision(picture) -> None:
     assert resolved(go_fast=True, image=picture(64, 64), **CUSTOM).precision == "fp8"
 
 
+def test_adapters_and_their_scales() -> None:
+    both = {"replicate_weights": " a/b ", "extra_lora": "c/d", "extra_lora_scale": -0.5}
+    assert resolved().adapters == ()
+    assert resolved(replicate_weights=" ", extra_lora="").adapters == ()
+    assert resolved(**both, lora_scale=0.8).adapters == (("a/b", 0.8), ("c/d", -0.5))
+    assert resolved(extra_lora="c/d").adapters == (("c/d", 1.0),)
+    assert resolved(**both, go_fast=True).adapters == (("a/b", 1.5), ("c/d", -0.75))
+    assert resolved(**both, go_fast=True, **CUSTOM).adapters == (("a/b", 1.0), ("c/d", -0.5))
+
+
+def test_the_default_adapter_stands_in_for_an_empty_main_one() -> None:
+    def adapters(**inputs):
+        return resolve(Inputs(prompt="", **inputs), Settings(), default_adapter="e/f").adapters
+
+    assert adapters(lora_scale=0.5) == (("e/f", 0.5),)
+    assert adapters(replicate_weights="a/b") == (("a/b", 1.0),)
+    assert adapters(extra_lora="c/d") == (("e/f", 1.0), ("c/d", 1.0))
+
+
 def test_guidance_is_for_dev_alone() -> None:
     assert resolved(guidance_scale=2.5).guidance == 2.5
     assert resolved(guidance_scale=2.5, model="schnell").guidance is None
@@ -166,9 +186,9 @@ def test_inputs_without_effect_are_named_in_the_log(caplog, inputs, line: str) -
 
 def test_safety_can_only_be_skipped_where_the_operator_allows_it(caplog) -> None:
     inputs = Inputs(prompt="", disable_safety_checker=True)
-    assert not resolve(inputs, max_input_pixels=1, may_skip_safety=True).check_safety
+    assert not resolve(inputs, Settings()).check_safety
     with caplog.at_level(logging.INFO):
-        assert resolve(inputs, max_input_pixels=1, may_skip_safety=False).check_safety
+        assert resolve(inputs, Settings(allow_disable_safety_checker=False)).check_safety
     assert "disable_safety_checker is ignored" in caplog.text
 
 

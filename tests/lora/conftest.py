@@ -3,6 +3,7 @@ from huggingface_hub.utils import close_session
 
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings, SourceSettings
+from tests import tiny
 from tests.lora.files import parse
 from tests.services import Civitai, HuggingFace, Replicate
 from weights.cache import CacheSettings
@@ -54,3 +55,9 @@ def civitai(hub):
 @pytest.fixture
 def replicate(hub):
     return Replicate(hub)
+
+
+@pytest.fixture(params=tiny.SIZES, ids=lambda size: f"width{size.width}", scope="session")
+def flux(request):
+    """A transformer, a CLIP and a T5, of two sizes in turn."""
+    return tiny.modules(request.param)

@@ -38,6 +38,8 @@ def test_every_variable_is_read() -> None:
         ("FLUX_PROMPT_CACHE", "0"),
         ("FLUX_PROMPT_CACHE", "many"),
         ("FLUX_NSFW_THRESHOLD", "1.5"),
+        ("LORA_CACHE_GB", "much"),
+        ("LORA_MEMORY_GB", "inf"),
         ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
     ],
 )
@@ -52,3 +54,9 @@ def test_the_readme_documents_every_variable() -> None:
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     for setting in dataclasses.fields(Settings):
         assert f"`{setting.metadata['variable']}`" in readme
+
+
+def test_tokens_do_not_show() -> None:
+    settings = Settings.from_environment({"HF_TOKEN": "hf_x", "REPLICATE_API_TOKEN": "r8_x"})
+    assert settings.hf_token == "hf_x"
+    assert "_x" not in repr(settings)

@@ -1,0 +1,198 @@
+"""Adapters in the working weights, by reconciliation.
+
+Every parameter has a record of what its working value contains. `reconcile` compares the
+records with what is wanted and writes only the parameters that differ, each from its pristine
+value: `working = round(pristine + sum of scale * delta)`. There is no unload, no undo and no
+"currently loaded": a restored weight is the pristine weight copied back, so nothing drifts;
+and a merge that fails half-way leaves records that tell so, and the next reconcile heals it.
+
+Refused: subtracting a delta (4.6 % of bf16 weights do not come back), wrapper modules (they
+slow every step and recompile the graph), and dense deltas kept between merges (47 GB).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Parameter = tuple[str, str]
+"""(component, parameter name as in the component's `named_parameters()`)."""
+Record = tuple[tuple[str, float], ...]
+"""What a working value contains: (adapter digest, scale), sorted; empty when pristine."""
+Pristine = Callable[[str, str], Tensor]
+"""(component, parameter name) -> pristine value, in the working dtype or a finer one."""
+Store = Callable[[Tensor, Tensor], None]
+"""Writes an exact value (fp32, or the pristine itself) into a working weight in place."""
+
+UNKNOWN = None
+"""The record of a parameter while it is written, and for ever if that fails."""
+
+
+class AdapterLike(Protocol):
+    """What merging needs of an adapter."""
+
+    @property
+    def digest(self) -> str:
+        """Identity: two adapters of one digest add the same."""
+        ...
+
+    @property
+    def parameters(self) -> Set[Parameter]:
+        """Every parameter that `add_to` accepts."""
+        ...
+
+    def add_to(
+        self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
+    ) -> None:
+        """Add `scale * delta` of one parameter to `scratch` (fp32, its shape) in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What one reconciliation did.
+
+    Attributes:
+        merged: how many parameters were written with adapters in them.
+        restored: how many were written back to pristine.
+        absent: parameters that an adapter changes and these modules do not have (the guidance
+            embedder of dev, in schnell), left out.
+    """
+
+    merged: int
+    restored: int
+    absent: tuple[Parameter, ...]
+
+
+class ClonedPristine:
+    """The default source of pristine values: a copy of each parameter before its first write.
+
+    Costs the memory of every parameter that an adapter ever touched. A loader that keeps a
+    second mapping of the files, or pinned slabs, gives a function of its own instead.
+    """
+
+    def __init__(self, parameters: Mapping[Parameter, Tensor]) -> None:
+        self._parameters = parameters
+        self._copies: dict[Parameter, Tensor] = {}
+
+    def __call__(self, component: str, parameter: str) -> Tensor:
+        """The pristine value; the first call for a parameter must precede its first write."""
+        key = (component, parameter)
+        if key not in self._copies:
+            self._copies[key] = self._parameters[key].detach().clone()
+        return self._copies[key]
+
+
+def store_rounded(working: Tensor, exact: Tensor) -> None:
+    """Round `exact` to the working dtype, once, into the same storage."""
+    working.copy_(exact)
+
+
+class WorkingWeights:
+    """The parameters that serve, and the record of what each contains.
+
+    Args:
+        modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
+            must be pristine now, and nobody else may write them.
+        pristine: where pristine values come from; by default a copy before the first write.
+        store: how a result is put into a working weight; quantised weights bring their own.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        pristine: Pristine | None = None,
+        store: Store = store_rounded,
+    ) -> None:
+        self._parameters: dict[Parameter, Tensor] = {
+            (component, name): parameter
+            for component, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+        self._pristine = pristine or ClonedPristine(self._parameters)
+        self._store = store
+        self._records: dict[Parameter, Record | None] = {}
+        self._scratch = torch.empty(0)
+
+    def record(self, component: str, parameter: str) -> Record | None:
+        """What a parameter's working value contains; UNKNOWN after a write that failed."""
+        return self._records.get((component, parameter), ())
+
+    def fingerprint(self, component: str) -> tuple[tuple[str, Record], ...]:
+        """A key that is equal when, and only when, the component's weights are.
+
+        Raises:
+            RuntimeError: a parameter is in an unknown state; reconcile first.
+        """
+        found = []
+        for (owner, name), record in self._records.items():
+            if owner == component and record is UNKNOWN:
+                raise RuntimeError(f"{component}.{name} is half-written: reconcile before using it")
+            if owner == component and record:
+                found.append((name, record))
+        return tuple(sorted(found))
+
+    @torch.no_grad()
+    def reconcile(
+        self,
+        desired: Sequence[tuple[AdapterLike, float]],
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> Swap:
+        """Make the working weights contain `desired` and nothing else.
+
+        Scales of one adapter are summed, and zeros dropped; adapters are added in the order
+        of their digests, so the order given does not matter, to the bit.
+
+        Args:
+            desired: (adapter, scale) pairs.
+            check_cancelled: called before each write; raises to stop. Whatever stops a
+                reconciliation, the next one starts from what the records say.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        adapters, wanted = _wanted(desired)
+        stale = [key for key in self._parameters if self.record(*key) != wanted.get(key, ())]
+        for key in stale:
+            check_cancelled()
+            self._write(key, wanted.get(key, ()), adapters)
+        merged = sum(key in wanted for key in stale)
+        absent = tuple(sorted(wanted.keys() - self._parameters.keys()))
+        return Swap(merged, len(stale) - merged, absent)
+
+    def _write(self, key: Parameter, record: Record, adapters: Mapping[str, AdapterLike]) -> None:
+        """Write one parameter from its pristine value."""
+        working, pristine = self._parameters[key], self._pristine(*key)
+        self._records[key] = UNKNOWN
+        exact = pristine
+        if record:
+            exact = self._scratch_like(working).copy_(pristine)
+            for digest, scale in record:
+                adapters[digest].add_to(exact, *key, self._pristine, scale)
+        self._store(working, exact)
+        self._records[key] = record
+
+    def _scratch_like(self, working: Tensor) -> Tensor:
+        """Reused fp32 memory of the parameter's shape: allocating costs more than adding."""
+        if self._scratch.device != working.device or self._scratch.numel() < working.numel():
+            self._scratch = torch.empty(working.numel(), device=working.device)
+        return self._scratch[: working.numel()].view(working.shape)
+
+
+def _wanted(
+    desired: Sequence[tuple[AdapterLike, float]],
+) -> tuple[dict[str, AdapterLike], dict[Parameter, Record]]:
+    """The adapters by digest, and the record that each touched parameter should have."""
+    adapters = {adapter.digest: adapter for adapter, _ in desired}
+    wanted: dict[Parameter, Record] = {}
+    for digest in sorted(adapters):
+        scales = [scale for adapter, scale in desired if adapter.digest == digest]
+        scale = math.fsum(scales)  # exact, so that the order given does not matter
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of an adapter must be finite, got {scales}")
+        for key in adapters[digest].parameters if scale else ():
+            wanted[key] = (*wanted.get(key, ()), (digest, scale))
+    return adapters, wanted

@@ -1,0 +1,271 @@
+"""A safetensors file in, an Adapter out: every format of `lora/keys.py`, every kind of delta.
+
+Nothing is dropped silently. A key belongs to a module of the model, or is of a kind that is
+known to be harmless and is listed as ignored, or is an error that names it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora.deltas import Contribution, Delta, DoRA, Full, Part, Pristine
+from lora.foreign import refuse_foreign
+from lora.header import AdapterError, Header, read_header, short
+from lora.keys import Targets, split_role
+from lora.kinds import Group, build, flat_shape, magnitude_matrix
+from lora.metadata import AdapterSettings, trigger_words
+
+__all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
+
+logger = logging.getLogger(__name__)
+
+MAX_TENSOR_BYTES = 8 << 30
+FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+EMBEDDINGS = ("clip_l", "clip_g", "t5", "t5xxl", "emb_params")  # textual inversion, whole keys
+EMBEDDING_PREFIX = "bundle_emb."
+UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
+
+Parameter = tuple[str, str]
+"""(component, parameter name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What one file adds to the weights; factors stay in the file's dtype, on the CPU.
+
+    Attributes:
+        digest: sha256 of the file.
+        format: how it is spelled and what kind it is, for the log.
+        modules: how many modules (as spelled in the file) it changes.
+        nbytes: bytes of all the tensors it keeps.
+        ignored: keys that were recognised and have no effect here.
+        trigger_words: what the file says a prompt should contain.
+        contributions: per parameter, what is added to it.
+    """
+
+    digest: str
+    format: str
+    modules: int
+    nbytes: int
+    ignored: tuple[str, ...]
+    trigger_words: tuple[str, ...]
+    contributions: Mapping[Parameter, tuple[Contribution, ...]]
+
+    @property
+    def parameters(self) -> Set[Parameter]:
+        """Every (component, parameter name) that the adapter changes."""
+        return self.contributions.keys()
+
+    def add_to(
+        self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
+    ) -> None:
+        """Add `scale * delta` of one parameter to `scratch` in place.
+
+        Args:
+            scratch: fp32, of the parameter's shape.
+            component: "transformer", "text_encoder" or "text_encoder_2".
+            parameter: a name out of `parameters`.
+            pristine: (component, parameter name) -> pristine value; DoRA normalises by it.
+            scale: any finite number; the delta itself does not depend on it.
+        """
+        for contribution in self.contributions[component, parameter]:
+            contribution.add_to(scratch, scale, pristine)
+
+
+def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
+    """Read an adapter for the model that `targets` describes.
+
+    Args:
+        path: a safetensors file; nothing about it is trusted.
+        digest: sha256 of the file, which becomes the adapter's identity.
+        targets: names and shapes of the model's modules.
+
+    Raises:
+        AdapterError: the file is not an adapter for this model, or not sound.
+    """
+    header = read_header(path)
+    refuse_foreign(header, targets)
+    size = sum(info.nbytes for info in header.tensors.values())
+    if size > MAX_TENSOR_BYTES:
+        raise AdapterError(f"{size} bytes of tensors are too many for an adapter")
+    groups, ignored = _group(header, targets)
+    for group in groups:
+        group.check()
+    ignored += [g.keys["alpha"] for g in groups if g.keys.keys() == {"alpha"}]
+    groups = [g for g in groups if g.keys.keys() != {"alpha"}]
+    if not groups:
+        raise AdapterError(_nothing_matched(header, ignored))
+    _refuse_second_spellings(groups)
+    settings = AdapterSettings(header.metadata)
+    try:
+        with safe_open(path, framework="pt") as file:
+            contributions = _contributions(groups, settings, file.get_tensor)
+    except SafetensorError as error:
+        raise AdapterError(f"the file cannot be read: {short(str(error))}") from error
+    return Adapter(
+        digest=digest,
+        format=_format(groups),
+        modules=len(groups),
+        nbytes=sum(header.tensors[key].nbytes for g in groups for key in g.keys.values()),
+        ignored=tuple(ignored),
+        trigger_words=trigger_words(header.metadata),
+        contributions=contributions,
+    )
+
+
+def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
+    """Sort the keys by module; also the keys to ignore."""
+    groups: dict[str, Group] = {}
+    ignored: list[str] = []
+    unknown: list[str] = []
+    for key, info in header.tensors.items():
+        spelling, role = split_role(key) or ("", "")
+        found = targets.find(spelling) if role else None
+        if found is None:
+            (ignored if _is_ignorable(key, spelling, targets) else unknown).append(key)
+            continue
+        dialect, place = found
+        group = groups.setdefault(spelling, Group(place, dialect.label, spelling))
+        if role in group.keys:
+            raise AdapterError(
+                f"the file has {short(group.keys[role])} and {short(key)}, "
+                "which are two spellings of the same tensor"
+            )
+        if role != "alpha" and info.dtype not in FACTOR_DTYPES:
+            raise AdapterError(f"{short(key)} is {info.dtype}; only floating point can be applied")
+        group.keys[role] = key
+        group.shapes[role] = flat_shape(info.shape)
+    if unknown and groups:
+        raise AdapterError(
+            f"{len(unknown)} of {len(header.tensors)} keys are unknown for this model: "
+            f"{_some(unknown)}. The file is for another model, or a kind that is not supported."
+        )
+    return list(groups.values()), ignored
+
+
+def _is_ignorable(key: str, spelling: str, targets: Targets) -> bool:
+    if key in EMBEDDINGS or key.startswith(EMBEDDING_PREFIX):
+        return True
+    if any(name in spelling for name in UNUSED_BY_FLUX):
+        return True
+    return targets.is_absent(spelling)
+
+
+def _nothing_matched(header: Header, ignored: list[str]) -> str:
+    if ignored and len(ignored) == len(header.tensors):
+        return (
+            f"the file changes nothing in this model: it holds only {_some(ignored)} "
+            "(embeddings or parts that FLUX.1 does not use)"
+        )
+    return (
+        f"no key of the file matches a module of this model, e.g. {_some(list(header.tensors))}. "
+        "A FLUX.1 LoRA in the format of ai-toolkit, kohya, diffusers, XLabs, OneTrainer, PEFT "
+        "or LyCORIS is needed."
+    )
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(map(short, keys[:4])) + (", ..." if len(keys) > 4 else "")
+
+
+def _refuse_second_spellings(groups: list[Group]) -> None:
+    """Two spellings that reach the same module would add up; no trainer means that."""
+    owners: dict[Parameter, str] = {}
+    for group in groups:
+        for module in {piece.module for piece in group.place.pieces}:
+            owner = owners.setdefault((group.place.component, module), group.spelling)
+            if owner != group.spelling:
+                raise AdapterError(
+                    f"the file has {short(owner)} and {short(group.spelling)}, "
+                    f"which are two spellings of {module}"
+                )
+
+
+def _contributions(
+    groups: list[Group], settings: AdapterSettings, read: Callable[[str], Tensor]
+) -> dict[Parameter, tuple[Contribution, ...]]:
+    """Read and check the tensors of each group, and file their deltas by parameter."""
+    result: dict[Parameter, tuple[Contribution, ...]] = {}
+    for group in groups:
+        component = group.place.component
+        tensors = {
+            role: _checked(key, read(key)).reshape(group.shapes[role])
+            for role, key in group.keys.items()
+            if role != "alpha"
+        }
+        strength = _strength(group, settings, read)
+        for name, delta in _deltas(group, tensors, strength):
+            for part in _parts(group, name):
+                key = (component, part.parameter)
+                result[key] = (*result.get(key, ()), Contribution(delta, part))
+    return result
+
+
+def _deltas(
+    group: Group, tensors: Mapping[str, Tensor], strength: float
+) -> list[tuple[str, Delta | DoRA]]:
+    """The differences of one module: to its weight, and to its bias."""
+    deltas: list[tuple[str, Delta | DoRA]] = []
+    if group.layout is not None:
+        delta = build(group.layout, tensors, strength)
+        if "magnitude" in tensors:
+            magnitude = magnitude_matrix(tensors["magnitude"], group.place.shape[0])
+            dora = DoRA(delta, magnitude, group.place.component, _parts(group, "weight"))
+            deltas.append(("weight", dora))
+        else:
+            deltas.append(("weight", delta))
+    if "up_bias" in tensors:
+        deltas.append(("bias", Full(tensors["up_bias"], strength)))
+    if "diff_b" in tensors:
+        deltas.append(("bias", Full(tensors["diff_b"])))
+    return deltas
+
+
+def _parts(group: Group, name: str) -> tuple[Part, ...]:
+    return tuple(
+        Part(f"{piece.module}.{name}", piece.source, piece.target) for piece in group.place.pieces
+    )
+
+
+def _strength(group: Group, settings: AdapterSettings, read: Callable[[str], Tensor]) -> float:
+    """Alpha / rank: alpha from its own key, else from the header, else 1.0 altogether.
+
+    Where nothing is factored (a full difference, a LoKr of two whole matrices) alpha means
+    nothing: trainers write placeholders there, up to infinity.
+    """
+    if group.rank is None:
+        return 1.0
+    if "alpha" not in group.keys:
+        return settings.strength(group.place.component, group.place.spelling, group.rank)
+    alpha = float(read(group.keys["alpha"]).item())
+    if not 0 < alpha < float("inf"):
+        raise AdapterError(
+            f"{short(group.keys['alpha'])} is {alpha}; it must be a finite number above 0"
+        )
+    return alpha / group.rank
+
+
+def _checked(key: str, tensor: Tensor) -> Tensor:
+    """`tensor` in memory of its own, if all its values are finite.
+
+    safetensors maps the file; a copy does not depend on what becomes of the file. The
+    extremes tell in one pass whether values are finite: NaN propagates into both.
+    """
+    tensor = tensor.clone()
+    low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    if not (low.isfinite() and high.isfinite()):
+        raise AdapterError(f"{short(key)} has values that are not finite; the file is damaged")
+    return tensor
+
+
+def _format(groups: list[Group]) -> str:
+    """For the log, e.g. "kohya keys, BFL names, DoRA + LoRA, F16"."""
+    labels = " + ".join(sorted({group.label for group in groups}))
+    namings = " + ".join(sorted({group.place.naming for group in groups}))
+    kinds = {group.kind for group in groups}
+    return f"{labels} keys, {namings} names, {' + '.join(sorted(kinds))}"
