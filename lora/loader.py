@@ -9,7 +9,7 @@ import errno
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Literal, Protocol, Self, TypeVar
@@ -148,10 +148,12 @@ class AdapterLoader(Generic[A]):
         known = self._cache.find(key)
         if known is not None and reference.immutable:
             return known, "disk"
-        attempts = self._settings.attempts if known is None else 1
-        patience = Patience(attempts, self._settings.backoff, check_cancelled=check_cancelled)
+        patience = Patience(
+            self._settings.attempts, self._settings.backoff, check_cancelled=check_cancelled
+        )
+        asking = patience if known is None else replace(patience, attempts=1)
         try:
-            artifact = self._sources.resolve(reference, patience)
+            artifact = self._sources.resolve(reference, asking)
             record, hit = self._obtain(artifact, patience)
         except SourceUnavailableError as error:
             if known is None:
@@ -172,7 +174,7 @@ class AdapterLoader(Generic[A]):
             record = self._fetch(artifact, target, patience)
             if artifact.pin is not None:
                 self._cache.remember(pin, record)
-            return record, "download"
+            return record, "download" if record.evictable else "disk"
 
     def _fetch(self, artifact: Artifact, target: Path, patience: Patience) -> Record:
         self._cache.make_room(artifact.size or 0)
@@ -205,7 +207,7 @@ class AdapterLoader(Generic[A]):
         if adapter is None:
             adapter = self._parsed(record)
             self._memory.put(record.sha256, adapter)
-        else:
+        elif hit == "disk":
             hit = "memory"
         return Loaded(
             adapter=adapter,

@@ -32,7 +32,7 @@ from weights.retry import Patience
 _MAX_JSON_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 4096
 _MAX_REDIRECTS = 10
-_TEMPORARY = {408, 425, 429, 500, 502, 503, 504}
+_TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 _GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 
 
@@ -222,7 +222,7 @@ def _raise_for_status(response: requests.Response, remote: Remote) -> None:
         raise AccessDeniedError(f"{remote.name}: access denied ({detail}). {_advice(remote)}")
     if status in _GONE:
         raise NotFoundError(f"{remote.name}: not found ({detail}). Check the spelling of the link.")
-    if status in _TEMPORARY:
+    if status in _TEMPORARY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise SourceUnavailableError(
             f"{remote.name}: the source is busy or down ({detail}). Try again later.",
             retry_after=_retry_after(response),

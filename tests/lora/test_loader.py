@@ -78,6 +78,7 @@ def test_same_content_under_two_names_is_one_adapter(hub, loader):
     one = loader.load(hub.add_file("/one.safetensors", content))
     two = loader.load(hub.add_file("/two.safetensors", content))
     assert one.adapter is two.adapter
+    assert (one.hit, two.hit) == ("download", "download")
     assert two.source.endswith("/two.safetensors")
 
 
@@ -103,7 +104,7 @@ def test_file_that_was_in_the_cache_of_huggingface_before_is_left_there(
     new_loader().load("huggingface.co/o/n")
     elsewhere = replace(settings.cache, root=settings.cache.root / "other", max_bytes=0)
     loader = new_loader(replace(settings, cache=elsewhere))
-    assert loader.load("huggingface.co/o/n").adapter.content == "hub"
+    assert loader.load("huggingface.co/o/n").hit == "disk"
     loader.load(add_files(hub, "url")[0])
     assert hub.count("GET", "/cdn/") == 1
     assert loader.load("huggingface.co/o/n").hit == "memory"
@@ -143,6 +144,15 @@ def test_storage_down_after_a_retrain_serves_the_file_from_before(hub, loader, h
     assert loader.load("huggingface.co/o/n").adapter.content == "old"
     assert "may be out of date" in caplog.text
     assert loader.load("huggingface.co/o/n").adapter.content == "new"
+
+
+def test_broken_download_of_a_retrained_model_goes_on(hub, loader):
+    url = hub.add_file("/x.safetensors", safetensors("old"))
+    loader.load(url)
+    hub.add_file("/x.safetensors", safetensors("new"))
+    hub.cut("/x", after=5, times=2)
+    assert loader.load(url).adapter.content == "new"
+    assert hub.requests[-1].headers["range"] == "bytes=5-"
 
 
 def test_file_evicted_just_before_it_is_opened_is_fetched_again(

@@ -116,7 +116,7 @@ def test_part_longer_than_the_file_starts_over(hub, fetch, tmp_path):
     assert fetch(url, expected=Expected(sha256=sha256(CONTENT))).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 521])
 def test_busy_server_is_asked_again(hub, fetch, status):
     url = hub.add_file("/x", CONTENT)
     hub.fail("/x", status, times=2)
