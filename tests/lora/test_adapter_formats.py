@@ -119,7 +119,7 @@ def test_row_3_a_bad_header_is_refused(flux, tmp_path, text):
     down, up = tiny.factors(width(flux), width(flux), RANK)
     module = "transformer.transformer_blocks.0.attn.to_q"
     tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-    with pytest.raises(AdapterError, match="lora_a|alpha_pattern"):
+    with pytest.raises(AdapterError, match=r"lora_a|alpha_pattern"):
         tiny.load(tmp_path / "a", flux, tensors, {"lora_adapter_metadata": text})
 
 
