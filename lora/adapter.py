@@ -4,7 +4,6 @@ Nothing is dropped silently. A key belongs to a module of the model, or is of a 
 known to be harmless and is listed as ignored, or is an error that names it.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from lora.kinds import Group, build, flat_shape, magnitude_matrix
 from lora.metadata import AdapterSettings, trigger_words
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
-
-logger = logging.getLogger(__name__)
 
 MAX_TENSOR_BYTES = 8 << 30
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})

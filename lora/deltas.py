@@ -182,4 +182,4 @@ class Contribution:
 
 def _exact(values: Tensor, like: Tensor) -> Tensor:
     """`values` in fp32 on the device of `like`; products in bf16 would lose what fp32 keeps."""
-    return values.to(like.device, torch.float32)
+    return values.to(like.device).float()  # in this order, so that the bus carries the file's dtype

@@ -361,21 +361,25 @@ def test_a_step_is_the_same_operators_and_modules(adapters):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in inductor
-def test_a_compiled_transformer_never_recompiles(adapters):
+def test_compiled_blocks_never_recompile(adapters):
     modules = tiny.modules(SIZE)
     transformer = modules["transformer"]
+    uncompiled = copy.deepcopy(modules)
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(transformer, backend=counter)
-    weights = WorkingWeights(modules)
+    for block in (transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]):
+        block.compile(backend=counter)
+    weights, reference = WorkingWeights(modules), WorkingWeights(uncompiled)
     with torch.no_grad():
-        base = compiled(**inputs())[0].clone()
+        base = transformer(**inputs())[0].clone()
         frames = counter.frame_count
-        assert frames >= 1
+        assert frames == 2
         for names in ("a", "b", "c", "d", "ab", "cd", "abcd"):
-            weights.reconcile([(adapters[name], 0.5) for name in names])
-            out = compiled(**inputs())[0]
-            torch.testing.assert_close(out, transformer(**inputs())[0], rtol=1e-3, atol=1e-3)
+            for each in (weights, reference):
+                each.reconcile([(adapters[name], 0.5) for name in names])
+            out = transformer(**inputs())[0]
+            expected = uncompiled["transformer"](**inputs())[0]
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
             assert not torch.allclose(out, base, rtol=1e-3, atol=1e-3)
         weights.reconcile([])
-        assert torch.equal(compiled(**inputs())[0], base)
+        assert torch.equal(transformer(**inputs())[0], base)
     assert counter.frame_count == frames

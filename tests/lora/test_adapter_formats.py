@@ -106,12 +106,20 @@ def test_row_3_alpha_in_the_header(flux, tmp_path, settings, strength):
     tiny.assert_same(tiny.deltas(adapter, flux), {key: strength * plain(down, up)})
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", json.dumps({"transformer.lora_alpha": -4})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "{",
+        json.dumps({"transformer.lora_alpha": -4}),
+        json.dumps({"transformer.lora_alpha": 4, "transformer.alpha_pattern": {".*to_q": 2}}),
+    ],
+)
 def test_row_3_a_bad_header_is_refused(flux, tmp_path, text):
     down, up = tiny.factors(width(flux), width(flux), RANK)
     module = "transformer.transformer_blocks.0.attn.to_q"
     tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-    with pytest.raises(AdapterError, match="lora_a"):
+    with pytest.raises(AdapterError, match=r"lora_a|alpha_pattern"):
         tiny.load(tmp_path / "a", flux, tensors, {"lora_adapter_metadata": text})
 
 

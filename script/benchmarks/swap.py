@@ -1,0 +1,136 @@
+"""Changing an adapter: ours, diffusers, PEFT's hot-swap, and a memcpy of the weights.
+
+With `--json FILE` a bar chart goes beside it, as FILE with the suffix .png.
+"""
+
+import argparse
+import itertools
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import _full_depth as full_depth
+import torch
+from common import interleave, medians, report
+from safetensors.torch import load_file
+
+from flux.merge import WorkingWeights
+from lora.adapter import Targets, load_adapter
+
+ROUNDS = 15
+FLOOR = "memcpy of the weights"
+READ = "file: read and cast"
+COLD = "file: ours, checked and parsed"
+
+Contenders = dict[str, Callable[[], object]]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as directory:
+        model = full_depth.transformer(torch.bfloat16)
+        files = [
+            full_depth.write_adapter(Path(directory) / f"{seed}.safetensors", model, seed)
+            for seed in (1, 2)
+        ]
+        contenders = ours(files) | others(files) | reading(files)
+        seconds = interleave(contenders, ROUNDS, warmup=2)
+    median = medians(seconds)
+    results = {
+        "model": full_depth.describe(model),
+        "peft": version("peft"),
+        "rounds": ROUNDS,
+        "median_ms": {name: round(1000 * value, 1) for name, value in median.items()},
+        "times_memcpy": {name: round(v / median[FLOOR], 2) for name, v in median.items()},
+        "file_times_reading": round(median[COLD] / median[READ], 2),
+    }
+    report("swap", results)
+    plot(results["median_ms"])
+
+
+def ours(files: list[Path]) -> Contenders:
+    """Swaps between two adapters; and on weights of their own, a merge and its restoring."""
+    swapping, merging = (full_depth.transformer(torch.bfloat16) for _ in range(2))
+    targets = Targets(full_depth.parameter_shapes(swapping))
+    adapters = [load_adapter(path, path.stem, targets) for path in files]
+    swapped = WorkingWeights({"transformer": swapping})
+    merged = WorkingWeights({"transformer": merging})
+    source = [linear.weight.clone() for linear in full_depth.linears(swapping).values()]
+    target = [torch.empty_like(weight) for weight in source]
+    cached, cold = itertools.cycle(adapters), itertools.cycle(files)
+
+    def from_disk() -> None:
+        path = next(cold)
+        swapped.reconcile([(load_adapter(path, f"{path.stem} from disk", targets), 1.0)])
+
+    def memcpy() -> None:
+        for to, weight in zip(target, source, strict=True):
+            to.copy_(weight)
+
+    return {
+        FLOOR: memcpy,
+        "ours, in memory": lambda: swapped.reconcile([(next(cached), 1.0)]),
+        "ours, from disk": from_disk,
+        "ours, two adapters": lambda: merged.reconcile([(a, 0.7) for a in adapters]),
+        "ours, restore": lambda: merged.reconcile([]),
+    }
+
+
+def others(files: list[Path]) -> Contenders:
+    """diffusers' and PEFT's ways, from tensors in memory and from the file."""
+    loaded = full_depth.pipeline(full_depth.transformer(torch.bfloat16))
+    hot = full_depth.pipeline(full_depth.transformer(torch.bfloat16))
+    hot.enable_lora_hotswap(target_rank=full_depth.RANK)
+    hot.load_lora_weights(files[0], adapter_name="a")
+    states = itertools.cycle([load_file(path) for path in files])
+    paths = itertools.cycle(files)
+
+    def reload(source: dict[str, torch.Tensor] | Path) -> None:
+        loaded.unload_lora_weights()
+        loaded.load_lora_weights(source, adapter_name="a")
+        loaded.set_adapters(["a"], [1.0])
+
+    def hotswap(source: dict[str, torch.Tensor] | Path) -> None:
+        hot.load_lora_weights(source, adapter_name="a", hotswap=True)
+
+    return {
+        "PEFT hot-swap, in memory": lambda: hotswap(dict(next(states))),
+        "PEFT hot-swap, from disk": lambda: hotswap(next(paths)),
+        "diffusers unload + load, in memory": lambda: reload(dict(next(states))),
+        "diffusers unload + load, from disk": lambda: reload(next(paths)),
+    }
+
+
+def reading(files: list[Path]) -> Contenders:
+    """What a cold load costs by itself (the file is in the page cache for both)."""
+    targets = Targets(full_depth.parameter_shapes(full_depth.transformer(torch.bfloat16)))
+    return {
+        READ: lambda: {name: tensor.float() for name, tensor in load_file(files[0]).items()},
+        COLD: lambda: load_adapter(files[0], "digest", targets),
+    }
+
+
+def plot(median_ms: dict[str, float]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    file = parser.parse_args().json
+    if file is None:
+        return
+    import matplotlib.pyplot as plt
+
+    rows = {name: ms for name, ms in median_ms.items() if not name.startswith("file")}
+    names = sorted(rows, key=rows.__getitem__, reverse=True)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    colours = ["#2a6fdb" if name.startswith("ours") else "#9aa0a6" for name in names]
+    bars = axes.barh(names, [rows[name] for name in names], color=colours)
+    axes.bar_label(bars, [f"{rows[name]:.0f} ms" for name in names], padding=3)
+    axes.set_xlabel("milliseconds for one change of adapter (median, one thread)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    figure.savefig(file.with_suffix(".png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()
