@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from support import LoggedServer, logged_server
 
+from tests.hub import Hub
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[LoggedServer]:
@@ -23,8 +25,6 @@ def photograph() -> Image.Image:
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     with Image.open(path) as photograph:
         return photograph.convert("RGB")
-
-from tests.hub import Hub
 
 
 @pytest.fixture(scope="session")
