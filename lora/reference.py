@@ -287,7 +287,7 @@ def _data(text: str) -> DataReference:
 
 def _local(text: str, allowed: bool) -> LocalReference:
     if not allowed:
-        raise _not_understood(text, "paths on the machine of the model are not allowed")
+        raise _not_understood(text, "paths on this machine need LORA_ALLOW_LOCAL_PATHS=true")
     path = unquote(urlsplit(text).path) if text[:5].lower() == "file:" else text
     return LocalReference(Path(path).expanduser())
 

@@ -27,12 +27,13 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
 
 
 def servers() -> list[str]:
-    """The command lines of Cog servers that run on this machine for this checkout."""
+    """The process ids of Cog servers that run in this checkout."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if b"cog.server.http" in (entry / "cmdline").read_bytes():
-                found.append(f"{entry.name} {(entry / 'cwd').readlink()}")
+            command = (entry / "cmdline").read_bytes()
+            if b"cog.server.http" in command and (entry / "cwd").readlink() == ROOT:
+                found.append(entry.name)
         except OSError:
             continue
     return found

@@ -34,14 +34,11 @@ class CountingParser:
         return adapter
 
 
-def test_one_line_tells_everything(loader, replicate, caplog):
-    caplog.set_level("INFO", logger="lora.loader")
+def test_one_line_tells_everything(loader, replicate):
     replicate.add("fofr/flux-x", trained_on_replicate(safetensors("x", 1_000_000)), VERSION)
-    loader.load(f"fofr/flux-x:{VERSION}")
-    loader.load(f"fofr/flux-x:{VERSION}")
-    first, second = caplog.messages
+    first, second = (loader.load(f"fofr/flux-x:{VERSION}").describe() for _ in range(2))
     assert first == (
-        f"Adapter replicate.com/fofr/flux-x:{VERSION}, revision {VERSION[:12]}, 1.0 MB, "
+        f"replicate.com/fofr/flux-x:{VERSION}, revision {VERSION[:12]}, 1.0 MB, "
         "format test, 1 modules, 1 keys ignored (bundle_emb.x), from download, trigger words: TOK"
     )
     assert second == first.replace("from download", "from memory")
