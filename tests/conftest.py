@@ -11,8 +11,6 @@ from PIL import Image
 from tests.hub import Hub
 from tests.support import LoggedServer, logged_server
 
-from tests.hub import Hub
-
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[LoggedServer]:

@@ -158,7 +158,7 @@ def test_data_uri(hub, loader, wrap):
 def test_local_file_only_where_allowed_and_noticed_when_changed(new_loader, settings, tmp_path):
     file = tmp_path / "mine.safetensors"
     file.write_bytes(OLD)
-    with pytest.raises(ReferenceFormatError, match="not allowed"):
+    with pytest.raises(ReferenceFormatError, match="LORA_ALLOW_LOCAL_PATHS=true"):
         new_loader().load(str(file))
     allowing = replace(settings, sources=replace(settings.sources, allow_local_paths=True))
     loader = new_loader(allowing)
