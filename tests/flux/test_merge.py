@@ -71,6 +71,9 @@ def test_order_does_not_matter_to_the_bit(modules, adapters):
     assert_bits(fresh(pristine, orders[0]), fresh(pristine, orders[1]))
     thirds = [(a, 0.1), (a, 0.2), (a, 0.3)]
     assert_bits(fresh(pristine, thirds), fresh(pristine, thirds[::-1]))
+    weights = WorkingWeights(modules)
+    weights.reconcile(thirds)
+    assert weights.reconcile(thirds[::-1]).merged == 0
 
 
 def test_duplicates_are_summed_and_zero_is_the_base(modules, adapters):
