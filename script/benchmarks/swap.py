@@ -35,7 +35,7 @@ def main() -> None:
             full_depth.write_adapter(Path(directory) / f"{seed}.safetensors", model, seed)
             for seed in (1, 2)
         ]
-        contenders = ours(files) | others(files) | reading(files)
+        contenders = ours(files) | others(files) | reading(files) | bare(files[0])
         seconds = interleave(contenders, ROUNDS, warmup=2)
     median = medians(seconds)
     results = {
@@ -112,6 +112,34 @@ def reading(files: list[Path]) -> Contenders:
     }
 
 
+def bare(path: Path) -> Contenders:
+    """The operations of a swap without what surrounds them, and a bf16 `addmm` in one pass."""
+    model = full_depth.transformer(torch.bfloat16)
+    tensors = load_file(path)
+    rows = [
+        (
+            linear.weight,
+            linear.weight.clone(),
+            tensors[f"transformer.{name}.lora_B.weight"],
+            tensors[f"transformer.{name}.lora_A.weight"],
+        )
+        for name, linear in full_depth.linears(model).items()
+    ]
+    scratch = torch.empty(max(weight.numel() for weight, *_ in rows))
+
+    def three_operations() -> None:
+        for working, pristine, up, down in rows:
+            exact = scratch[: working.numel()].view(working.shape)
+            exact.copy_(pristine).addmm_(up.float(), down.float())
+            working.copy_(exact)
+
+    def one_pass() -> None:
+        for working, pristine, up, down in rows:
+            torch.addmm(pristine, up, down, out=working)
+
+    return {"bare: widen, addmm, round": three_operations, "bare: bf16 addmm": one_pass}
+
+
 def plot(median_ms: dict[str, float]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
@@ -120,7 +148,7 @@ def plot(median_ms: dict[str, float]) -> None:
         return
     import matplotlib.pyplot as plt
 
-    rows = {name: ms for name, ms in median_ms.items() if not name.startswith("file")}
+    rows = {name: ms for name, ms in median_ms.items() if not name.startswith(("file", "bare"))}
     names = sorted(rows, key=rows.__getitem__, reverse=True)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = ["#2a6fdb" if name.startswith("ours") else "#9aa0a6" for name in names]

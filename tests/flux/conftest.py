@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from lora.adapter import Adapter
+from tests import tiny
+from tests.flux.merging import SIZE, files
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def modules(request):
+    return tiny.modules(SIZE, request.param)
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory) -> dict[str, Adapter]:
+    directory = tmp_path_factory.mktemp("adapters")
+    found = tiny.modules(SIZE)
+    return {
+        name: tiny.load(directory / name, found, tensors, digest=name)
+        for name, tensors in files().items()
+    }
