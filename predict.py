@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from cog import BaseRunner, Input, Path
 from PIL import Image
 
-from flux.images import PIXELS_PER_MEGAPIXEL
 from flux.outputs import Outputs, RequestOutputs
 from flux.request import Inputs, Request, resolve
+from flux.sampling import MEGAPIXEL
 from flux.timing import Stopwatch
 from flux.variants import VARIANTS
 from flux.worker import CheckCancelled, EngineThread
@@ -208,7 +208,8 @@ class Predictor(BaseRunner):
     def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
         """The way of a request, in the engine thread."""
         stopwatch = Stopwatch()
-        request = resolve(inputs, self._settings, self._default_adapter)
+        with stopwatch.stage("input"):
+            request = resolve(inputs, self._settings, self._default_adapter)
         with stopwatch.stage("adapters"):
             adapters = self._adapters(request.adapters, check_cancelled)
         with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:
@@ -258,7 +259,7 @@ class Predictor(BaseRunner):
     def _record(self, request: Request, files: RequestOutputs, stopwatch: Stopwatch) -> None:
         for stage, seconds in stopwatch.seconds.items():
             self.record_metric(f"timing.{stage}", round(seconds, 4))
-        self.record_metric("megapixels", request.width * request.height / PIXELS_PER_MEGAPIXEL)
+        self.record_metric("megapixels", request.width * request.height / MEGAPIXEL)
         self.record_metric("image_output_count", len(files.paths))
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,14 +58,14 @@ class Engine:
             for variant, pipeline in pipelines.items()
             for mode, kind in PIPELINES.items()
         }
-        self._any = next(iter(pipelines.values()))  # for what the variants share
-        self._prompts = PromptEncoder(self._any, prompt_cache)
+        self._shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
+        self._prompts = PromptEncoder(self._shared, prompt_cache)
         self._transformers = {
             variant: WorkingWeights({"transformer": pipeline.transformer})
             for variant, pipeline in pipelines.items()
         }
-        self._encoders = WorkingWeights({name: getattr(self._any, name) for name in ENCODERS})
-        self._cell: int = self._any.vae_scale_factor  # pixels along the side of a latent
+        self._encoders = WorkingWeights({name: getattr(self._shared, name) for name in ENCODERS})
+        self._cell: int = self._shared.vae_scale_factor  # pixels along the side of a latent
 
     @property
     def shapes(self) -> dict[str, dict[str, torch.Size]]:
@@ -110,23 +111,31 @@ class Engine:
         if not request.sigmas and request.picture:
             yield from [request.picture] * len(request.seeds)
             return
-        with stopwatch.stage("adapters"):
+        with self._stage(stopwatch, "adapters"):
             self.merge(request.variant.name, adapters, check_cancelled)
-        with stopwatch.stage("text"):
+        with self._stage(stopwatch, "text"):
             state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
             length = request.variant.max_sequence_length
             prompt = self._prompts.encode(request.prompt, length, state)
         check_cancelled()
-        with stopwatch.stage("input"):
+        with self._stage(stopwatch, "input"):
             canvas = self._prepare(request)
         for seed in request.seeds:
             check_cancelled()
-            with stopwatch.stage("denoising"):
+            with self._stage(stopwatch, "denoising"):
                 latents = self._denoise(request, prompt, canvas, seed, check_cancelled)
             check_cancelled()
-            with stopwatch.stage("decoding"):
+            with self._stage(stopwatch, "decoding"):
                 image = self._decode(request, canvas, latents)
             yield image
+
+    @contextmanager
+    def _stage(self, stopwatch: Stopwatch, name: str) -> Iterator[None]:
+        """A stage of the stopwatch that is charged all that it has queued on a GPU."""
+        with stopwatch.stage(name):
+            yield
+            if self._shared.device.type == "cuda":
+                torch.cuda.synchronize(self._shared.device)
 
     def _prepare(self, request: Request) -> Canvas:
         token = 2 * self._cell
@@ -144,8 +153,8 @@ class Engine:
 
     def _encode(self, picture: Image.Image) -> torch.Tensor:
         """A picture's latents, [1, channels, height / cell, width / cell]."""
-        vae = self._any.vae
-        pixels = self._any.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+        vae = self._shared.vae
+        pixels = self._shared.image_processor.preprocess(picture).to(vae.device, vae.dtype)
         mean: torch.Tensor = vae.encode(pixels).latent_dist.mode()
         return mean.sub(vae.config.shift_factor).mul(vae.config.scaling_factor)
 
@@ -176,16 +185,14 @@ class Engine:
             callback_on_step_end=on_step_end,
             **canvas.arguments,
         ).images
-        if latents.is_cuda:  # so that each stage is charged its own seconds
-            torch.cuda.synchronize()
         return latents
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
-        vae = self._any.vae
-        latents = self._any._unpack_latents(latents, canvas.height, canvas.width, self._cell)
+        vae = self._shared.vae
+        latents = self._shared._unpack_latents(latents, canvas.height, canvas.width, self._cell)
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         pixels = vae.decode(latents, return_dict=False)[0]
-        drawn: Image.Image = self._any.image_processor.postprocess(pixels, output_type="pil")[0]
+        drawn: Image.Image = self._shared.image_processor.postprocess(pixels, output_type="pil")[0]
         drawn = drawn.crop((0, 0, request.width, request.height))
         if request.picture and request.mask:
             return Image.composite(drawn, request.picture, soft_alpha(request.mask))

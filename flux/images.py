@@ -5,11 +5,23 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
-PIXELS_PER_MEGAPIXEL = 1024 * 1024
+from flux.sampling import MEGAPIXEL
+
 FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
-_SIXTEEN_BIT = 65535
+REFUSED_FORMATS = {"EPS"}  # Pillow has Ghostscript run the program that such a file is
+MAX_SIDE = 65_535  # pixels
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PictureError(ValueError):
@@ -26,12 +38,20 @@ def read_picture(source: os.PathLike[str] | str, max_pixels: int) -> Image.Image
     Raises:
         PictureError: for what is not a delivered file, not a picture, broken, or too large.
     """
-    return _flatten(_read("image", source, max_pixels), background="white").convert("RGB")
+    return _read("image", source, max_pixels, mode="RGB", background="white")
 
 
 def read_mask(source: os.PathLike[str] | str, max_pixels: int) -> Image.Image:
     """Read a mask as 8-bit grey, over black; otherwise as `read_picture`."""
-    return _flatten(_read("mask", source, max_pixels), background="black").convert("L")
+    return _read("mask", source, max_pixels, mode="L", background="black")
+
+
+def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize to exactly this size, in pixels; a mask without ringing, which would leak."""
+    if picture.size == (width, height):
+        return picture
+    smooth = Image.Resampling.BILINEAR if picture.mode == "L" else Image.Resampling.LANCZOS
+    return picture.resize((width, height), smooth)
 
 
 def save(image: Image.Image, path: Path, output_format: str, quality: int) -> None:
@@ -40,30 +60,69 @@ def save(image: Image.Image, path: Path, output_format: str, quality: int) -> No
     image.save(path, format=FORMATS[output_format], **options)
 
 
-def _read(name: str, source: os.PathLike[str] | str, max_pixels: int) -> Image.Image:
+def _read(
+    name: str, source: os.PathLike[str] | str, max_pixels: int, *, mode: str, background: str
+) -> Image.Image:
     if isinstance(source, str):  # the server delivers files as paths; a plain str is the caller's
-        raise PictureError(f"{name}: {source[:100]!r} is neither an http(s) URL nor a data URI")
-    try:
-        with warnings.catch_warnings(), Image.open(source) as picture:
-            warnings.simplefilter("ignore")  # remarks on broken metadata, and the size check below
-            if picture.width * picture.height > max_pixels:
-                raise Image.DecompressionBombError
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except Image.DecompressionBombError as error:  # Pillow's own limit, or ours
         raise PictureError(
-            f"{name}: has more pixels than this server's limit of "
-            f"{max_pixels / PIXELS_PER_MEGAPIXEL:g} megapixels; send a smaller picture"
+            f"{name}: {source[:100]!r} is neither a URL (http://... or https://..., in lower case) "
+            "nor a data URI"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on broken metadata, and the size check below
+            with Image.open(source, formats=_formats()) as picture:
+                _check_size(name, picture, max_pixels)
+                picture.load()
+                return _upright(_flatten(picture, background).convert(mode), picture)
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(_too_large(name, max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise PictureError(
+            f"{name}: cannot be read as a picture: it is in no known format; send a JPEG, PNG, "
+            "WebP or another file that Pillow reads"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on hostile files
         raise PictureError(
-            f"{name}: cannot be read as a picture ({type(error).__name__}: {error}); "
-            "send a complete JPEG, PNG, WebP or other file that Pillow reads"
+            f"{name}: cannot be read as a picture: the file is broken or incomplete "
+            f"({type(error).__name__}); send it again, or as JPEG, PNG or WebP"
         ) from error
 
 
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.OPEN if name not in REFUSED_FORMATS]
+
+
+def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise PictureError(_too_large(name, max_pixels))
+    if max(picture.size) > MAX_SIDE:
+        raise PictureError(
+            f"{name}: {picture.width} x {picture.height} pixels; at most {MAX_SIDE} a side are read"
+        )
+
+
+def _too_large(name: str, max_pixels: int) -> str:
+    return (
+        f"{name}: has more pixels than this server's limit of {max_pixels / MEGAPIXEL:g} "
+        "megapixels; send a smaller picture"
+    )
+
+
+def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says; damaged EXIF, however damaged, says nothing."""
+    try:
+        turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return picture
+    return picture if turn is None else picture.transpose(turn)
+
+
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    """Bring high-depth modes to 8 bits, and transparency over a plain background."""
+    """Bring high-depth grey to 8 bits, and transparency over a plain background."""
     if picture.mode.startswith("I") or picture.mode == "F":
         return _to_8_bits(picture)
     if not picture.has_transparency_data:
@@ -73,9 +132,12 @@ def _flatten(picture: Image.Image, background: str) -> Image.Image:
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (modes I;16 and I) and float grey (0 to 1, or 0 to 255) to mode L."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-    top = _SIXTEEN_BIT
-    if picture.mode == "F":
-        top = 1 if values.max() <= 1 else 255
+    """Grey of more than 8 bits as mode L.
+
+    I;16 files use the whole range. Those of mode I (32 bits) and F (float) do not say which
+    they use: the smallest of 0 to 1 (float only), 0 to 255 and 0 to 65535 that holds them all.
+    """
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
+    ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
+    top = next((top for top in ranges if values.max() <= top), ranges[-1])
     return Image.fromarray(np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8))

@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from flux.variants import VARIANTS
-from weights.settings import Settings
+from weights.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ class Deployment:
     def choose(cls, settings: Settings) -> "Deployment":
         """Replace every `auto`, and say in the log what it became."""
         cuda = torch.cuda.is_available()
-        device = torch.device(settings.device.replace("auto", "cuda" if cuda else "cpu"))
-        checkpoint = settings.checkpoint.replace("auto", "official" if cuda else "nano")
+        device = _device(_unless_auto(settings.device, "cuda" if cuda else "cpu"))
+        checkpoint = _unless_auto(settings.checkpoint, "official" if cuda else "nano")
         on_cpu = device.type == "cpu"
-        dtype = settings.dtype.replace("auto", "float32" if on_cpu else "bfloat16")
+        dtype = _unless_auto(settings.dtype, "float32" if on_cpu else "bfloat16")
         logger.info("checkpoint %s on %s, computing in %s", checkpoint, device, dtype)
         if checkpoint == "nano":
             logger.info(
@@ -60,6 +60,19 @@ class Deployment:
                 "(model_index.json); expected official, nano, or a directory with dev and schnell"
             )
         return str(root / variant)
+
+
+def _unless_auto(setting: str, choice: str) -> str:
+    return choice if setting == "auto" else setting
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"FLUX_DEVICE={name}: no such device here ({error})") from error
+    return device
 
 
 def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:

@@ -29,8 +29,9 @@ class Outputs:
 
     def begin(self, output_format: str, quality: int, stopwatch: Stopwatch) -> "RequestOutputs":
         """Remove the files of earlier requests and make room for those of a new one."""
+        self._root.mkdir(exist_ok=True)  # a cleaner of temporary files may have been here
         for earlier in self._root.iterdir():
-            shutil.rmtree(earlier)
+            shutil.rmtree(earlier, ignore_errors=True)
         directory = Path(tempfile.mkdtemp(dir=self._root))
         return RequestOutputs(directory, output_format, quality, stopwatch, self._encoder)
 

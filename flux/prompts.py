@@ -10,6 +10,8 @@ from diffusers import FluxPipeline
 
 logger = logging.getLogger(__name__)
 
+MAX_CHARACTERS = 20_000  # far more than any tokenizer takes; tokenizing megabytes takes seconds
+
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
@@ -18,10 +20,12 @@ class PromptEmbeddings:
     Attributes:
         tokens: T5's hidden states, [1, max_sequence_length, T5 width].
         pooled: CLIP's pooled output, [1, CLIP width].
+        remarks: what the encoders did not read, for the log.
     """
 
     tokens: torch.Tensor
     pooled: torch.Tensor
+    remarks: tuple[str, ...]
 
 
 class PromptEncoder:
@@ -33,7 +37,7 @@ class PromptEncoder:
         self._cache: OrderedDict[Hashable, PromptEmbeddings] = OrderedDict()
 
     def encode(
-        self, prompt: str, max_sequence_length: int, encoder_state: Hashable = ()
+        self, prompt: str, max_sequence_length: int, encoder_state: Hashable
     ) -> PromptEmbeddings:
         """Encode a prompt, cut to what the tokenizers take, with a log line if it was.
 
@@ -42,29 +46,34 @@ class PromptEncoder:
             max_sequence_length: T5 tokens, to which the prompt is padded or cut.
             encoder_state: what the text encoders' weights now hold; part of the cache's key.
         """
-        self._log_cut(prompt, max_sequence_length)
+        prompt = prompt[:MAX_CHARACTERS]
         key = (prompt, max_sequence_length, encoder_state)
         if key not in self._cache:
-            tokens, pooled, _ = self._pipeline.encode_prompt(
-                prompt, max_sequence_length=max_sequence_length
-            )
-            self._cache[key] = PromptEmbeddings(tokens, pooled)
+            self._cache[key] = self._encode(prompt, max_sequence_length)
             if len(self._cache) > self._capacity:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
+        for remark in self._cache[key].remarks:
+            logger.info(remark)
         return self._cache[key]
 
-    def _log_cut(self, prompt: str, max_sequence_length: int) -> None:
+    def _encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeddings:
+        tokens, pooled, _ = self._pipeline.encode_prompt(
+            prompt, max_sequence_length=max_sequence_length
+        )
+        return PromptEmbeddings(tokens, pooled, self._remarks(prompt, max_sequence_length))
+
+    def _remarks(self, prompt: str, t5_limit: int) -> tuple[str, ...]:
         """Say how much of the prompt each encoder reads, where that is not all of it."""
-        for encoder, tokenizer, limit in (
-            ("T5", self._pipeline.tokenizer_2, max_sequence_length),
-            ("CLIP", self._pipeline.tokenizer, self._pipeline.tokenizer_max_length),
-        ):
-            length = len(tokenizer(prompt, verbose=False).input_ids)
-            if length > limit:
-                logger.warning(
-                    "The prompt is cut: %s reads the first %d of its %d tokens",
-                    encoder,
-                    limit,
-                    length,
-                )
+        t5_length, clip_length = (
+            len(tokenizer(prompt, verbose=False).input_ids)
+            for tokenizer in (self._pipeline.tokenizer_2, self._pipeline.tokenizer)
+        )
+        clip_limit = self._pipeline.tokenizer_max_length
+        remarks = []
+        if t5_length > t5_limit:
+            remarks.append(f"The prompt is cut: T5 reads the first {t5_limit} tokens of it")
+        if clip_length > clip_limit:
+            rest = "" if t5_length > t5_limit else "; T5 reads all of it"
+            remarks.append(f"CLIP reads the first {clip_limit} tokens of the prompt{rest}")
+        return tuple(remarks)

@@ -14,8 +14,8 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
-from flux.images import PIXELS_PER_MEGAPIXEL, PictureError, read_mask, read_picture
-from flux.sampling import ASPECT_RATIOS, fit_size, nearest_multiple, sigmas
+from flux.images import PictureError, read_mask, read_picture, resize
+from flux.sampling import ASPECT_RATIOS, MEGAPIXEL, fit_size, nearest_multiple, sigmas
 from flux.variants import VARIANTS, Variant
 from weights.settings import Settings
 
@@ -110,10 +110,10 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
     """
     variant = _row(VARIANTS, "model", inputs.model)
     mode = _mode(inputs)
-    limit = settings.max_input_megapixels * PIXELS_PER_MEGAPIXEL
+    limit = settings.max_input_megapixels * MEGAPIXEL
     try:
-        picture = read_picture(inputs.image, limit) if inputs.image else None
-        mask = read_mask(inputs.mask, limit) if inputs.mask else None
+        picture = None if inputs.image is None else read_picture(inputs.image, limit)
+        mask = None if inputs.mask is None else read_mask(inputs.mask, limit)
     except PictureError as error:
         raise RequestError(str(error)) from error
     width, height = _size(inputs, picture)
@@ -130,8 +130,8 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
         precision=precision,
         width=width,
         height=height,
-        picture=picture and _resize(picture, width, height, Image.Resampling.LANCZOS),
-        mask=mask and _resize(mask, width, height, Image.Resampling.BILINEAR),  # no ringing
+        picture=picture and resize(picture, width, height),
+        mask=mask and resize(mask, width, height),
         sigmas=_noise_levels(inputs, mode),
         seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
         guidance=float(inputs.guidance_scale) if variant.guidance else None,
@@ -143,9 +143,9 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
 
 
 def _mode(inputs: Inputs) -> Mode:
-    if inputs.image:
-        return Mode.INPAINT if inputs.mask else Mode.IMAGE_TO_IMAGE
-    if inputs.mask:
+    if inputs.image is not None:
+        return Mode.IMAGE_TO_IMAGE if inputs.mask is None else Mode.INPAINT
+    if inputs.mask is not None:
         raise RequestError(
             "mask: given without image. A mask says which part of an input image to repaint; "
             "send the image too, or leave out the mask"
@@ -205,6 +205,8 @@ def _seed(seed: int | None) -> int:
     """The given seed, 0 included; 32 random bits for none or a negative one."""
     if seed is None or seed < 0:
         return secrets.randbits(32)
+    if seed >= SEED_RANGE:
+        logger.info("The seed is taken modulo 2**64")
     return int(seed) % SEED_RANGE
 
 
@@ -213,14 +215,6 @@ def _check_safety(inputs: Inputs, may_skip_safety: bool) -> bool:
         logger.info("disable_safety_checker is ignored: this deployment does not allow it")
         return True
     return not inputs.disable_safety_checker
-
-
-def _resize(
-    picture: Image.Image, width: int, height: int, resampling: Image.Resampling
-) -> Image.Image:
-    if picture.size == (width, height):
-        return picture
-    return picture.resize((width, height), resampling)
 
 
 def _row(table: Mapping[str, T], name: str, value: str) -> T:

@@ -4,7 +4,7 @@ import math
 
 GRID = 16  # pixels: the contract's sizes, and FLUX's, are multiples of this
 LONGEST_SIDE = 1440  # pixels
-QUARTER_MEGAPIXEL = 512 * 512  # a quarter of the 1024 x 1024 that "1" stands for
+MEGAPIXEL = 1024 * 1024  # pixels; what "1" stands for
 
 # The contract's sizes at one megapixel, width x height; "0.25" halves both sides.
 ASPECT_RATIOS = {
@@ -35,7 +35,7 @@ def fit_size(width: int, height: int, *, quarter: bool) -> tuple[int, int]:
     """
     scale = min(1.0, LONGEST_SIDE / width, LONGEST_SIDE / height)
     if quarter:
-        scale = min(scale, math.sqrt(QUARTER_MEGAPIXEL / (width * height)))
+        scale = min(scale, math.sqrt(MEGAPIXEL / 4 / (width * height)))
     return nearest_multiple(width * scale), nearest_multiple(height * scale)
 
 

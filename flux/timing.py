@@ -1,16 +1,25 @@
 """Seconds by stage of a request."""
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STAGES = (
+    "input",  # reading, resizing and encoding what the caller sent
+    "adapters",  # getting and merging them
+    "text",
+    "denoising",
+    "decoding",
+    "safety",
+    "encoding",  # writing files; beside the drawing of the next image
+)
+
 
 class Stopwatch:
-    """Adds up wall-clock seconds under the names of stages."""
+    """Adds up wall-clock seconds by stage."""
 
     def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

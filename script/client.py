@@ -3,7 +3,9 @@
 import argparse
 import base64
 import json
+import math
 import mimetypes
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +24,22 @@ class UsageError(ValueError):
 def main() -> int:
     """Run the command; the exit status is 0 only if pictures were written."""
     arguments = _arguments()
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as exceptions, they stop the server too
+        signal.signal(ending, lambda number, _: sys.exit(128 + number))
     try:
-        inputs = dict(_input(argument, _types()) for argument in arguments.input)
+        inputs = _inputs(arguments.input)
+        arguments.output.mkdir(parents=True, exist_ok=True)
         with Server(on_log=_show) as server:
             answer = server.predict(inputs)
-    except (UsageError, ServerError) as error:
+        if answer["status"] != "succeeded" or not answer["output"]:
+            raise ServerError(f"{answer['status']}: {answer.get('error', 'no output')}")
+        for path in _write(answer["output"], arguments.output):
+            print(path)
+    except (UsageError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    if answer["status"] != "succeeded":
-        print(f"{answer['status']}: {answer.get('error', 'no reason given')}", file=sys.stderr)
-        return 1
-    for path in _write(answer["output"], arguments.output):
-        print(path)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(json.dumps(answer["metrics"], indent=2))
     return 0
 
@@ -46,7 +52,7 @@ def _arguments() -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME=VALUE",
-        help="an input of the contract; NAME=@FILE sends a file",
+        help="an input of the contract; NAME=@FILE sends a file (but a prompt may begin with @)",
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(), metavar="DIR", help="default: here"
@@ -54,33 +60,45 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _types() -> dict[str, str]:
-    """The JSON type of every input."""
+def _inputs(arguments: list[str]) -> dict[str, Any]:
+    """The arguments `name=value` as names and JSON values, of the types in the schema."""
     document = json.loads(subprocess.check_output([sys.executable, SCHEMA]))
-    properties = document["components"]["schemas"]["Input"]["properties"]
-    return {name: schema.get("type", "string") for name, schema in properties.items()}
+    schemas = document["components"]["schemas"]["Input"]["properties"]
+    inputs: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise UsageError(f"-i {argument}: expected NAME=VALUE or NAME=@FILE")
+        if name not in schemas:
+            raise UsageError(f"-i {argument}: no such input; there are {', '.join(schemas)}")
+        if name in inputs:
+            raise UsageError(f"-i {argument}: {name} is given twice")
+        inputs[name] = _value(name, text, schemas[name])
+    return inputs
 
 
-def _input(argument: str, types: dict[str, str]) -> tuple[str, Any]:
-    """One `name=value` as the name and the JSON value that the schema asks for."""
-    name, equals, value = argument.partition("=")
-    if not equals:
-        raise UsageError(f"-i {argument}: expected NAME=VALUE or NAME=@FILE")
-    if name not in types:
-        raise UsageError(f"-i {argument}: no such input; there are {', '.join(types)}")
-    if value.startswith("@"):
-        return name, _data_uri(name, Path(value[1:]))
+def _value(name: str, text: str, schema: dict[str, Any]) -> Any:
+    if text.startswith("@") and name != "prompt":
+        return _data_uri(name, Path(text[1:]))
+    if schema.get("format") == "uri" and not text.startswith(("http://", "https://", "data:")):
+        raise UsageError(f"-i {name}={text}: expected a URL; a file is sent as {name}=@{text}")
+    kind = schema.get("type", "string")
     try:
-        match types[name]:
-            case "integer":
-                return name, int(value)
-            case "number":
-                return name, float(value)
-            case "boolean":
-                return name, TRUTHS[value.lower()]
-    except (ValueError, KeyError):
-        raise UsageError(f"-i {argument}: expected {types[name]}") from None
-    return name, value
+        if kind == "boolean":
+            return TRUTHS[text.lower()]
+        if kind in ("integer", "number"):
+            number = float(text)
+            return int(number) if number.is_integer() else _finite(number, kind)
+        text.encode()
+    except (ValueError, KeyError, OverflowError):
+        raise UsageError(f"-i {name}={text!r}: expected {kind}") from None
+    return text
+
+
+def _finite(number: float, kind: str) -> float:
+    if kind == "integer" or not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _data_uri(name: str, path: Path) -> str:
@@ -94,7 +112,6 @@ def _data_uri(name: str, path: Path) -> str:
 
 def _write(outputs: list[str], directory: Path) -> list[Path]:
     """Write data URIs as output.0.webp, output.1.webp, ..."""
-    directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, uri in enumerate(outputs):
         head, _, content = uri.partition(",")

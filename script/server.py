@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ import requests
 
 SERVE = Path(__file__).resolve().parent / "serve"
 READY_SECONDS = 600  # loading an official checkpoint from a slow disk takes minutes
-STOP_SECONDS = 20
+STOP_SECONDS = 5
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
 
 
@@ -97,18 +98,16 @@ class Server:
 
     def stop(self) -> None:
         """Ask the server to end, then make it; returns when it and its worker are gone."""
-        for ending in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is not None:
-                break
-            os.kill(self._process.pid, ending)
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+        self._session.close()
+        if self._process.poll() is None:
+            self._process.terminate()
         self._reader.join(STOP_SECONDS)  # the pipe closes when the worker, too, has ended
+        with suppress(ProcessLookupError):  # a worker in setup does not hear of the end
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
         if self._process.stdout:
             self._process.stdout.close()
-        self._session.close()
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_SECONDS

@@ -13,7 +13,7 @@ from tests.support import QUICK, LoggedServer, same, webhook
 LARGE = {"aspect_ratio": "custom", "width": 1440, "height": 1440, "output_format": "png"}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     # stage: (the line of the log after which the cancel is sent, inputs that make it long)
-    "text": ("Using seed", {"prompt": "red " * 200_000}),
+    "text": ("Using seed", {"prompt": "red " * 2_000_000, "num_inference_steps": 50}),
     "denoising": (r"3/50 \[", {"num_inference_steps": 50}),
     "decoding": (r"1/1 \[", {"num_inference_steps": 1, **LARGE}),
     "encoding": ("Safety: image 1", {"num_inference_steps": 1, **LARGE}),
@@ -56,7 +56,7 @@ def test_cancel(server, stage: str) -> None:
     if stage == "denoising":
         steps = [int(step) for step in re.findall(r"(\d+)/50 \[", final["logs"])]
         assert 3 <= max(steps) < 50
-        assert waited < 2
+    assert waited < 6  # seconds; a decoding or a file of 1440 x 1440 takes one or two of them
     leftovers = [path for path in server.outputs.rglob("*") if path.is_file()]
     assert leftovers == []
     assert same(server.draw(output_format="png").image, undisturbed)

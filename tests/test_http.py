@@ -1,6 +1,8 @@
 """What a caller observes, over HTTP from one running server."""
 
 import re
+import shutil
+import struct
 import zlib
 
 import numpy as np
@@ -84,6 +86,17 @@ def test_exif_orientation_is_applied(server) -> None:
     assert same(upright, picture.transpose(Image.Transpose.ROTATE_270))
 
 
+def test_damaged_exif_does_no_harm(server) -> None:
+    picture = colours(64, 32)
+    orientation = struct.pack("<HHII", 0x0112, 3, 1, 6)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"72!")  # text, where a number belongs
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + orientation + resolution + b"\0\0\0\0"
+    upright = picture.transpose(Image.Transpose.ROTATE_270)
+    assert same(round_trip(server, encode(picture, exif=exif)), upright)
+    garbage = encode(picture, "JPEG", quality=95, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+    assert round_trip(server, garbage).size == (64, 32)
+
+
 def kinds_of_pictures() -> dict[str, tuple[bytes, Image.Image]]:
     """Files of every sort, each with the RGB picture that it shows."""
     rgb, size = colours(48, 32), (48, 32)
@@ -103,6 +116,7 @@ def kinds_of_pictures() -> dict[str, tuple[bytes, Image.Image]]:
         "one bit": (encode(grey.convert("1")), grey.convert("1")),
         "palette": (encode(palette), palette),
         "16 bit": (encode(Image.fromarray(ramp)), eight_bit),
+        "32 bit, small": (encode(Image.fromarray(np.asarray(grey, "i4")), "TIFF"), grey),
         "float": (encode(Image.fromarray((ramp / 65535).astype("f4")), "TIFF"), eight_bit),
         "CMYK": (encode(rgb.convert("CMYK"), "TIFF"), rgb.convert("CMYK")),
         "invisible": (encode(see_through), Image.new("RGB", size, "white")),
@@ -138,10 +152,24 @@ def bomb() -> bytes:
         (data_uri(encode(colours(64, 64))[:-200]), "cannot be read as a picture"),
         (data_uri(encode(colours(64, 64), "JPEG")[:-200]), "cannot be read as a picture"),
         (data_uri(bomb()), "limit of 64 megapixels; send a smaller picture"),
-        ("/etc/hostname", "'/etc/hostname' is neither an http(s) URL nor a data URI"),
-        ("file:///etc/hostname", "is neither an http(s) URL nor a data URI"),
+        (data_uri(encode(Image.new("1", (1, 70_000)))), "at most 65535 a side are read"),
+        (data_uri(encode(colours(8, 8), "EPS")), "it is in no known format"),
+        ("/etc/hostname", "'/etc/hostname' is neither a URL (http://"),
+        ("file:///etc/hostname", "is neither a URL"),
+        ("", "'' is neither a URL"),
     ],
-    ids=["html", "empty", "cut png", "cut jpeg", "bomb", "path", "file url"],
+    ids=[
+        "html",
+        "empty",
+        "cut_png",
+        "cut_jpeg",
+        "bomb",
+        "long",
+        "eps",
+        "path",
+        "file_url",
+        "blank",
+    ],
 )
 def test_unusable_pictures_give_a_clear_error(server, name, given, message) -> None:
     pictures = {"image": data_uri(colours(32, 32)), "mask": data_uri(colours(32, 32)), name: given}
@@ -302,8 +330,10 @@ def test_dev_reads_512_tokens_and_schnell_256(server) -> None:
         inputs = {"model": model, "num_inference_steps": 2, **RAW}
         one, other = (server.draw(prompt=start + end, **inputs) for end in ("star", "heart"))
         assert same(one.image, other.image) is not reads
-        assert ("T5 reads the first 256 of its" in one.logs) is not reads
-        assert "CLIP reads the first 77 of its" in one.logs
+        assert ("T5 reads the first 256 tokens" in one.logs) is not reads
+        assert (
+            "CLIP reads the first 77 tokens of the prompt; T5 reads all of it" in one.logs
+        ) is reads
 
 
 # --- outputs
@@ -336,6 +366,10 @@ def test_metrics(server) -> None:
     timing = metrics["timing"]
     assert all(0 <= timing[stage] <= metrics["predict_time"] for stage in stages)
     assert timing["denoising"] > 0
+    assert sum(timing.values()) - timing["encoding"] < metrics["predict_time"]
+    still = server.draw(image=data_uri(colours(64, 64)), prompt_strength=0).metrics["timing"]
+    assert still["input"] > 0
+    assert still["denoising"] == 0
 
 
 # --- validation
@@ -356,6 +390,13 @@ def test_metrics(server) -> None:
 def test_the_schema_is_enforced(server, inputs, named: str) -> None:
     with pytest.raises(ServerError, match=f"HTTP 422.*{named}"):
         server.predict(**inputs)
+
+
+def test_an_output_directory_that_vanishes_is_made_anew(server) -> None:
+    server.draw()
+    for directory in server.outputs.iterdir():
+        shutil.rmtree(directory)
+    assert server.draw().image.size == (512, 512)
 
 
 def test_the_server_survives_all_of_the_above(server) -> None:

@@ -140,6 +140,20 @@ def test_true_bfloat16(start) -> None:
     assert not same(ours, full)
 
 
+def test_auto_in_a_path_is_a_part_of_the_path(start, tmp_path) -> None:
+    path = tmp_path / "automatic"
+    with pytest.raises(RuntimeError, match=f"FLUX_CHECKPOINT={path}: {path}/dev holds no pipeline"):
+        start(FLUX_CHECKPOINT=str(path))
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:7"])
+def test_an_unknown_device_fails_setup_and_names_the_setting(start, device: str) -> None:
+    if device.startswith("cuda") and torch.cuda.device_count() > 7:
+        pytest.skip("this machine has that device")
+    with pytest.raises(ValueError, match=f"FLUX_DEVICE={device}: no such device here"):
+        start(FLUX_DEVICE=device)
+
+
 # --- safety
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,37 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.parametrize("when", ["Running setup", "Using seed"])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: int) -> None:
+    before = servers()
+    inputs = ["prompt=x", "num_inference_steps=50", "num_outputs=4"]
+    command = [ROOT / "script" / "predict", *(o for i in inputs for o in ("-i", i))]
+    environment = {**os.environ, "FLUX_CHECKPOINT": "nano"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        if when == "Using seed":
+            assert any(when in line for line in process.stderr)
+        else:
+            while servers() == before:
+                time.sleep(0.05)
+        process.send_signal(ending)
+        _, log = process.communicate(timeout=20)
+    assert process.returncode == 128 + ending
+    assert "Traceback" not in log
+    assert servers() == before
+
+
 def servers() -> list[str]:
     """The process ids of Cog servers that run in this checkout."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
-            if b"cog.server.http" in command and (entry / "cwd").readlink() == ROOT:
+            ours = b"cog.server.http" in command or b"coglet" in command
+            if ours and (entry / "cwd").readlink() == ROOT:
                 found.append(entry.name)
         except OSError:
             continue
@@ -65,7 +91,13 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
         (["-i", "prompt"], {}, "-i prompt: expected NAME=VALUE or NAME=@FILE"),
         (["-i", "promt=a heart"], {}, "-i promt=a heart: no such input; there are aspect_ratio"),
         (["-i", "image=@absent.png"], {}, "-i image=@absent.png: No such file"),
-        (["-i", "num_outputs=two"], {}, "-i num_outputs=two: expected integer"),
+        (["-i", "image=a.png"], {}, "expected a URL; a file is sent as image=@a.png"),
+        (["-i", "num_outputs=two"], {}, "-i num_outputs='two': expected integer"),
+        (["-i", "num_outputs=1.5"], {}, "-i num_outputs='1.5': expected integer"),
+        (["-i", "guidance_scale=nan"], {}, "-i guidance_scale='nan': expected number"),
+        (["-i", "go_fast=maybe"], {}, "-i go_fast='maybe': expected boolean"),
+        (["-i", "seed=1", "-i", "seed=2"], {}, "-i seed=2: seed is given twice"),
+        (["-i", "prompt=x", "-o", "/proc/drawn"], {}, "/proc/drawn"),
         (["-i", "prompt=x", "-i", "width=5000"], {}, "HTTP 422: width: "),
         (["-i", "prompt=x", "-i", "aspect_ratio=custom"], {}, "custom needs both width and height"),
         (["-i", "prompt=x"], {"FLUX_CHECKPOINT": "/absent"}, "/absent/dev holds no pipeline"),

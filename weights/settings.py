@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 GIB = 1 << 30
+MAX_INPUT_MEGAPIXELS = 170
 
 
 class SettingsError(ValueError):
@@ -43,6 +44,13 @@ def _probability(text: str) -> float:
 def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError("expected a whole number of at least 1")
+    return value
+
+
+def _input_megapixels(text: str) -> int:
+    """Pillow itself refuses pictures above 170."""
+    if (value := _positive(text)) > MAX_INPUT_MEGAPIXELS:
+        raise ValueError(f"expected at most {MAX_INPUT_MEGAPIXELS}")
     return value
 
 
@@ -94,7 +102,7 @@ class Settings:
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
-    max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _positive, 64)
+    max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)
     nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
     allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
     lora_cache_directory: Path = _setting(

@@ -16,6 +16,8 @@ def test_every_variable_is_read() -> None:
     settings = Settings.from_environment(
         {
             "FLUX_CHECKPOINT": "nano",
+            "FLUX_DEVICE": "cuda:1",
+            "FLUX_MAX_INPUT_MEGAPIXELS": "9",
             "FLUX_DTYPE": "bfloat16",
             "FLUX_OUTPUT_DIRECTORY": "/somewhere",
             "FLUX_PROMPT_CACHE": "3",
@@ -24,6 +26,8 @@ def test_every_variable_is_read() -> None:
         }
     )
     assert settings.checkpoint == "nano"
+    assert settings.device == "cuda:1"
+    assert settings.max_input_megapixels == 9
     assert settings.dtype == "bfloat16"
     assert settings.output_directory == Path("/somewhere")
     assert settings.prompt_cache == 3
@@ -38,6 +42,7 @@ def test_every_variable_is_read() -> None:
         ("FLUX_PROMPT_CACHE", "0"),
         ("FLUX_PROMPT_CACHE", "many"),
         ("FLUX_NSFW_THRESHOLD", "1.5"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "171"),
         ("LORA_CACHE_GB", "much"),
         ("LORA_MEMORY_GB", "inf"),
         ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
