@@ -4,6 +4,7 @@ Nothing is dropped silently. A key belongs to a module of the model, or is of a 
 known to be harmless and is listed as ignored, or is an error that names it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,7 @@ def _checked(key: str, tensor: Tensor) -> Tensor:
     """
     tensor = tensor.clone()
     low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
-    if not (low.isfinite() and high.isfinite()):
+    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
         raise AdapterError(f"{short(key)} has values that are not finite; the file is damaged")
     return tensor
 

@@ -13,8 +13,8 @@ TEXT_WIDTH, POOLED_WIDTH, CHANNELS = 384, 192, 64
 RANK = 16
 
 
-def transformer(dtype: torch.dtype) -> FluxTransformer2DModel:
-    """Always the same random weights."""
+def transformer(dtype: torch.dtype, heads: int = HEADS) -> FluxTransformer2DModel:
+    """Always the same random weights; 64 wide per head."""
     torch.manual_seed(0)
     found = FluxTransformer2DModel(
         patch_size=1,
@@ -22,7 +22,7 @@ def transformer(dtype: torch.dtype) -> FluxTransformer2DModel:
         num_layers=DOUBLE,
         num_single_layers=SINGLE,
         attention_head_dim=sum(ROPE),
-        num_attention_heads=HEADS,
+        num_attention_heads=heads,
         joint_attention_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
         guidance_embeds=True,
@@ -64,7 +64,7 @@ def parameter_shapes(found: nn.Module) -> dict[str, dict[str, torch.Size]]:
 def describe(found: nn.Module) -> dict[str, object]:
     return {
         "blocks": [DOUBLE, SINGLE],
-        "width": HEADS * sum(ROPE),
+        "width": found.inner_dim,
         "parameters": sum(p.numel() for p in found.parameters()),
         "linears": len(linears(found)),
         "rank": RANK,

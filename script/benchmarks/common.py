@@ -49,13 +49,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(title: str, results: dict[str, Any]) -> None:
-    """Print the results, and write them where `--json FILE` says."""
-    parser = argparse.ArgumentParser(description=title)
+def report_file() -> Path | None:
+    """Where `--json FILE` on the command line says that the report goes."""
+    parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path, metavar="FILE")
-    file = parser.parse_args().json
+    file: Path | None = parser.parse_args().json
+    return file
+
+
+def report(title: str, results: dict[str, Any]) -> None:
+    """Print the results, and write them to the report's file."""
     document = {"benchmark": title, "machine": machine(), **results}
     text = json.dumps(document, indent=2)
     print(text)
-    if file:
+    if file := report_file():
         file.write_text(text + "\n")

@@ -3,23 +3,25 @@
 With `--json FILE` a bar chart goes beside it, as FILE with the suffix .png.
 """
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import _full_depth as full_depth
 import torch
-from common import interleave, medians, report
+from common import interleave, medians, report, report_file
 from safetensors.torch import load_file
 
 from flux.merge import WorkingWeights
 from lora.adapter import Targets, load_adapter
 
 ROUNDS = 15
+HEADS = (3, 6)
 FLOOR = "memcpy of the weights"
+SHOWN = (FLOOR, "ours", "PEFT", "diffusers")
 READ = "file: read and cast"
 COLD = "file: ours, checked and parsed"
 
@@ -29,30 +31,33 @@ Contenders = dict[str, Callable[[], object]]
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    widths = [at_width(heads) for heads in HEADS]
+    report("swap", {"peft": version("peft"), "rounds": ROUNDS, "widths": widths})
+    plot(widths)
+
+
+def at_width(heads: int) -> dict[str, Any]:
+    """All contenders on a transformer that is 64 wide per head."""
     with tempfile.TemporaryDirectory() as directory:
-        model = full_depth.transformer(torch.bfloat16)
+        model = full_depth.transformer(torch.bfloat16, heads)
         files = [
             full_depth.write_adapter(Path(directory) / f"{seed}.safetensors", model, seed)
             for seed in (1, 2)
         ]
-        contenders = ours(files) | others(files) | reading(files) | bare(files[0])
-        seconds = interleave(contenders, ROUNDS, warmup=2)
+        contenders = ours(files, heads) | others(files, heads) | reading(files, heads)
+        seconds = interleave(contenders | bare(files[0], heads), ROUNDS, warmup=2)
     median = medians(seconds)
-    results = {
+    return {
         "model": full_depth.describe(model),
-        "peft": version("peft"),
-        "rounds": ROUNDS,
         "median_ms": {name: round(1000 * value, 1) for name, value in median.items()},
         "times_memcpy": {name: round(v / median[FLOOR], 2) for name, v in median.items()},
         "file_times_reading": round(median[COLD] / median[READ], 2),
     }
-    report("swap", results)
-    plot(results["median_ms"])
 
 
-def ours(files: list[Path]) -> Contenders:
+def ours(files: list[Path], heads: int) -> Contenders:
     """Swaps between two adapters; and on weights of their own, a merge and its restoring."""
-    swapping, merging = (full_depth.transformer(torch.bfloat16) for _ in range(2))
+    swapping, merging = (full_depth.transformer(torch.bfloat16, heads) for _ in range(2))
     targets = Targets(full_depth.parameter_shapes(swapping))
     adapters = [load_adapter(path, path.stem, targets) for path in files]
     swapped = WorkingWeights({"transformer": swapping})
@@ -78,10 +83,10 @@ def ours(files: list[Path]) -> Contenders:
     }
 
 
-def others(files: list[Path]) -> Contenders:
+def others(files: list[Path], heads: int) -> Contenders:
     """diffusers' and PEFT's ways, from tensors in memory and from the file."""
-    loaded = full_depth.pipeline(full_depth.transformer(torch.bfloat16))
-    hot = full_depth.pipeline(full_depth.transformer(torch.bfloat16))
+    loaded = full_depth.pipeline(full_depth.transformer(torch.bfloat16, heads))
+    hot = full_depth.pipeline(full_depth.transformer(torch.bfloat16, heads))
     hot.enable_lora_hotswap(target_rank=full_depth.RANK)
     hot.load_lora_weights(files[0], adapter_name="a")
     states = itertools.cycle([load_file(path) for path in files])
@@ -103,18 +108,18 @@ def others(files: list[Path]) -> Contenders:
     }
 
 
-def reading(files: list[Path]) -> Contenders:
+def reading(files: list[Path], heads: int) -> Contenders:
     """What a cold load costs by itself (the file is in the page cache for both)."""
-    targets = Targets(full_depth.parameter_shapes(full_depth.transformer(torch.bfloat16)))
+    targets = Targets(full_depth.parameter_shapes(full_depth.transformer(torch.bfloat16, heads)))
     return {
         READ: lambda: {name: tensor.float() for name, tensor in load_file(files[0]).items()},
         COLD: lambda: load_adapter(files[0], "digest", targets),
     }
 
 
-def bare(path: Path) -> Contenders:
+def bare(path: Path, heads: int) -> Contenders:
     """The operations of a swap without what surrounds them, and a bf16 `addmm` in one pass."""
-    model = full_depth.transformer(torch.bfloat16)
+    model = full_depth.transformer(torch.bfloat16, heads)
     tensors = load_file(path)
     rows = [
         (
@@ -140,24 +145,24 @@ def bare(path: Path) -> Contenders:
     return {"bare: widen, addmm, round": three_operations, "bare: bf16 addmm": one_pass}
 
 
-def plot(median_ms: dict[str, float]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    file = parser.parse_args().json
+def plot(widths: list[dict[str, Any]]) -> None:
+    """A chart for each width, beside the report."""
+    file = report_file()
     if file is None:
         return
     import matplotlib.pyplot as plt
 
-    rows = {name: ms for name, ms in median_ms.items() if not name.startswith(("file", "bare"))}
-    names = sorted(rows, key=rows.__getitem__, reverse=True)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    colours = ["#2a6fdb" if name.startswith("ours") else "#9aa0a6" for name in names]
-    bars = axes.barh(names, [rows[name] for name in names], color=colours)
-    axes.bar_label(bars, [f"{rows[name]:.0f} ms" for name in names], padding=3)
-    axes.set_xlabel("milliseconds for one change of adapter (median, one thread)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.12)
-    figure.savefig(file.with_suffix(".png"), dpi=120)
+    figure, panels = plt.subplots(1, len(widths), figsize=(12, 4), layout="constrained")
+    for axes, result in zip(panels, widths, strict=True):
+        rows = {n: ms for n, ms in result["median_ms"].items() if n.startswith(SHOWN)}
+        names = sorted(rows, key=rows.__getitem__, reverse=True)
+        colours = ["#2a6fdb" if name.startswith("ours") else "#9aa0a6" for name in names]
+        bars = axes.barh(names, [rows[name] for name in names], color=colours)
+        axes.bar_label(bars, [f"{rows[name]:.0f} ms" for name in names], padding=3)
+        axes.set_title(f"width {result['model']['width']}: ms for one change of adapter")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.15)
+    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
