@@ -3,7 +3,11 @@
 import base64
 import inspect
 import io
+import json
+import re
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,6 +76,33 @@ class LoggedServer:
         assert answer.error
         return answer.error
 
+    def cancel(self, after: str, **inputs: Any) -> tuple[dict[str, Any], float]:
+        """Cancel an asynchronous prediction once the log has a line that matches `after`.
+
+        Returns:
+            its final state, and the seconds from the cancel to that.
+        """
+        start, path = len(self.lines), f"/predictions/{uuid.uuid4().hex}"
+        with webhook() as (url, payloads, arrived):
+            body = {
+                "input": {**QUICK, **inputs},
+                "webhook": url,
+                "webhook_events_filter": ["completed"],
+            }
+            headers = {"Prefer": "respond-async"}
+            assert self.server.request("PUT", path, json=body, headers=headers).status_code == 202
+            self._wait_for_line(after, start)
+            sent = time.monotonic()
+            assert self.server.request("POST", f"{path}/cancel").status_code == 200
+            assert arrived.wait(30)
+            return payloads[-1], time.monotonic() - sent
+
+    def _wait_for_line(self, pattern: str, start: int, seconds: float = 30) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(re.search(pattern, line) for line in self.lines[start:]):
+            assert time.monotonic() < deadline, f"no line with {pattern!r}"
+            time.sleep(0.005)
+
 
 @contextmanager
 def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
@@ -85,8 +116,6 @@ def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
 @contextmanager
 def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
     """Receive the server's webhooks: the URL, the payloads, and an event for each arrival."""
-    import json
-
     payloads: list[dict[str, Any]] = []
     arrived = threading.Event()
 

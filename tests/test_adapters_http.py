@@ -247,6 +247,18 @@ def test_private_addresses_only_where_the_operator_allows_them(environment, hub,
     assert hub.count("GET", "/files/private.safetensors") == 0
 
 
+def test_a_cancel_during_a_download(server, hub) -> None:
+    base = server.draw(**RAW).image
+    url = hub.add_file("/files/slow.safetensors", content(61))
+    hub.drip("/files/slow", size=300, seconds=0.2, times=2)
+    final, waited = server.cancel("Using seed", **RAW, replicate_weights=url)
+    assert final["status"] == "canceled"
+    assert waited < 15  # seconds; the file takes over a minute
+    hub.heal()
+    assert same(server.draw(**RAW).image, base)
+    assert difference(server.draw(**RAW, replicate_weights=url).image, base) > 1
+
+
 def test_a_tar_with_one_adapter(server, hub, tmp_path) -> None:
     inside, outer = tmp_path / "lora.safetensors", tmp_path / "trained_model.tar"
     save_file(adapter(51), inside)
