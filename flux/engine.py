@@ -127,6 +127,7 @@ class Engine:
             check_cancelled()
             with self._stage(stopwatch, "decoding"):
                 image = self._decode(request, canvas, latents)
+            check_cancelled()
             yield image
 
     @contextmanager
