@@ -174,7 +174,8 @@ class WorkingWeights:
         self._records[key] = UNKNOWN
         exact = pristine
         if record:
-            exact = self._scratch_like(working).copy_(pristine)
+            near = pristine.to(working.device)  # before it is widened: half to carry
+            exact = self._scratch_like(working).copy_(near)
             for digest, scale in record:
                 adapters[digest].add_to(exact, *key, self._pristine, scale)
         self._store(working, exact)

@@ -79,6 +79,8 @@ class Transformers:
 
         def write() -> Swap:
             start = time.perf_counter()
+            for other in self._residency.admit(key):
+                self._evict(other)
             fresh = key not in self._weights
             if fresh:
                 self._bring(key)
@@ -116,9 +118,7 @@ class Transformers:
             ) from error
 
     def _bring(self, key: Key) -> None:
-        """Memory on the device for a transformer, whatever must leave for it, and its records."""
-        for other in self._residency.admit(key):
-            self._evict(other)
+        """Memory on the device for a transformer, and records that say nothing is in it yet."""
         module, float8 = self.modules[key], self._float8[key]
         try:
             for name, parameter in list(module.named_parameters()):

@@ -136,6 +136,14 @@ def test_leaving_drops_weights_and_records_together(masters, adapters) -> None:
         assert_bits(transformers.modules[DEV], expected)
 
 
+def test_the_least_recently_used_leaves(masters) -> None:
+    transformers = make(masters, budget=2 * size(masters["dev"], frozenset()))
+    for key in (DEV, SCHNELL, DEV):
+        transformers.reconcile(key, [])
+    transformers.reconcile(DEV8, [])
+    assert transformers.resident == (DEV, DEV8)
+
+
 @pytest.mark.parametrize("share", [1.0, 1.6, 2.2])
 def test_memory_on_the_device_stays_in_the_budget(masters, adapters, share) -> None:
     budget = int(share * size(masters["dev"], frozenset()))
