@@ -3,7 +3,7 @@
 A weight is stored as e4m3 with one fp32 scale per row (output feature); activations are
 quantized per row (token) at run time where the device multiplies in float8, and stay as they are
 elsewhere. The embedders, time_text_embed, norm_out and the final proj_out stay in the compute
-dtype: 0.6 % of FLUX.1's parameters, and three quarters of the output error.
+dtype: half a per cent of FLUX.1's parameters, and most of the output's error (docs/fp8.md).
 
 Weights are quantized here and not by torchao's `quantize_` for three reasons. A weight that
 adapters change must be written in place, so that a compiled graph keeps its storage. The scale is
@@ -12,8 +12,8 @@ to the weight's dtype, so that the largest value of a row may be clipped. And a 
 scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
 
 Refused: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
-fifth to a third of its strength), per-tensor e5m2 activations (twice the error), and choosing
-layers by parts of their names ("proj_out" is also in every single block).
+fifth of its strength), per-tensor e5m2 activations, and choosing layers by parts of their names
+("proj_out" is also in every single block).
 """
 
 import logging
