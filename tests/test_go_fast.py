@@ -1,12 +1,10 @@
 """go_fast over HTTP: every mode, both models, with and without adapters, beside bf16."""
 
 import pytest
-import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
 
-from flux.load import NANO
+from tests.adapters import adapter
 from tests.support import LoggedServer, colours, data_uri, difference, same
 
 RAW = {"output_format": "png"}
@@ -20,24 +18,9 @@ MODES = {
 CUSTOM = {"aspect_ratio": "custom", "width": 288, "height": 256, "megapixels": None}
 
 
-def adapter(seed: int) -> str:
-    """A rank-4 LoRA on the attention of the miniature's double blocks, as a data URI."""
-    model = FluxTransformer2DModel.from_pretrained(NANO / "dev", subfolder="transformer")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in model.transformer_blocks.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".attn.to_" in name:
-            rows, columns = module.weight.shape
-            module_name = f"transformer.transformer_blocks.{name}"
-            down = torch.randn(4, columns, generator=generator) / columns**0.5
-            up = torch.randn(rows, 4, generator=generator) * 0.2
-            tensors |= {f"{module_name}.lora_A.weight": down, f"{module_name}.lora_B.weight": up}
-    return data_uri(save(tensors))
-
-
 @pytest.fixture(scope="module")
 def style() -> str:
-    return adapter(1)
+    return data_uri(save(adapter(1)))
 
 
 def draw(server: LoggedServer, **inputs: object) -> Image.Image:
@@ -72,7 +55,7 @@ def test_scales_in_float8(server, style) -> None:
     assert same(fast(replicate_weights=style, lora_scale=0), base)
     quarters = {"lora_scale": 0.25, "extra_lora_scale": 0.25}
     assert same(fast(replicate_weights=style, extra_lora=style, **quarters), half)
-    other = adapter(2)
+    other = data_uri(save(adapter(2)))
     both = fast(replicate_weights=style, extra_lora=other)
     assert difference(both, full) > 0.5
     assert same(fast(replicate_weights=other, extra_lora=style), both)
