@@ -16,10 +16,9 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 
 from flux.outputs import Outputs, RequestOutputs
-from flux.request import Inputs, Request, resolve
+from flux.request import Inputs, Request, resolve, scale_multiplier
 from flux.sampling import MEGAPIXEL
 from flux.timing import Stopwatch
-from flux.variants import VARIANTS
 from flux.worker import CheckCancelled, EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
@@ -187,12 +186,14 @@ class Predictor(BaseRunner):
             import torch
 
             from flux.engine import Engine
-            from flux.load import Deployment, load_pipelines
+            from flux.load import Deployment, load_pipelines, working_transformers
             from lora.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
-        self._engine = Engine(load_pipelines(deployment), self._settings.prompt_cache)
+        pipelines = load_pipelines(deployment)
+        transformers = working_transformers(pipelines, deployment, self._settings)
+        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache)
         self._checker = OpenNSFW(self._settings.nsfw_threshold)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
@@ -200,10 +201,16 @@ class Predictor(BaseRunner):
             LoaderSettings.of(self._settings),
             lambda path, digest: load_adapter(path, digest, targets),
         )
-        if self._default_adapter:
-            adapters = self._adapters(((self._default_adapter, 1.0),), check_cancelled)
-            for variant in VARIANTS:
-                self._engine.merge(variant, adapters, check_cancelled)
+        self._make_ready(check_cancelled)
+
+    def _make_ready(self, check_cancelled: CheckCancelled) -> None:
+        """Bring transformers to the device, with the default adapter as requests will want it."""
+        wanted = [(self._default_adapter, 1.0)] if self._default_adapter else []
+        adapters = self._adapters(wanted, check_cancelled)
+        for key in self._engine.at_start:
+            multiplier = scale_multiplier(key[1], self._settings)
+            scaled = [(adapter, scale * multiplier) for adapter, scale in adapters]
+            self._engine.merge(key, scaled, check_cancelled)
 
     def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
         """The way of a request, in the engine thread."""

@@ -5,18 +5,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
+from torch import nn
 
 from flux.inpaint import repainted_cells, soft_alpha
 from flux.merge import AdapterLike, WorkingWeights
 from flux.prompts import PromptEmbeddings, PromptEncoder
-from flux.request import Mode, Request, RequestError
+from flux.request import Mode, Request
+from flux.residency import Key
 from flux.timing import Stopwatch
+from flux.transformers import Transformers
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +53,21 @@ class Engine:
 
     Args:
         pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders.
+        transformers: those that draw; the pipelines' own are never run.
         prompt_cache: how many encoded prompts are kept.
     """
 
-    def __init__(self, pipelines: dict[str, FluxPipeline], prompt_cache: int) -> None:
+    def __init__(
+        self, pipelines: dict[str, FluxPipeline], transformers: Transformers, prompt_cache: int
+    ) -> None:
         self._pipelines = {
-            (variant, mode): _sibling(pipeline, kind)
-            for variant, pipeline in pipelines.items()
+            (key, mode): _sibling(pipelines[key[0]], kind, transformer)
+            for key, transformer in transformers.modules.items()
             for mode, kind in PIPELINES.items()
         }
         self._shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
         self._prompts = PromptEncoder(self._shared, prompt_cache)
-        self._transformers = {
-            variant: WorkingWeights({"transformer": pipeline.transformer})
-            for variant, pipeline in pipelines.items()
-        }
+        self._transformers = transformers
         self._encoders = WorkingWeights({name: getattr(self._shared, name) for name in ENCODERS})
         self._cell: int = self._shared.vae_scale_factor  # pixels along the side of a latent
 
@@ -73,23 +77,35 @@ class Engine:
 
         The transformer is dev's, which has every parameter of schnell's.
         """
-        dev = self._pipelines["dev", Mode.TEXT_TO_IMAGE]
+        dev = self._pipelines[("dev", "bf16"), Mode.TEXT_TO_IMAGE]
         return {
             name: {key: value.shape for key, value in getattr(dev, name).named_parameters()}
             for name in ("transformer", *ENCODERS)
         }
 
-    def merge(self, variant: str, adapters: Adapters, check_cancelled: Callable[[], None]) -> None:
-        """Make the weights that serve a variant contain these adapters and nothing else."""
-        merged, restored, absent = 0, 0, 0
-        for weights in (self._encoders, self._transformers[variant]):
-            swap = weights.reconcile(adapters, check_cancelled)
-            merged, restored = merged + swap.merged, restored + swap.restored
-            absent = sum(component == "transformer" for component, _ in swap.absent)
+    @property
+    def at_start(self) -> Sequence[Key]:
+        """The transformers to have on the device before the first request, in this order."""
+        return self._transformers.at_start
+
+    def merge(self, key: Key, adapters: Adapters, check_cancelled: Callable[[], None]) -> None:
+        """Make the weights that serve contain these adapters and nothing else.
+
+        Args:
+            key: the transformer that is to draw; it is brought to the device if need be.
+            adapters: with their effective scales.
+            check_cancelled: called before each weight is written.
+        """
+        swaps = (
+            self._encoders.reconcile(adapters, check_cancelled),
+            self._transformers.reconcile(key, adapters, check_cancelled),
+        )
+        merged, restored = (sum(getattr(s, n) for s in swaps) for n in ("merged", "restored"))
+        absent = sum(component == "transformer" for component, _ in swaps[1].absent)
         if merged or restored:
             logger.info("Adapters: %d weights merged, %d restored", merged, restored)
         if absent:
-            logger.info("Adapters: %d weights are left out, %s has none of them", absent, variant)
+            logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
 
     def generate(
         self,
@@ -106,27 +122,28 @@ class Engine:
         Yields:
             RGB images of the request's size.
         """
-        if request.precision == "fp8":  # quantised transformers will be chosen here
-            raise RequestError("go_fast: this build has no fp8 weights yet; send go_fast=false")
         if not request.sigmas and request.picture:
             yield from [request.picture] * len(request.seeds)
             return
+        key = _key(request)
+        with_room = partial(self._transformers.with_room, key)
         with self._stage(stopwatch, "adapters"):
-            self.merge(request.variant.name, adapters, check_cancelled)
+            self.merge(key, adapters, check_cancelled)
         with self._stage(stopwatch, "text"):
             state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
             length = request.variant.max_sequence_length
             prompt = self._prompts.encode(request.prompt, length, state)
         check_cancelled()
         with self._stage(stopwatch, "input"):
-            canvas = self._prepare(request)
+            canvas = with_room(partial(self._prepare, request))
         for seed in request.seeds:
             check_cancelled()
             with self._stage(stopwatch, "denoising"):
-                latents = self._denoise(request, prompt, canvas, seed, check_cancelled)
+                denoise = partial(self._denoise, request, prompt, canvas, seed)
+                latents = with_room(partial(denoise, check_cancelled))
             check_cancelled()
             with self._stage(stopwatch, "decoding"):
-                image = self._decode(request, canvas, latents)
+                image = with_room(partial(self._decode, request, canvas, latents))
             check_cancelled()
             yield image
 
@@ -135,8 +152,8 @@ class Engine:
         """A stage of the stopwatch that is charged all that it has queued on a GPU."""
         with stopwatch.stage(name):
             yield
-            if self._shared.device.type == "cuda":
-                torch.cuda.synchronize(self._shared.device)
+            if self._shared.vae.device.type == "cuda":
+                torch.cuda.synchronize(self._shared.vae.device)
 
     def _prepare(self, request: Request) -> Canvas:
         token = 2 * self._cell
@@ -173,7 +190,7 @@ class Engine:
             check_cancelled()
             return {}
 
-        latents: torch.Tensor = self._pipelines[request.variant.name, request.mode](
+        latents: torch.Tensor = self._pipelines[_key(request), request.mode](
             prompt_embeds=prompt.tokens,
             pooled_prompt_embeds=prompt.pooled,
             width=canvas.width,
@@ -200,9 +217,15 @@ class Engine:
         return drawn
 
 
-def _sibling(pipeline: FluxPipeline, kind: type[DiffusionPipeline]) -> DiffusionPipeline:
-    """A pipeline of another kind over the same components, with the same progress bar."""
-    sibling = kind(**pipeline.components)
+def _key(request: Request) -> Key:
+    return request.variant.name, request.precision
+
+
+def _sibling(
+    pipeline: FluxPipeline, kind: type[DiffusionPipeline], transformer: nn.Module
+) -> DiffusionPipeline:
+    """A pipeline of another kind over the same components, but for the transformer."""
+    sibling = kind(**pipeline.components | {"transformer": transformer})
     sibling.set_progress_bar_config(mininterval=0)  # a line for every step, however fast
     return sibling
 

@@ -10,13 +10,18 @@ from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from flux.memory import bytes_of, device_budget, hold, host_budget
+from flux.quantize import quantizes_activations
+from flux.residency import that_fit
+from flux.transformers import Transformers
 from flux.variants import VARIANTS
 from weights.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
 NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
-SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+MODULES = ("vae", "text_encoder", "text_encoder_2")
+SHARED = (*MODULES, "tokenizer", "tokenizer_2")
 
 
 class CheckpointError(RuntimeError):
@@ -78,6 +83,9 @@ def _device(name: str) -> torch.device:
 def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
     """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
 
+    The transformers stay on the host, as diffusers maps them from the file: they are the pristine
+    copies that working weights are made from.
+
     Raises:
         CheckpointError: if files are missing or do not fit together.
     """
@@ -94,9 +102,30 @@ def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
             pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
-        pipeline.to(deployment.device)
+        for name in MODULES:
+            getattr(pipeline, name).to(deployment.device)
         pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
         shared = {name: pipeline.components[name] for name in SHARED}
         pipelines[variant] = pipeline
         logger.info("loaded %s from %s in %.1f s", variant, source, time.perf_counter() - start)
     return pipelines
+
+
+def working_transformers(
+    pipelines: dict[str, FluxPipeline], deployment: Deployment, settings: Settings
+) -> Transformers:
+    """The transformers that serve, to be made from the pipelines' own.
+
+    Raises:
+        BudgetError: the device has no room for any.
+    """
+    device, masters = deployment.device, {name: p.transformer for name, p in pipelines.items()}
+    if device.type == "cuda":  # on a CPU, the copies would lie beside the working weights
+        sizes = {name: bytes_of(master) for name, master in masters.items()}
+        for name in that_fit(masters, sizes, host_budget(settings.host_memory_bytes)):
+            hold(masters[name], page_locked=True)
+    shared = next(iter(pipelines.values()))
+    loaded = sum(bytes_of(getattr(shared, name)) for name in MODULES)
+    budget = device_budget(settings.device_memory_bytes, device, loaded)
+    dynamic = quantizes_activations(settings.fp8_activations, device, deployment.dtype)
+    return Transformers(masters, device, dynamic=dynamic, budget=budget)

@@ -28,7 +28,7 @@ Store = Callable[[Tensor, Tensor], None]
 """Writes an exact value (fp32, or the pristine itself) into a working weight in place."""
 
 UNKNOWN = None
-"""The record of a parameter while it is written, and for ever if that fails."""
+"""The record of a parameter before its first write, while it is written, and if that fails."""
 
 
 class AdapterLike(Protocol):
@@ -96,9 +96,10 @@ class WorkingWeights:
 
     Args:
         modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
-            must be pristine now, and nobody else may write them.
+            must be pristine now, unless blank, and nobody else may write them.
         pristine: where pristine values come from; by default a copy before the first write.
         store: how a result is put into a working weight; quantised weights bring their own.
+        blank: the parameters hold nothing yet; the first reconciliation writes all of them.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class WorkingWeights:
         modules: Mapping[str, nn.Module],
         pristine: Pristine | None = None,
         store: Store = store_rounded,
+        *,
+        blank: bool = False,
     ) -> None:
         self._parameters: dict[Parameter, Tensor] = {
             (component, name): parameter
@@ -115,6 +118,8 @@ class WorkingWeights:
         self._pristine = pristine or ClonedPristine(self._parameters)
         self._store = store
         self._records: dict[Parameter, Record | None] = {}
+        if blank:
+            self._records |= dict.fromkeys(self._parameters, UNKNOWN)
         self._scratch = torch.empty(0)
 
     def record(self, component: str, parameter: str) -> Record | None:
@@ -169,7 +174,8 @@ class WorkingWeights:
         self._records[key] = UNKNOWN
         exact = pristine
         if record:
-            exact = self._scratch_like(working).copy_(pristine)
+            near = pristine.to(working.device)  # before it is widened: half to carry
+            exact = self._scratch_like(working).copy_(near)
             for digest, scale in record:
                 adapters[digest].add_to(exact, *key, self._pristine, scale)
         self._store(working, exact)

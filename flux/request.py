@@ -118,7 +118,6 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
         raise RequestError(str(error)) from error
     width, height = _size(inputs, picture)
     precision = _precision(inputs, picture)
-    multiplier = settings.go_fast_multiplier if precision == "fp8" else 1.0
     first_seed = _seed(inputs.seed)
     logger.info("Using seed: %d", first_seed)
     if not variant.guidance:
@@ -135,11 +134,16 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
         sigmas=_noise_levels(inputs, mode),
         seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
         guidance=float(inputs.guidance_scale) if variant.guidance else None,
-        adapters=_adapters(inputs, default_adapter, multiplier),
+        adapters=_adapters(inputs, default_adapter, scale_multiplier(precision, settings)),
         output_format=inputs.output_format,
         output_quality=int(inputs.output_quality),
         check_safety=_check_safety(inputs, settings.allow_disable_safety_checker),
     )
+
+
+def scale_multiplier(precision: Precision, settings: Settings) -> float:
+    """What the scales of adapters are multiplied by, as the contract says."""
+    return settings.go_fast_multiplier if precision == "fp8" else 1.0
 
 
 def _mode(inputs: Inputs) -> Mode:

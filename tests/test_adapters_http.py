@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save, save_file
 from server import Server, ServerError
 
-from flux.load import NANO
+from tests.adapters import adapter
 from tests.hub import Hub
 from tests.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from tests.support import LoggedServer, data_uri, difference, logged_server, same
@@ -25,24 +24,6 @@ SECRETS = {
     "REPLICATE_API_TOKEN": "r8_secret_token",
 }
 KOHYA = "lora_te1_text_model_encoder_layers_0_mlp_fc1"  # CLIP, as kohya spells it
-
-
-def adapter(seed: int, *, blocks: int = 2) -> dict[str, torch.Tensor]:
-    """A rank-4 LoRA for the miniature, in ai-toolkit's spelling, strong enough to see."""
-    model = FluxTransformer2DModel.from_pretrained(NANO / "dev", subfolder="transformer")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".attn.to_" in name:
-            if int(name.split(".")[1]) >= blocks:
-                continue
-            rows, columns = module.weight.shape
-            down = torch.randn(4, columns, generator=generator) / columns**0.5
-            tensors[f"transformer.{name}.lora_A.weight"] = down
-            tensors[f"transformer.{name}.lora_B.weight"] = torch.randn(
-                rows, 4, generator=generator
-            ).mul(0.2)
-    return tensors
 
 
 def content(seed: int) -> bytes:

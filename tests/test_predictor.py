@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
 from flux.load import NANO, SHARED
+from flux.memory import bytes_of
 from predict import Predictor
 from safety.checker import Verdict
 from tests.support import QUICK, colours, defaults, difference, pixels, same
@@ -154,6 +155,65 @@ def test_an_unknown_device_fails_setup_and_names_the_setting(start, device: str)
         start(FLUX_DEVICE=device)
 
 
+# --- memory
+
+
+def gigabytes(name: str) -> float:
+    """What FLUX_DEVICE_MEMORY_GB must be for dev or schnell to fit in bf16, and no more."""
+    pipeline = diffusers()[name]
+    shared = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    return sum(bytes_of(module) for module in (*shared, pipeline.transformer)) / 2**30 + 1e-6
+
+
+def test_a_device_with_room_for_one_serves_all_to_the_bit(start, caplog) -> None:
+    roomy, quick = start(), {"num_inference_steps": 1}
+    narrow = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
+    for model, go_fast in [("schnell", False), ("dev", True), ("dev", False), ("schnell", True)]:
+        request = {"model": model, "go_fast": go_fast, **quick}
+        assert same(narrow(**request)[0], roomy(**request)[0])
+    assert "dev bf16 leaves cpu" in caplog.text
+
+
+def test_a_device_too_small_for_one_says_so(start) -> None:
+    room = str(gigabytes("dev") - 0.0005)
+    draw = start(FLUX_DEVICE_MEMORY_GB=room)
+    with pytest.raises(RuntimeError, match=r"dev bf16 takes .* use the other precision"):
+        draw()
+    assert draw(go_fast=True)
+    with pytest.raises(RuntimeError, match="raise FLUX_DEVICE_MEMORY_GB"):
+        start(FLUX_DEVICE_MEMORY_GB="0.0001")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
+    draw = start()
+    expected, fast = draw()[0], draw(go_fast=True)[0]
+    forward, remaining = FluxTransformer2DModel.forward, iter(range(times))
+
+    def runs_out(*args: object, **options: object) -> object:
+        if next(remaining, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", runs_out)
+    if times == 1:
+        assert same(draw()[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match=r"Out of memory on cpu, also with dev bf16 alone"):
+            draw()
+        assert same(draw()[0], expected)
+    assert "dev fp8 leaves cpu" in caplog.text
+    assert same(draw(go_fast=True)[0], fast)
+
+
+def test_float8_activations(start) -> None:
+    """The form that cards use, computed on a CPU: a little further from bf16."""
+    (exact,), (weights,) = (start()(go_fast=go_fast) for go_fast in (False, True))
+    (dynamic,) = start(FLUX_FP8_ACTIVATIONS="fp8")(go_fast=True)
+    assert 0 < difference(dynamic, exact) < 4
+    assert not same(dynamic, weights)
+
+
 # --- safety
 
 
@@ -246,3 +306,5 @@ def test_both_variants_on_a_gpu(start) -> None:
     for model in ("dev", "schnell"):
         assert difference(draw(model=model)[0], cpu(model=model)[0]) < 8
         assert same(draw(model=model)[0], draw(model=model)[0])
+        fast = draw(model=model, go_fast=True)[0]
+        assert difference(fast, cpu(model=model, go_fast=True)[0]) < 8

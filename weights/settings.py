@@ -80,6 +80,12 @@ class Settings:
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
+        fp8_activations: whether go_fast's linears quantize their inputs (`fp8`) or not (`bf16`);
+            `auto` does where that is faster.
+        device_memory_bytes: what all weights on the device may take together; None is what is
+            free there, less a reserve for activations.
+        host_memory_bytes: what pristine weights may take in page-locked host memory; None is what
+            the machine or container has, less a reserve.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
         prompt_cache: how many encoded prompts are kept.
@@ -100,6 +106,9 @@ class Settings:
     checkpoint: str = _setting("FLUX_CHECKPOINT", str, "auto")
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
+    fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
+    device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
+    host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)

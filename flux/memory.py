@@ -1,0 +1,81 @@
+"""How much memory weights may take: as the operator says, or as the machine has."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
+ALIGNMENT = 256
+DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding
+HOST_RESERVE = 16 * GIB  # parsed adapters, Python, libraries, pictures
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
+
+
+def device_budget(setting: int | None, device: torch.device, loaded: int) -> int | None:
+    """Bytes of the device that more weights may take; None where that is not limited.
+
+    A CPU's memory is not counted unless the operator sets a limit: there the working weights
+    lie beside the files' mapping, and the system pages.
+
+    Args:
+        setting: what all weights may take together.
+        device: where they are.
+        loaded: bytes of those that are there already, and stay.
+    """
+    if setting is not None:
+        return setting - loaded
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0, int(free) - DEVICE_RESERVE)
+
+
+def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
+    """Bytes of host memory that pristine weights may take, beside the memory map."""
+    if setting is not None:
+        return setting
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
+    return max(0, (min(total, int(limit)) if limit.isdecimal() else total) - HOST_RESERVE)
+
+
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def hold(module: nn.Module, *, page_locked: bool) -> bool:
+    """Copy a module's parameters from the memory map into a few large slabs of host memory.
+
+    One slab for each parameter would take half as much again where memory is page-locked: the
+    allocator rounds every one up to a power of two.
+
+    Returns:
+        whether there was memory for it; the parameters are left as they are where not.
+    """
+    slabs: list[torch.Tensor] = []
+    views: list[torch.Tensor] = []
+    start = SLAB
+    try:
+        for parameter in module.parameters():
+            count = parameter.numel() * parameter.element_size()
+            if start + count > SLAB:
+                size = max(SLAB, count)
+                slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=page_locked))
+                start = 0
+            view = slabs[-1][start : start + count].view(parameter.dtype).view(parameter.shape)
+            views.append(view.copy_(parameter.detach()))
+            start += -(-count // ALIGNMENT) * ALIGNMENT
+    except RuntimeError as error:  # what torch raises for memory of any kind
+        logger.warning("Pristine weights stay in the memory map: %s", error)
+        return False
+    for parameter, view in zip(module.parameters(), views, strict=True):
+        parameter.data = view
+    return True

@@ -1,0 +1,86 @@
+"""The policy by itself: declared sizes in, names out."""
+
+import random
+
+import pytest
+
+from flux.residency import ORDER, BudgetError, Residency, that_fit
+
+DEV, DEV8, SCHNELL8, SCHNELL = ORDER
+FLUX = {DEV: 238, DEV8: 120, SCHNELL8: 120, SCHNELL: 238}  # tenths of a gigabyte
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (None, {DEV, DEV8, SCHNELL8, SCHNELL}),
+        (716, {DEV, DEV8, SCHNELL8, SCHNELL}),
+        (600, {DEV, DEV8, SCHNELL8}),
+        (400, {DEV, DEV8}),
+        (300, {DEV}),
+        (238, {DEV}),
+        (237, {DEV8}),
+        (240, {DEV}),
+        (120, {DEV8}),
+    ],
+)
+def test_what_is_there_at_the_start(budget, expected) -> None:
+    residency = Residency(FLUX, budget)
+    for key in residency.at_start():
+        assert residency.admit(key) == []
+    assert set(residency.resident) == expected
+    if len(expected) > 1:
+        assert residency.resident[-1] == DEV  # so that it stays longest
+
+
+@pytest.mark.parametrize("budget", [119, 0, -5])
+def test_a_device_too_small_for_any_says_so(budget) -> None:
+    with pytest.raises(BudgetError, match=r"dev fp8 takes .* FLUX_DEVICE_MEMORY_GB"):
+        Residency(FLUX, budget).at_start()
+
+
+def test_the_least_recently_used_makes_room() -> None:
+    residency = Residency(FLUX, 600)
+    for key in residency.at_start():
+        residency.admit(key)
+    assert residency.admit(DEV8) == []
+    assert residency.admit(SCHNELL) == [SCHNELL8]
+    assert residency.resident == (DEV, DEV8, SCHNELL)
+    assert residency.admit(DEV) == []
+    assert residency.admit(SCHNELL8) == [DEV8]
+    assert residency.resident == (SCHNELL, DEV, SCHNELL8)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    residency = Residency(FLUX, 237)
+    residency.admit(SCHNELL8)
+    with pytest.raises(BudgetError, match="schnell bf16"):
+        residency.admit(SCHNELL)
+    assert residency.resident == (SCHNELL8,)
+
+
+@pytest.mark.parametrize("budget", [238, 240, 358, 360, 478, 500, 600, 716])
+def test_no_budget_is_ever_passed_and_nothing_comes_twice(budget) -> None:
+    rng = random.Random(budget)
+    residency, device = Residency(FLUX, budget), set()
+    for _ in range(500):
+        key = rng.choice(ORDER)
+        leaving = residency.admit(key)
+        assert device >= set(leaving)
+        assert key not in leaving
+        if key in device:
+            assert leaving == []
+        device = (device - set(leaving)) | {key}
+        assert set(residency.resident) == device
+        assert residency.used == sum(FLUX[k] for k in device) <= budget
+        if rng.random() < 0.1:
+            gone = rng.choice(ORDER)
+            residency.drop(gone)
+            device.discard(gone)
+
+
+def test_pristine_copies_are_held_as_the_host_has_room() -> None:
+    sizes = {"dev": 238, "schnell": 238}
+    assert that_fit(sizes, sizes, 500) == ["dev", "schnell"]
+    assert that_fit(sizes, sizes, 300) == ["dev"]
+    assert that_fit(sizes, sizes, 100) == []
