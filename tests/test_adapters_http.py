@@ -197,6 +197,9 @@ def test_cog_weights_names_the_default_adapter(environment, references, server, 
     environment = {**environment, "COG_WEIGHTS": one}
     with logged_server(tmp_path, **environment) as fine_tune:
         assert any("weights merged" in line for line in fine_tune.lines)
+        fast = fine_tune.draw(**RAW, go_fast=True)
+        assert "weights merged" not in fast.logs  # setup knows the multiplier
+        assert same(fast.image, server.draw(**RAW, go_fast=True, replicate_weights=one).image)
         assert same(fine_tune.draw(**RAW).image, server.draw(**RAW, replicate_weights=one).image)
         assert same(
             fine_tune.draw(**RAW, replicate_weights=two).image,
