@@ -192,7 +192,9 @@ class Predictor(BaseRunner):
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
-        self._engine = Engine(load_pipelines(deployment), self._settings.prompt_cache)
+        self._engine = Engine(
+            load_pipelines(deployment, self._settings), self._settings.prompt_cache
+        )
         self._checker = OpenNSFW(self._settings.nsfw_threshold)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)

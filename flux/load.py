@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flux.variants import VARIANTS
+from weights.checkpoint import directory_of
+from weights.redact import without_secrets
 from weights.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,13 @@ class Deployment:
         """Replace every `auto`, and say in the log what it became."""
         cuda = torch.cuda.is_available()
         device = torch.device(settings.device.replace("auto", "cuda" if cuda else "cpu"))
-        checkpoint = settings.checkpoint.replace("auto", "official" if cuda else "nano")
+        checkpoint = settings.checkpoint
+        if checkpoint == "auto":
+            checkpoint = "official" if cuda else "nano"
         on_cpu = device.type == "cpu"
         dtype = settings.dtype.replace("auto", "float32" if on_cpu else "bfloat16")
-        logger.info("checkpoint %s on %s, computing in %s", checkpoint, device, dtype)
+        shown = without_secrets(checkpoint)
+        logger.info("checkpoint %s on %s, computing in %s", shown, device, dtype)
         if checkpoint == "nano":
             logger.info(
                 "nano is the embedded miniature, for trying out and testing; "
@@ -49,37 +55,39 @@ class Deployment:
             logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
         return cls(checkpoint, device, getattr(torch, dtype))
 
-    def source(self, variant: str) -> str:
-        """Where a variant is loaded from: a directory, or a repository of the hub."""
-        if self.checkpoint == "official":
-            return VARIANTS[variant].repository
-        root = NANO if self.checkpoint == "nano" else Path(self.checkpoint)
-        if not (root / variant / "model_index.json").is_file():
+    def source(self, variant: str, settings: Settings) -> Path:
+        """The directory that a variant is loaded from; what is not there yet is fetched."""
+        if self.checkpoint == "nano":
+            return NANO / variant
+        directory = directory_of(variant, self.checkpoint, settings)
+        if not (directory / "model_index.json").is_file():
             raise CheckpointError(
-                f"FLUX_CHECKPOINT={self.checkpoint}: {root / variant} holds no pipeline "
-                "(model_index.json); expected official, nano, or a directory with dev and schnell"
+                f"FLUX_CHECKPOINT={without_secrets(self.checkpoint)}: {directory} holds no "
+                "pipeline (model_index.json); expected official, nano, or a directory (or the URL "
+                "of a tar) with dev and schnell"
             )
-        return str(root / variant)
+        return directory
 
 
-def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
+def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, FluxPipeline]:
     """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
 
     Raises:
         CheckpointError: if files are missing or do not fit together.
+        WeightsError: if the checkpoint cannot be fetched.
     """
+    sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
     diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipelines: dict[str, FluxPipeline] = {}
     shared: dict[str, object] = {}
-    for variant in VARIANTS:
+    for variant, source in sources.items():
         start = time.perf_counter()
-        source = deployment.source(variant)
         try:
             pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
         pipeline.to(deployment.device)
         pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
