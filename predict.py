@@ -8,6 +8,7 @@ is dropped without a word, so the signature below stays in those forms
 # ruff: noqa: E501  (a description must be one plain string literal)
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from flux.worker import CheckCancelled, EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from safety.checker import SafetyError, judge
-from safety.open_nsfw import OpenNSFW
+from safety.policy import load_checker
 from weights.settings import Settings
 
 if TYPE_CHECKING:
@@ -192,10 +193,12 @@ class Predictor(BaseRunner):
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
+        self._checker = load_checker(
+            self._settings, deployment.checkpoint, deployment.device, deployment.dtype
+        )
         self._engine = Engine(
             load_pipelines(deployment, self._settings), self._settings.prompt_cache
         )
-        self._checker = OpenNSFW(self._settings.nsfw_threshold)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader: AdapterLoader[Adapter] = AdapterLoader(
@@ -215,10 +218,13 @@ class Predictor(BaseRunner):
             adapters = self._adapters(request.adapters, check_cancelled)
         with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:
             images = self._engine.generate(request, adapters, stopwatch, check_cancelled)
+            worst: dict[str, float] = {}
             for number, image in enumerate(images):
-                if self._passes(request, number, image, stopwatch):
+                if self._passes(request, number, image, stopwatch, worst):
                     files.add(image)
                 check_cancelled()
+            for name, score in worst.items():
+                self.record_metric(f"safety.{name}", round(score, 4))
             if not files.paths:
                 raise SafetyError(
                     "The safety checker withheld every image; try another prompt or another seed"
@@ -240,13 +246,21 @@ class Predictor(BaseRunner):
         return adapters
 
     def _passes(
-        self, request: Request, number: int, image: Image.Image, stopwatch: Stopwatch
+        self,
+        request: Request,
+        number: int,
+        image: Image.Image,
+        stopwatch: Stopwatch,
+        worst: dict[str, float],
     ) -> bool:
-        """Whether an image may be delivered; says in the log what the checker saw."""
+        """Whether an image may be delivered; logs its scores, and updates the worst so far."""
         if not request.check_safety:
             return True
         with stopwatch.stage("safety"):
             verdict = judge(self._checker, image)
+        for name, score in verdict.scores.items():
+            if math.isfinite(score):
+                worst[name] = max(score, worst.get(name, score))
         scores = ", ".join(f"{name} {score:.3f}" for name, score in verdict.scores.items())
         logger.info(
             "Safety: image %d of %d is %s (%s)",

@@ -15,6 +15,10 @@ class SafetyError(ValueError):
     """No image of a request may be delivered."""
 
 
+class CheckerError(RuntimeError):
+    """A checker that cannot be loaded; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether an image is withheld, and the scores that led to it (by name; higher is worse)."""

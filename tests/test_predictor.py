@@ -190,7 +190,7 @@ class Nonsense:
 
 @pytest.mark.parametrize("checker", [Broken, Nonsense])
 def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> None:
-    monkeypatch.setattr("predict.OpenNSFW", lambda threshold: checker())
+    monkeypatch.setattr("predict.load_checker", lambda *_: checker())
     draw = start()
     with pytest.raises(ValueError, match="withheld every image"):
         draw()
