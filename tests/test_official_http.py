@@ -14,6 +14,7 @@ from tests.official import wanted
 from tests.services import HuggingFace
 from tests.support import LoggedServer, logged_server, same
 from weights.manifest import REPOSITORIES
+from weights.retry import Patience
 
 NOWHERE = "http://127.0.0.1:9"
 TOKEN = "hf_secret_token"
@@ -115,6 +116,7 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(Patience, "pause", lambda *_: None)
         Predictor().setup()
 
     yield run
