@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cog import BaseRunner, Input, Path
-from PIL import Image
 
 from flux.outputs import Outputs, RequestOutputs
 from flux.request import Inputs, Request, resolve, scale_multiplier
@@ -22,8 +21,8 @@ from flux.timing import Stopwatch
 from flux.worker import CheckCancelled, EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
-from safety.checker import SafetyError, judge
-from safety.open_nsfw import OpenNSFW
+from safety.checker import Inspection
+from safety.policy import load_checker
 from weights.settings import Settings
 
 if TYPE_CHECKING:
@@ -191,10 +190,12 @@ class Predictor(BaseRunner):
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
-        pipelines = load_pipelines(deployment)
+        self._checker = load_checker(
+            self._settings, deployment.checkpoint, deployment.device, deployment.dtype
+        )
+        pipelines = load_pipelines(deployment, self._settings)
         transformers = working_transformers(pipelines, deployment, self._settings)
         self._engine = Engine(pipelines, transformers, self._settings.prompt_cache)
-        self._checker = OpenNSFW(self._settings.nsfw_threshold)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader: AdapterLoader[Adapter] = AdapterLoader(
@@ -220,15 +221,19 @@ class Predictor(BaseRunner):
         with stopwatch.stage("adapters"):
             adapters = self._adapters(request.adapters, check_cancelled)
         with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:
+            inspection = Inspection(
+                self._checker if request.check_safety else None, len(request.seeds)
+            )
             images = self._engine.generate(request, adapters, stopwatch, check_cancelled)
-            for number, image in enumerate(images):
-                if self._passes(request, number, image, stopwatch):
+            for image in images:
+                with stopwatch.stage("safety"):
+                    passes = inspection.passes(image)
+                if passes:
                     files.add(image)
                 check_cancelled()
-            if not files.paths:
-                raise SafetyError(
-                    "The safety checker withheld every image; try another prompt or another seed"
-                )
+            for name, score in inspection.worst.items():
+                self.record_metric(f"safety.{name}", round(score, 4))
+            inspection.insist_on_one()
             files.wait()
             check_cancelled()
         self._record(request, files, stopwatch)
@@ -244,24 +249,6 @@ class Predictor(BaseRunner):
             logger.info("Adapter %s, scale %g", loaded.describe(), scale)
             adapters.append((loaded.adapter, scale))
         return adapters
-
-    def _passes(
-        self, request: Request, number: int, image: Image.Image, stopwatch: Stopwatch
-    ) -> bool:
-        """Whether an image may be delivered; says in the log what the checker saw."""
-        if not request.check_safety:
-            return True
-        with stopwatch.stage("safety"):
-            verdict = judge(self._checker, image)
-        scores = ", ".join(f"{name} {score:.3f}" for name, score in verdict.scores.items())
-        logger.info(
-            "Safety: image %d of %d is %s (%s)",
-            number + 1,
-            len(request.seeds),
-            "WITHHELD" if verdict.flagged else "fine",
-            scores or "no score",
-        )
-        return not verdict.flagged
 
     def _record(self, request: Request, files: RequestOutputs, stopwatch: Stopwatch) -> None:
         for stage, seconds in stopwatch.seconds.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from flux.memory import bytes_of, device_budget, hold, host_budget
@@ -15,6 +16,8 @@ from flux.quantize import quantizes_activations
 from flux.residency import that_fit
 from flux.transformers import Transformers
 from flux.variants import VARIANTS
+from weights.checkpoint import directory_of
+from weights.redact import without_secrets
 from weights.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,8 @@ class Deployment:
         checkpoint = _unless_auto(settings.checkpoint, "official" if cuda else "nano")
         on_cpu = device.type == "cpu"
         dtype = _unless_auto(settings.dtype, "float32" if on_cpu else "bfloat16")
-        logger.info("checkpoint %s on %s, computing in %s", checkpoint, device, dtype)
+        shown = without_secrets(checkpoint)
+        logger.info("checkpoint %s on %s, computing in %s", shown, device, dtype)
         if checkpoint == "nano":
             logger.info(
                 "nano is the embedded miniature, for trying out and testing; "
@@ -54,17 +58,18 @@ class Deployment:
             logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
         return cls(checkpoint, device, getattr(torch, dtype))
 
-    def source(self, variant: str) -> str:
-        """Where a variant is loaded from: a directory, or a repository of the hub."""
-        if self.checkpoint == "official":
-            return VARIANTS[variant].repository
-        root = NANO if self.checkpoint == "nano" else Path(self.checkpoint)
-        if not (root / variant / "model_index.json").is_file():
+    def source(self, variant: str, settings: Settings) -> Path:
+        """The directory that a variant is loaded from; what is not there yet is fetched."""
+        if self.checkpoint == "nano":
+            return NANO / variant
+        directory = directory_of(variant, self.checkpoint, settings)
+        if not (directory / "model_index.json").is_file():
             raise CheckpointError(
-                f"FLUX_CHECKPOINT={self.checkpoint}: {root / variant} holds no pipeline "
-                "(model_index.json); expected official, nano, or a directory with dev and schnell"
+                f"FLUX_CHECKPOINT={without_secrets(self.checkpoint)}: {directory} holds no "
+                "pipeline (model_index.json); expected official, nano, or a directory (or the URL "
+                "of a tar) with dev and schnell"
             )
-        return str(root / variant)
+        return directory
 
 
 def _unless_auto(setting: str, choice: str) -> str:
@@ -80,7 +85,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
+def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, FluxPipeline]:
     """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
 
     The transformers stay on the host, as diffusers maps them from the file: they are the pristine
@@ -88,19 +93,20 @@ def load_pipelines(deployment: Deployment) -> dict[str, FluxPipeline]:
 
     Raises:
         CheckpointError: if files are missing or do not fit together.
+        WeightsError: if the checkpoint cannot be fetched.
     """
+    sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
     diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     pipelines: dict[str, FluxPipeline] = {}
     shared: dict[str, object] = {}
-    for variant in VARIANTS:
+    for variant, source in sources.items():
         start = time.perf_counter()
-        source = deployment.source(variant)
         try:
             pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
         for name in MODULES:
             getattr(pipeline, name).to(deployment.device)

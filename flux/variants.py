@@ -8,13 +8,11 @@ class Variant:
     """What the rules need to know of a variant; sizes come from the loaded configurations.
 
     Attributes:
-        repository: the official checkpoint on the Hugging Face hub.
         max_sequence_length: T5 tokens that the variant was trained with.
         guidance: whether the transformer embeds a guidance scale.
     """
 
     name: str
-    repository: str
     max_sequence_length: int
     guidance: bool
 
@@ -22,9 +20,7 @@ class Variant:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("dev", "black-forest-labs/FLUX.1-dev", max_sequence_length=512, guidance=True),
-        Variant(
-            "schnell", "black-forest-labs/FLUX.1-schnell", max_sequence_length=256, guidance=False
-        ),
+        Variant("dev", max_sequence_length=512, guidance=True),
+        Variant("schnell", max_sequence_length=256, guidance=False),
     )
 }

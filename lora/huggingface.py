@@ -4,14 +4,9 @@ The cache of huggingface_hub gives a file to anybody once it is there, also one 
 with a token that is gone. So a file found there is used only after the Hub said yes to this token.
 """
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
-from http import HTTPStatus
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import httpx2
 from huggingface_hub import (
     HfApi,
     get_hf_file_metadata,
@@ -20,36 +15,17 @@ from huggingface_hub import (
     scan_cache_dir,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.hf_api import RepoSibling
-from tqdm import tqdm
 
 from lora.artifact import Artifact, Fetched, HubFile
 from lora.reference import HuggingFaceReference
 from lora.settings import SourceSettings
 from weights.download import Progress, sha256_of
-from weights.errors import (
-    AccessDeniedError,
-    InvalidFileError,
-    NotFoundError,
-    ReferenceFormatError,
-    SourceUnavailableError,
-    WeightsError,
-)
-from weights.redact import without_secrets
+from weights.errors import InvalidFileError, NotFoundError
+from weights.hub import discreet, progress_bar, translated
 from weights.retry import Patience
 
 _TIMEOUT = 10.0
-_LOGGERS_OF_URLS = ("httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
 _USUAL_STEMS = ("pytorch_lora_weights", "lora")
 _MAX_LISTED = 10
 
@@ -57,7 +33,7 @@ _MAX_LISTED = 10
 def resolve(reference: HuggingFaceReference, settings: SourceSettings) -> Artifact:
     """Ask the Hub for the commit and the file of a reference, in one request."""
     api = HfApi(endpoint=settings.hf_endpoint, token=settings.hf_token or False)
-    with _translated(reference.display, settings), _discreet():
+    with translated(reference.display, settings.hf_token), discreet():
         info = api.model_info(
             reference.repo, revision=reference.revision, files_metadata=True, timeout=_TIMEOUT
         )
@@ -86,8 +62,13 @@ def download(
     """Fetch a file into the cache of huggingface_hub, or find it there, and verify it."""
     repo, file, commit = location.repo, location.file, location.commit
     token: str | bool = settings.hf_token or False
+
+    def report(done: int, total: int | None, _: str) -> None:
+        patience.check_cancelled()
+        on_progress(done, total)
+
     there = try_to_load_from_cache(repo, file, settings.hf_cache_dir, commit)
-    with _translated(artifact.source, settings), _discreet():
+    with translated(artifact.source, settings.hf_token), discreet():
         if isinstance(there, str):
             url = hf_hub_url(repo, file, revision=commit, endpoint=settings.hf_endpoint)
             get_hf_file_metadata(url, token=token, timeout=_TIMEOUT, endpoint=settings.hf_endpoint)
@@ -98,7 +79,7 @@ def download(
             cache_dir=settings.hf_cache_dir,
             endpoint=settings.hf_endpoint,
             token=token,
-            tqdm_class=_progress_bar(patience, on_progress),
+            tqdm_class=progress_bar(report),
         )
     path = Path(found)
     digest = sha256_of(path)
@@ -165,102 +146,3 @@ def _depth(name: str) -> int:
 
 def _sha256(file: RepoSibling) -> str | None:
     return file.lfs.sha256.lower() if file.lfs is not None else None
-
-
-def _progress_bar(patience: Patience, on_progress: Progress) -> "type[tqdm[Any]]":
-    """A progress bar for huggingface_hub that draws nothing, reports, and can give up."""
-
-    class Bar(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
-            super().__init__(*args, **{**options, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            patience.check_cancelled()
-            self.n += n or 0
-            on_progress(int(self.n), None if self.total is None else int(self.total))
-            return None
-
-    return Bar
-
-
-@contextlib.contextmanager
-def _discreet() -> Iterator[None]:
-    """Cut the queries off the URLs in the libraries' log lines: those of the storage are secret."""
-
-    def redact(record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                without_secrets(str(arg)) if "://" in str(arg) else arg for arg in record.args
-            )
-        return True
-
-    loggers = [logging.getLogger(name) for name in _LOGGERS_OF_URLS]
-    for logger in loggers:
-        logger.addFilter(redact)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(redact)
-
-
-@contextlib.contextmanager
-def _translated(name: str, settings: SourceSettings) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into ours.
-
-    Without their chain: their messages quote whole URLs, and those of the storage are presigned.
-    """
-    try:
-        yield
-    except GatedRepoError:
-        raise AccessDeniedError(
-            f"{name}: the repository is gated. Accept its conditions on its page, with the account "
-            f"whose token is in HF_TOKEN ({_token_state(settings)})."
-        ) from None
-    except RepositoryNotFoundError:
-        raise _unseen(name, settings) from None
-    except RevisionNotFoundError:
-        raise NotFoundError(f"{name}: no such branch, tag or commit in the repository.") from None
-    except HfHubHTTPError as error:
-        raise _from_status(name, error.response.status_code, settings) from None
-    except HFValidationError as error:
-        raise ReferenceFormatError(f"{name}: not a valid name of a repository: {error}") from error
-    except (httpx2.HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SourceUnavailableError(
-            f"{name}: Hugging Face cannot be reached ({type(error).__name__}). Try again later."
-        ) from None
-    except EntryNotFoundError:
-        raise NotFoundError(f"{name}: no such file in the repository.") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise SourceUnavailableError(
-            f"{name}: the download from Hugging Face broke off. Try again later."
-        ) from None
-
-
-def _from_status(name: str, status: int, settings: SourceSettings) -> WeightsError:
-    if status == HTTPStatus.UNAUTHORIZED and not settings.hf_token:
-        return _unseen(name, settings)
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        return AccessDeniedError(
-            f"{name}: Hugging Face denies access (HTTP {status}). Check the token in HF_TOKEN "
-            f"({_token_state(settings)})."
-        )
-    if status == HTTPStatus.NOT_FOUND:
-        return NotFoundError(f"{name}: no such file in the repository.")
-    return SourceUnavailableError(
-        f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later."
-    )
-
-
-def _unseen(name: str, settings: SourceSettings) -> NotFoundError:
-    """The Hub does not tell a missing repository from one that it will not show."""
-    return NotFoundError(
-        f"{name}: Hugging Face has no such repository, or it is private. Check the spelling; "
-        f"a private one needs a token in HF_TOKEN ({_token_state(settings)})."
-    )
-
-
-def _token_state(settings: SourceSettings) -> str:
-    return "one is set" if settings.hf_token else "none is set"

@@ -15,6 +15,10 @@ class SafetyError(ValueError):
     """No image of a request may be delivered."""
 
 
+class CheckerError(RuntimeError):
+    """A checker that cannot be loaded; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether an image is withheld, and the scores that led to it (by name; higher is worse)."""
@@ -41,3 +45,46 @@ def judge(checker: Checker, image: Image.Image) -> Verdict:
         logger.error("The safety checker gave no finite score; the image is withheld")
         return Verdict(flagged=True, scores=verdict.scores)
     return verdict
+
+
+class Inspection:
+    """What a checker says of the images of one request, in order.
+
+    Args:
+        checker: None passes everything, for a request that may skip the check.
+        count: how many images there will be, for the log.
+
+    Attributes:
+        worst: the highest score of each kind so far.
+    """
+
+    def __init__(self, checker: Checker | None, count: int) -> None:
+        self.worst: dict[str, float] = {}
+        self._checker = checker
+        self._count = count
+        self._passed: list[bool] = []
+
+    def passes(self, image: Image.Image) -> bool:
+        """Whether the next image, RGB, may be delivered; says in the log what was seen."""
+        verdict = judge(self._checker, image) if self._checker else Verdict(flagged=False)
+        self._passed.append(not verdict.flagged)
+        for name, score in verdict.scores.items():
+            if math.isfinite(score):
+                self.worst[name] = max(score, self.worst.get(name, score))
+        if self._checker:
+            scores = ", ".join(f"{name} {score:.3f}" for name, score in verdict.scores.items())
+            logger.info(
+                "Safety: image %d of %d is %s (%s)",
+                len(self._passed),
+                self._count,
+                "WITHHELD" if verdict.flagged else "fine",
+                scores or "no score",
+            )
+        return not verdict.flagged
+
+    def insist_on_one(self) -> None:
+        """Raise SafetyError if no image has passed."""
+        if not any(self._passed):
+            raise SafetyError(
+                "The safety checker withheld every image; try another prompt or another seed"
+            )

@@ -8,6 +8,7 @@ import miniature
 import pytest
 from PIL import Image
 
+from tests import official
 from tests.hub import Hub
 from tests.support import LoggedServer, logged_server
 
@@ -50,6 +51,12 @@ def other_checkpoint(tmp_path_factory) -> Path:
     )
     miniature.build(directory, dimensions, seed=1)
     return directory
+
+
+@pytest.fixture(scope="session")
+def official_files(tmp_path_factory) -> dict[str, official.Files]:
+    """The files of the four official repositories, in miniature."""
+    return official.build(tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Hugging Face, CivitAI and Replicate as far as adapters need them, on top of tests/hub.py."""
+"""Hugging Face, CivitAI and Replicate as far as weights need them, on top of tests/hub.py."""
 
 import hashlib
 import io
@@ -45,6 +45,7 @@ class Repository:
     token: str | None = None
     gated: bool = False
     announced_sha256: str | None = None
+    damaged: set[str] = field(default_factory=set)
 
     def commit(self, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Add a commit with exactly these files and let a branch point to it."""
@@ -69,6 +70,10 @@ class HuggingFace:
         repository.commit(files)
         self._repositories[name] = repository
         return repository
+
+    def damage(self, name: str, *paths: str) -> None:
+        """Serve exactly these files of a repository with other bytes than announced."""
+        self._repositories[name].damaged = set(paths)
 
     def remove(self, name: str) -> None:
         del self._repositories[name]
@@ -115,9 +120,13 @@ class HuggingFace:
             return json_reply(
                 {"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"}
             )
+        served = content[::-1] if path in repository.damaged else content
+        if not _is_large(path):
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"'}
+            return Reply(served, headers=headers, ranges=True)
         digest = sha256(content)
         stored = f"/cdn/{digest}"
-        self._hub.route(stored, lambda asked: _stored(asked, content))
+        self._hub.route(stored, lambda asked: _stored(asked, served))
         return redirect(
             f"{self._hub.storage_url}{stored}?Signature=secret-of-the-storage",
             **{"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"'},
@@ -216,14 +225,29 @@ def _not_found(request: Request) -> Reply:
     return json_reply({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
 
 
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _is_large(path: str) -> bool:
+    """Whether the Hub keeps a file in its large storage, under its SHA-256, and not in git."""
+    return not path.endswith((".json", ".txt", ".md"))
+
+
 def _sibling(path: str, content: bytes, announced: str | None) -> dict[str, Any]:
+    sibling = {"rfilename": path, "size": len(content), "blobId": git_sha1(content)}
+    if not _is_large(path):
+        return sibling
     pointer = {"sha256": announced or sha256(content), "size": len(content), "pointerSize": 134}
-    return {"rfilename": path, "size": len(content), "blobId": "0" * 40, "lfs": pointer}
+    return {**sibling, "lfs": pointer}
 
 
 def _tree_entry(path: str, content: bytes) -> dict[str, Any]:
+    entry = {"type": "file", "oid": git_sha1(content), "path": path, "size": len(content)}
+    if not _is_large(path):
+        return entry
     lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 134}
-    return {"type": "file", "oid": "0" * 40, "path": path, "size": len(content), "lfs": lfs}
+    return {**entry, "lfs": lfs}
 
 
 def _stored(request: Request, content: bytes) -> Reply:

@@ -15,6 +15,7 @@ from flux.load import NANO, SHARED
 from flux.memory import bytes_of
 from predict import Predictor
 from safety.checker import Verdict
+from tests.planted import plant_flags
 from tests.support import QUICK, colours, defaults, difference, pixels, same
 
 Draw = Callable[..., list[Image.Image]]
@@ -252,6 +253,27 @@ def test_the_operator_may_forbid_to_disable_the_checker(start, caplog) -> None:
     assert "disable_safety_checker is ignored: this deployment does not allow it" in caplog.text
 
 
+def test_the_official_pair_decides_what_is_delivered(
+    start, official_files, tmp_path, caplog
+) -> None:
+    everything = start()(num_outputs=4)
+    for variant in ("dev", "schnell"):
+        (tmp_path / "brought").mkdir(exist_ok=True)
+        (tmp_path / "brought" / variant).symlink_to(NANO / variant)
+    plant_flags(tmp_path / "brought", official_files, everything, {0, 2}, {1, 2})
+    caplog.clear()
+    delivered = start(FLUX_CHECKPOINT=str(tmp_path / "brought"))(num_outputs=4)
+    assert len(delivered) == 3
+    expected = [everything[0], everything[1], everything[3]]
+    assert all(same(a, b) for a, b in zip(delivered, expected, strict=True))
+    (withheld,) = [r.message for r in caplog.records if "WITHHELD" in r.message]
+    assert withheld.startswith("Safety: image 3 of 4 is WITHHELD (compvis ")
+    draw = start(FLUX_CHECKPOINT=str(tmp_path / "brought"), FLUX_SAFETY_POLICY="falconsai")
+    with pytest.raises(ValueError, match="withheld every image; try another prompt"):
+        draw(num_outputs=2, seed=QUICK["seed"] + 1)
+    assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
+
+
 class Broken:
     def check(self, image: Image.Image) -> Verdict:
         raise RuntimeError("out of memory")
@@ -264,7 +286,7 @@ class Nonsense:
 
 @pytest.mark.parametrize("checker", [Broken, Nonsense])
 def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> None:
-    monkeypatch.setattr("predict.OpenNSFW", lambda threshold: checker())
+    monkeypatch.setattr("predict.load_checker", lambda *_: checker())
     draw = start()
     with pytest.raises(ValueError, match="withheld every image"):
         draw()

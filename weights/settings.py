@@ -1,6 +1,7 @@
 """Deployment settings: one frozen dataclass, read from environment variables in one place."""
 # ruff: noqa: RUF009  (`_setting` makes a field, as dataclasses.field does)
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,7 @@ T = TypeVar("T")
 U = TypeVar("U")
 GIB = 1 << 30
 MAX_INPUT_MEGAPIXELS = 170
+SAFETY_POLICIES = ("auto", "official", "both", "any", "compvis", "falconsai", "open_nsfw")
 
 
 class SettingsError(ValueError):
@@ -38,6 +40,12 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 def _probability(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise ValueError("expected a number from 0 to 1")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("expected a finite number")
     return value
 
 
@@ -75,8 +83,10 @@ class Settings:
 
     Attributes:
         checkpoint: `official`, `nano` (the embedded miniature), a directory with the
-            subdirectories `dev` and `schnell`, or `auto`: official where CUDA is there,
-            else nano.
+            subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
+            `auto`: official where CUDA is there, else nano.
+        checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
+        *_revision: branch, tag or commit of the official repositories (weights/manifest.py).
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
@@ -91,6 +101,10 @@ class Settings:
         prompt_cache: how many encoded prompts are kept.
         max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
         nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
+        safety_policy: which checkers look at an image, and when it is withheld
+            (safety/policy.py); `auto` is official for the official checkpoint, else open_nsfw.
+        compvis_threshold: how far above its own threshold a concept must score, -2 to 2.
+        falconsai_threshold: the probability of "nsfw", 0 to 1, from which an image is flagged.
         allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.
         lora_cache_directory, lora_cache_bytes, lora_min_free_bytes: adapter files on disk, their
             budget, and what is left free beside them. Files from the Hugging Face hub stay in
@@ -104,6 +118,13 @@ class Settings:
     """
 
     checkpoint: str = _setting("FLUX_CHECKPOINT", str, "auto")
+    checkpoint_directory: Path = _setting(
+        "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
+    )
+    dev_revision: str = _setting("FLUX_DEV_REVISION", str, "main")
+    schnell_revision: str = _setting("FLUX_SCHNELL_REVISION", str, "main")
+    compvis_revision: str = _setting("FLUX_COMPVIS_REVISION", str, "main")
+    falconsai_revision: str = _setting("FLUX_FALCONSAI_REVISION", str, "main")
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
@@ -113,6 +134,9 @@ class Settings:
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)
     nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
+    safety_policy: str = _setting("FLUX_SAFETY_POLICY", _one_of(*SAFETY_POLICIES), "auto")
+    compvis_threshold: float = _setting("FLUX_COMPVIS_THRESHOLD", _finite, 0.0)
+    falconsai_threshold: float = _setting("FLUX_FALCONSAI_THRESHOLD", _probability, 0.5)
     allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
     lora_cache_directory: Path = _setting(
         "LORA_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/adapters")

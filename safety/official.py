@@ -1,0 +1,111 @@
+"""The two checkers that the official deployment uses, each through its library's own class.
+
+Both preprocess with transformers' own processors (those on PIL: torchvision is not needed). Half
+precision is for the networks alone; scores and thresholds are compared in fp32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPImageProcessorPil, ViTForImageClassification, ViTImageProcessorPil
+from transformers.utils import logging as transformers_logging
+
+from safety.checker import CheckerError, Verdict
+
+SPECIAL_CARE = 0.01  # what the class adds to every concept once a special one is seen
+DIGITS = 3  # to which the class rounds before it compares with zero
+UNSAFE_LABEL = "nsfw"
+
+
+class CompVis:
+    """CompVis' checker: CLIP's view of an image against 17 concepts, each with its threshold.
+
+    diffusers' class blacks flagged images out in its forward, so this asks its modules instead.
+
+    Args:
+        threshold: the score above which an image is flagged; the class's own is 0.
+    """
+
+    def __init__(
+        self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._processor = CLIPImageProcessorPil.from_pretrained(directory)
+        self._model = _load(StableDiffusionSafetyChecker, directory).to(device)
+        self._model.vision_model.to(dtype)
+        self._model.visual_projection.to(dtype)
+        self._threshold = threshold
+
+    @torch.no_grad()
+    def check(self, image: Image.Image) -> Verdict:
+        """Judge an RGB image of any size by its worst concept, -2 to 2; 0 is the class's limit."""
+        model = self._model
+        pixels = _pixels(self._processor, image).to(model.vision_model.device)
+        pooled = model.vision_model(pixels.to(model.vision_model.dtype)).pooler_output
+        embedding = nn.functional.normalize(model.visual_projection(pooled).float())
+        special = _similarity(embedding, model.special_care_embeds)
+        special -= model.special_care_embeds_weights
+        concepts = _similarity(embedding, model.concept_embeds) - model.concept_embeds_weights
+        care = SPECIAL_CARE if round(float(special.max()), DIGITS) > 0 else 0.0
+        score = round(float(concepts.max()) + care, DIGITS)
+        return Verdict(flagged=not score <= self._threshold, scores={"compvis": score})
+
+
+class Falconsai:
+    """Falconsai's ViT, which tells "normal" from "nsfw".
+
+    Args:
+        threshold: the probability of "nsfw", 0 to 1, from which an image is flagged.
+    """
+
+    def __init__(
+        self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._processor = ViTImageProcessorPil.from_pretrained(directory)
+        self._model = _load(ViTForImageClassification, directory).to(device, dtype)
+        labels = {str(label).lower(): i for i, label in self._model.config.id2label.items()}
+        if UNSAFE_LABEL not in labels:
+            raise CheckerError(f"{directory}: no label {UNSAFE_LABEL} among {', '.join(labels)}")
+        self._unsafe = int(labels[UNSAFE_LABEL])
+        self._threshold = threshold
+
+    @torch.no_grad()
+    def check(self, image: Image.Image) -> Verdict:
+        """Judge an RGB image of any size by its probability of being unsafe, 0 to 1."""
+        pixels = _pixels(self._processor, image).to(self._model.device, self._model.dtype)
+        logits = self._model(pixels).logits.float()
+        score = float(logits.softmax(-1)[0, self._unsafe])
+        return Verdict(flagged=not score < self._threshold, scores={"falconsai": score})
+
+
+def _load(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401
+    """Load a transformers model; unlike from_pretrained, a missing weight is an error."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, found = kind.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckerError(f"cannot load the checker in {directory}: {error}") from error
+    wrong = [str(key) for kinds in found.values() for key in kinds]
+    if wrong:
+        raise CheckerError(
+            f"cannot load the checker in {directory}: its weights do not fit {kind.__name__} "
+            f"({', '.join(sorted(wrong)[:3])}, ...)"
+        )
+    return model.eval()
+
+
+def _pixels(processor: Any, image: Image.Image) -> torch.Tensor:  # noqa: ANN401
+    pixels: torch.Tensor = processor(images=image, return_tensors="pt").pixel_values
+    return pixels
+
+
+def _similarity(embedding: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    """Cosine of an embedding (1, d) of length 1 with concepts (n, d): (n,)."""
+    return (embedding @ nn.functional.normalize(concepts.float()).T)[0]

@@ -1,0 +1,108 @@
+"""Which checkers look at an image, and which of their verdicts withhold it: as data."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from safety.checker import Checker, CheckerError, Verdict
+from safety.open_nsfw import OpenNSFW
+from weights.checkpoint import directory_of, root_of
+from weights.errors import WeightsError
+from weights.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_OFFLINE = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule over the flags of some checkers.
+
+    withholds: `all` or `any` of the flags. in_turn: a checker is asked only about what those
+    before it flag, so that it can clear an image but not condemn one.
+    """
+
+    checkers: tuple[str, ...]
+    withholds: Callable[[Iterable[bool]], bool] = all
+    in_turn: bool = False
+
+
+POLICIES: Mapping[str, Policy] = {
+    "official": Policy(("compvis", "falconsai"), all, in_turn=True),
+    "both": Policy(("compvis", "falconsai"), all),
+    "any": Policy(("compvis", "falconsai"), any),
+    "compvis": Policy(("compvis",)),
+    "falconsai": Policy(("falconsai",)),
+    "open_nsfw": Policy(("open_nsfw",)),
+}
+
+
+class Combined:
+    """Several checkers under a policy, in the policy's order; itself a checker."""
+
+    def __init__(self, policy: Policy, checkers: Sequence[Checker]) -> None:
+        self._policy, self._checkers = policy, checkers
+
+    def check(self, image: Image.Image) -> Verdict:
+        """Judge an image; the scores are those of the checkers that were asked."""
+        flags: list[bool] = []
+        scores: dict[str, float] = {}
+        for checker in self._checkers:
+            verdict = checker.check(image)
+            flags.append(verdict.flagged)
+            scores |= verdict.scores
+            if self._policy.in_turn and not verdict.flagged:
+                break
+        return Verdict(self._policy.withholds(flags), scores)
+
+
+def load_checker(
+    settings: Settings, checkpoint: str, device: "torch.device", dtype: "torch.dtype"
+) -> Checker:
+    """Load what the settings ask for; what is not there yet is fetched.
+
+    Raises:
+        CheckerError: if a checker is missing or broken. It is never replaced by another.
+    """
+    name = _policy_name(settings, checkpoint)
+    policy = POLICIES[name]
+    logger.info("safety policy %s: %s", name, ", ".join(policy.checkers))
+    if policy.checkers == ("open_nsfw",):
+        return OpenNSFW(settings.nsfw_threshold)
+    from safety.official import CompVis, Falconsai
+
+    kinds: dict[str, tuple[type[CompVis] | type[Falconsai], float]] = {
+        "compvis": (CompVis, settings.compvis_threshold),
+        "falconsai": (Falconsai, settings.falconsai_threshold),
+    }
+    checkers: list[Checker] = []
+    for checker in policy.checkers:
+        kind, threshold = kinds[checker]
+        try:
+            directory = directory_of(f"safety/{checker}", checkpoint, settings)
+            checkers.append(kind(directory, threshold, device, dtype))
+        except (WeightsError, CheckerError) as error:
+            raise CheckerError(f"Safety checker {checker}: {error} {_OFFLINE}") from error
+    return Combined(policy, checkers)
+
+
+def _policy_name(settings: Settings, checkpoint: str) -> str:
+    """The policy by name, `auto` resolved: what a checkpoint brings decides."""
+    if settings.safety_policy != "auto":
+        return settings.safety_policy
+    if checkpoint == "nano":
+        return "open_nsfw"
+    if checkpoint == "official" or (root_of(checkpoint, settings) / "safety").is_dir():
+        return "official"
+    logger.warning(
+        "This checkpoint brings no safety checkers, so open_nsfw looks at its images. "
+        "FLUX_SAFETY_POLICY=official fetches the official ones."
+    )
+    return "open_nsfw"

@@ -1,0 +1,97 @@
+"""script/download, and where the parts of a checkpoint are then found."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.official import wanted
+from tests.services import HuggingFace, tar
+from weights import checkpoint
+from weights.checkpoint import directory_of
+from weights.manifest import REPOSITORIES
+from weights.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+NOWHERE = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def run(hub, official_files, tmp_path):
+    huggingface = HuggingFace(hub)
+    for part, repository in REPOSITORIES.items():
+        gate = {"gated": True, "token": "hf_mine"} if part == "dev" else {}
+        huggingface.add(repository.name, official_files[part], **gate)
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), **environment}
+        return subprocess.run(
+            [ROOT / "script" / "download", *arguments],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def files(directory: Path) -> set[str]:
+    paths = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
+    return {path for path in paths if not path.startswith(".")}
+
+
+def test_plain_files_for_an_image_are_then_used_without_a_network(
+    run, official_files, tmp_path, hub, monkeypatch
+) -> None:
+    target = tmp_path / "official"
+    result = run("--directory", str(target), HF_TOKEN="hf_mine")
+    assert result.returncode == 0, result.stderr
+    assert "licence: FLUX.1 [dev] Non-Commercial License" in result.stderr
+    monkeypatch.setattr(checkpoint, "EMBEDDED", target)
+    settings = Settings(hf_endpoint=NOWHERE)
+    for part in REPOSITORIES:
+        assert files(target / part) == wanted(official_files[part], part)
+        assert directory_of(part, "official", settings) == target / part
+        assert directory_of(part, str(target), settings) == target / part
+    fetched = hub.count("GET", "/cdn/")
+    (target / "schnell/.verified").unlink()
+    next((target / "schnell/transformer").glob("*-00002-*")).write_bytes(b"damaged")
+    damaged = run("--directory", str(target), "schnell")
+    assert damaged.returncode == 1
+    assert "its hash differs" in damaged.stderr
+    assert run("--directory", str(target), "schnell").returncode == 0
+    assert hub.count("GET", "/cdn/") == fetched + 1
+
+
+def test_a_part_for_the_cache(run, tmp_path) -> None:
+    result = run("safety/falconsai")
+    assert result.returncode == 0, result.stderr
+    assert "complete and verified" in result.stderr
+    assert [p.name for p in (tmp_path / "hf" / "hub").glob("models--*")] == [
+        "models--Falconsai--nsfw_image_detection"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "message"),
+    [
+        (["dev"], {}, 1, "script/download: black-forest-labs/FLUX.1-dev at main"),
+        (["pony"], {}, 2, "no such part: pony"),
+        (["schnell"], {"HF_ENDPOINT": NOWHERE}, 1, "cannot be reached"),
+        (["schnell"], {"FLUX_PROMPT_CACHE": "0"}, 1, "FLUX_PROMPT_CACHE='0'"),
+    ],
+)
+def test_failures_are_one_line_and_an_exit_code(run, arguments, environment, code, message) -> None:
+    result = run(*arguments, **environment)
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_tar_brings_the_parts_it_holds(hub, tmp_path) -> None:
+    url = hub.add_file("/flux.tar", tar({"dev/model_index.json": b"{}", "schnell/x": b""}))
+    settings = Settings(checkpoint_directory=tmp_path)
+    assert (directory_of("dev", url, settings) / "model_index.json").read_text() == "{}"

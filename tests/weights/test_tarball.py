@@ -1,0 +1,86 @@
+"""A checkpoint from a URL of the operator's own."""
+
+import errno
+import hashlib
+import logging
+import tarfile
+
+import pytest
+
+from tests.services import tar
+from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
+from weights.retry import Patience
+from weights.tarball import unpacked
+
+FILES = {"dev/model_index.json": b"{}", "schnell/model_index.json": b"{}", "dev/big": b"x" * 90_000}
+QUICK = Patience(2, backoff=0.01)
+
+
+def contents(directory):
+    paths = [p for p in directory.rglob("*") if p.is_file()]
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in paths}
+
+
+def test_a_tar_is_fetched_unpacked_and_kept(hub, tmp_path):
+    url = hub.add_file("/store/flux.tar", tar(FILES)) + "?signature=secret"
+    directory = unpacked(url, tmp_path, QUICK)
+    assert contents(directory) == FILES
+    asked = len(hub.requests)
+    assert unpacked(url, tmp_path, QUICK) == directory
+    assert len(hub.requests) == asked
+    assert not list(tmp_path.glob("*.tar*"))
+
+
+def test_a_tar_of_a_directory(hub, tmp_path):
+    url = hub.add_file("/store/flux.tar", tar({f"flux/{n}": c for n, c in FILES.items()}))
+    assert contents(unpacked(url, tmp_path, QUICK)) == FILES
+
+
+def test_the_hash_in_the_url_is_checked(hub, tmp_path):
+    content = tar(FILES)
+    url = hub.add_file("/store/flux.tar", content)
+    with pytest.raises(InvalidFileError, match="announces 000"):
+        unpacked(f"{url}#sha256={'0' * 64}", tmp_path, QUICK)
+    digest = hashlib.sha256(content).hexdigest()
+    assert contents(unpacked(f"{url}#sha256={digest}", tmp_path, QUICK)) == FILES
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(hub, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    content = tar(FILES)
+    url = hub.add_file("/store/flux.tar", content)
+    hub.cut("/store/flux.tar", after=60_000, times=3)  # the probe takes the first
+    assert contents(unpacked(url, tmp_path, Patience(4, backoff=0.01))) == FILES
+    assert [r.headers["range"] for r in hub.requests if "range" in r.headers]
+    assert f"{len(content) / 1e9:.2f} GB to fetch" in caplog.text
+
+
+def test_what_is_no_tar_is_refused_and_not_kept(hub, tmp_path):
+    url = hub.add_file("/store/flux.tar", b"<html>sign in</html>")
+    with pytest.raises(InvalidFileError, match="not a tar, or it is damaged"):
+        unpacked(url, tmp_path, QUICK)
+    hub.add_file("/store/flux.tar", tar(FILES))
+    assert contents(unpacked(url, tmp_path, QUICK)) == FILES
+
+
+def test_a_member_that_leads_outside_is_refused(hub, tmp_path):
+    url = hub.add_file("/store/flux.tar", tar({"../outside": b"x"}))
+    with pytest.raises(InvalidFileError):
+        unpacked(url, tmp_path / "store", QUICK)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_missing_tar_is_named_without_its_secret(hub, tmp_path):
+    with pytest.raises(NotFoundError, match=r"/store/absent\.tar") as caught:
+        unpacked(f"{hub.url}/store/absent.tar?signature=secret", tmp_path, QUICK)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_full_disk_names_the_setting(hub, tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    url = hub.add_file("/store/flux.tar", tar(FILES))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(DiskSpaceError, match="FLUX_CHECKPOINT_DIRECTORY"):
+        unpacked(url, tmp_path, QUICK)

@@ -1,0 +1,51 @@
+"""Fetch and verify the official files ahead of time: `python -m weights`, or script/download."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from weights.errors import WeightsError
+from weights.manifest import REPOSITORIES
+from weights.settings import Settings, SettingsError
+from weights.snapshot import HubSettings, fetch
+
+
+def main() -> int:
+    """Fetch the parts named on the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="script/download",
+        description="Fetch and verify the official checkpoints and safety checkers. Settings are "
+        "environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, FLUX_DEV_REVISION, ...",
+    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(REPOSITORIES)}; default: all")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="where to put plain files (weights/official for an image); "
+        "default: the cache of huggingface_hub (HF_HOME)",
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(REPOSITORIES):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    try:
+        _fetch(arguments.parts or list(REPOSITORIES), arguments.directory)
+    except (WeightsError, SettingsError) as error:
+        logging.getLogger(__name__).error("script/download: %s", error)
+        return 1
+    return 0
+
+
+def _fetch(parts: list[str], directory: Path | None) -> None:
+    settings = Settings.from_environment()
+    for part in parts:
+        repository = REPOSITORIES[part]
+        revision: str = getattr(settings, repository.revision_setting)
+        target = directory / part if directory else None
+        fetch(repository, revision, HubSettings.of(settings), target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What everything from the Hugging Face hub shares: quiet logs, and errors in plain words."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from typing import Any
+
+import httpx2
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from tqdm import tqdm
+
+from weights.errors import (
+    AccessDeniedError,
+    NotFoundError,
+    ReferenceFormatError,
+    SourceUnavailableError,
+    WeightsError,
+)
+from weights.redact import without_secrets
+
+_LOGGERS_OF_URLS = ("httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
+
+
+def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[Any]]":
+    """A progress bar for huggingface_hub that draws nothing.
+
+    report: called with what is done, the total if known, and the unit ("B" for bytes); it may
+    raise, to give up.
+    """
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
+            self._counted = str(options.get("unit", "it"))
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n += n or 0
+            report(int(self.n), None if self.total is None else int(self.total), self._counted)
+            return None
+
+    return Bar
+
+
+@contextlib.contextmanager
+def discreet() -> Iterator[None]:
+    """Cut the queries off the URLs in the libraries' log lines: those of the storage are secret."""
+
+    def redact(record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                without_secrets(str(arg)) if "://" in str(arg) else arg for arg in record.args
+            )
+        return True
+
+    loggers = [logging.getLogger(name) for name in _LOGGERS_OF_URLS]
+    for logger in loggers:
+        logger.addFilter(redact)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(redact)
+
+
+@contextlib.contextmanager
+def translated(name: str, token: str | None) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into ours; `token` only says whether one is set.
+
+    Without their chain: their messages quote whole URLs, and those of the storage are presigned.
+    """
+    try:
+        yield
+    except GatedRepoError:
+        raise AccessDeniedError(
+            f"{name}: the repository is gated. Accept its conditions on its page, with the account "
+            f"whose token is in HF_TOKEN ({_token_state(token)})."
+        ) from None
+    except RepositoryNotFoundError:
+        raise _unseen(name, token) from None
+    except RevisionNotFoundError:
+        raise NotFoundError(f"{name}: no such branch, tag or commit in the repository.") from None
+    except HfHubHTTPError as error:
+        raise _from_status(name, error.response.status_code, token) from None
+    except HFValidationError as error:
+        raise ReferenceFormatError(f"{name}: not a valid name of a repository: {error}") from error
+    except (
+        httpx2.HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionResolutionError,
+    ) as error:
+        raise SourceUnavailableError(
+            f"{name}: Hugging Face cannot be reached ({type(error).__name__}). Try again later."
+        ) from None
+    except EntryNotFoundError:
+        raise NotFoundError(f"{name}: no such file in the repository.") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise SourceUnavailableError(
+            f"{name}: the download from Hugging Face broke off. Try again later."
+        ) from None
+
+
+def _from_status(name: str, status: int, token: str | None) -> WeightsError:
+    if status == HTTPStatus.UNAUTHORIZED and not token:
+        return _unseen(name, token)
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return AccessDeniedError(
+            f"{name}: Hugging Face denies access (HTTP {status}). Check the token in HF_TOKEN "
+            f"({_token_state(token)})."
+        )
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFoundError(f"{name}: no such file in the repository.")
+    return SourceUnavailableError(
+        f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later."
+    )
+
+
+def _unseen(name: str, token: str | None) -> NotFoundError:
+    """The Hub does not tell a missing repository from one that it will not show."""
+    return NotFoundError(
+        f"{name}: Hugging Face has no such repository, or it is private. Check the spelling; "
+        f"a private one needs a token in HF_TOKEN ({_token_state(token)})."
+    )
+
+
+def _token_state(token: str | None) -> str:
+    return "one is set" if token else "none is set"

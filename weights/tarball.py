@@ -1,0 +1,96 @@
+"""A checkpoint from the operator's own store: a URL of a tar, fetched and unpacked once.
+
+The tar holds `dev` and `schnell`, and `safety` if the official checkers are wanted, at its root or
+in one directory. `#sha256=HEX` at the end of the URL has it verified. While it is unpacked, the
+disk holds it twice. Unlike an adapter's, this URL is the operator's: it may be on a private
+network, and of any size.
+"""
+
+import errno
+import hashlib
+import logging
+import shutil
+import tarfile
+import zlib
+from pathlib import Path
+from urllib.parse import urldefrag
+
+from filelock import FileLock
+
+from weights.download import Expected, LogProgress, download
+from weights.errors import DiskSpaceError, InvalidFileError
+from weights.http import HttpClient, HttpSettings, Remote
+from weights.redact import without_secrets
+from weights.retry import Patience
+
+logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 1 << 40
+
+
+def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
+    """Return the directory with what the tar at a URL holds; nothing is asked if it is there.
+
+    root: where checkpoints are kept, each in a directory named by the hash of its URL.
+    Raises WeightsError with a message for the operator.
+    """
+    root = root.expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+    name = without_secrets(url)
+    target = root / hashlib.sha256(url.encode()).hexdigest()[:16]
+    with FileLock(target.with_suffix(".lock")):
+        if target.is_dir():
+            logger.info("Checkpoint %s: found at %s", name, target)
+            return _inside(target)
+        try:
+            archive = _fetched(url, name, target, patience or Patience())
+            _unpack(archive, name, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskSpaceError(
+                f"{name}: the disk is full. Unpacking takes twice the size of the tar; free some, "
+                f"or name a larger disk in FLUX_CHECKPOINT_DIRECTORY."
+            ) from error
+        return _inside(target)
+
+
+def _fetched(url: str, name: str, target: Path, patience: Patience) -> Path:
+    bare, fragment = urldefrag(url)
+    _, _, sha256 = fragment.partition("sha256=")
+    remote = Remote(bare, name)
+    archive = target.with_suffix(".tar")
+    client = HttpClient(HttpSettings(allow_private_hosts=True, max_bytes=_MAX_BYTES))
+    try:
+        probe = client.probe(remote, patience)
+        logger.info("Checkpoint %s: %.2f GB to fetch", name, (probe.size or 0) / 1e9)
+        expected = Expected(probe.size, sha256.lower() or None, probe.validator)
+        log = LogProgress(name)
+        download(client, remote, archive, expected=expected, patience=patience, on_progress=log)
+    finally:
+        client.close()
+    return archive
+
+
+def _unpack(archive: Path, name: str, target: Path) -> None:
+    """Unpack and remove the archive; only a whole directory takes the name `target`."""
+    draft = target.with_suffix(".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        with tarfile.open(archive) as members:
+            members.extractall(draft, filter="data")
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        archive.unlink()
+        raise InvalidFileError(
+            f"{name}: this is not a tar, or it is damaged ({error}). FLUX_CHECKPOINT takes the URL "
+            f"of a tar with the directories dev and schnell."
+        ) from error
+    archive.unlink()
+    draft.replace(target)
+
+
+def _inside(directory: Path) -> Path:
+    """The directory itself, or the only one in it if the tar was made of a directory."""
+    entries = list(directory.iterdir())
+    return entries[0] if len(entries) == 1 and entries[0].is_dir() else directory
