@@ -97,7 +97,9 @@ class Engine:
             check_cancelled: called before each weight is written.
         """
         swaps = (
-            self._encoders.reconcile(adapters, check_cancelled),
+            self._transformers.with_room(
+                key, partial(self._encoders.reconcile, adapters, check_cancelled)
+            ),
             self._transformers.reconcile(key, adapters, check_cancelled),
         )
         merged, restored = (sum(getattr(s, n) for s in swaps) for n in ("merged", "restored"))
@@ -132,7 +134,8 @@ class Engine:
         with self._stage(stopwatch, "text"):
             state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
             length = request.variant.max_sequence_length
-            prompt = self._prompts.encode(request.prompt, length, state)
+            encode = partial(self._prompts.encode, request.prompt, length, state)
+            prompt = with_room(encode)
         check_cancelled()
         with self._stage(stopwatch, "input"):
             canvas = with_room(partial(self._prepare, request))

@@ -68,9 +68,9 @@ class Swap:
 
 
 class ClonedPristine:
-    """The default source of pristine values: a copy of each parameter before its first write.
+    """The default source of pristine values: a host copy of each parameter, before its first write.
 
-    Costs the memory of every parameter that an adapter ever touched. A loader that keeps a
+    Costs the host's memory of every parameter that an adapter ever touched. A loader that keeps a
     second mapping of the files, or pinned slabs, gives a function of its own instead.
     """
 
@@ -82,7 +82,7 @@ class ClonedPristine:
         """The pristine value; the first call for a parameter must precede its first write."""
         key = (component, parameter)
         if key not in self._copies:
-            self._copies[key] = self._parameters[key].detach().clone()
+            self._copies[key] = self._parameters[key].detach().to("cpu", copy=True)
         return self._copies[key]
 
 

@@ -27,6 +27,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from flux.merge import store_rounded
+from weights.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,16 @@ def quantizes_activations(choice: str, device: torch.device, dtype: torch.dtype)
         device: where the transformer computes.
         dtype: of its activations.
     """
-    if choice != "auto":
-        dynamic = choice == "fp8"
-    elif device.type == "cuda":
-        capable = torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
-        dynamic = capable and dtype == torch.bfloat16
-    else:
-        dynamic = False
+    capable = device.type == "cpu"  # slow, but every form can be computed
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        capable = capability >= FLOAT8_CAPABILITY and dtype == torch.bfloat16
+    if choice == "fp8" and not capable:
+        raise SettingsError(
+            f"FLUX_FP8_ACTIVATIONS=fp8: {device} computing in {dtype} cannot multiply in float8; "
+            "that takes a CUDA card of capability 8.9 or more, and bfloat16. Use auto or bf16"
+        )
+    dynamic = capable and device.type == "cuda" if choice == "auto" else choice == "fp8"
     if dynamic and device.type == "cuda":
         logger.info("go_fast: float8 weights and activations")
     else:

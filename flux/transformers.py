@@ -4,8 +4,7 @@ Each variant has one pristine copy on the host, usually the checkpoint's memory 
 writes. What serves is made from it in working weights of its own: memory on the device, every
 record UNKNOWN, and a reconciliation, which writes pristine values and adapters in one pass, fp8
 weight by weight. Leaving the device drops the working weights together with their records,
-so no record can outlive what it describes. The module objects stay, and with them the pipelines
-(and whatever was compiled for them).
+so no record can outlive what it describes. The module objects stay, and with them the pipelines.
 """
 
 import logging
@@ -102,7 +101,9 @@ class Transformers:
         """
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
         for other in self.resident:  # out of the except block, which holds on to tensors
@@ -111,7 +112,9 @@ class Transformers:
         _empty_cache(self._device)
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             raise BudgetError(
                 f"Out of memory on {self._device}, also with {' '.join(key)} alone there: ask for "
                 "a smaller image or fewer megapixels, or use a larger device"
@@ -157,6 +160,11 @@ class Transformers:
             return masters[name]
 
         return read
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def skeleton(master: nn.Module) -> nn.Module:

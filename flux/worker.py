@@ -67,14 +67,17 @@ class EngineThread:
         """
         task = _Task(work)
         try:
-            self._inbox.put(task)  # type: ignore[arg-type]
-            self._wait(task)
-        except BaseException:
-            self._stop(task)
-            raise
-        if task.error is not None:
-            raise task.error
-        return task.result  # type: ignore[return-value]
+            try:
+                self._inbox.put(task)  # type: ignore[arg-type]
+                self._wait(task)
+            except BaseException:
+                self._stop(task)
+                raise
+            if task.error is not None:
+                raise task.error
+            return task.result  # type: ignore[return-value]
+        finally:
+            task.error = None  # its traceback holds this task, and all tensors of the work
 
     def _serve(self) -> None:
         while True:

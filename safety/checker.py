@@ -21,10 +21,16 @@ class CheckerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an image is withheld, and the scores that led to it (by name; higher is worse)."""
+    """Whether an image is withheld, and why.
+
+    Attributes:
+        scores: what led to it, by name; higher is worse.
+        failed: whether the checker itself failed, which withholds the image too.
+    """
 
     flagged: bool
     scores: Mapping[str, float] = field(default_factory=dict)
+    failed: bool = False
 
 
 class Checker(Protocol):
@@ -40,10 +46,10 @@ def judge(checker: Checker, image: Image.Image) -> Verdict:
         verdict = checker.check(image)
     except Exception:
         logger.exception("The safety checker failed; the image is withheld")
-        return Verdict(flagged=True)
+        return Verdict(flagged=True, failed=True)
     if not all(math.isfinite(score) for score in verdict.scores.values()):
         logger.error("The safety checker gave no finite score; the image is withheld")
-        return Verdict(flagged=True, scores=verdict.scores)
+        return Verdict(flagged=True, scores=verdict.scores, failed=True)
     return verdict
 
 
@@ -62,12 +68,12 @@ class Inspection:
         self.worst: dict[str, float] = {}
         self._checker = checker
         self._count = count
-        self._passed: list[bool] = []
+        self._verdicts: list[Verdict] = []
 
     def passes(self, image: Image.Image) -> bool:
         """Whether the next image, RGB, may be delivered; says in the log what was seen."""
         verdict = judge(self._checker, image) if self._checker else Verdict(flagged=False)
-        self._passed.append(not verdict.flagged)
+        self._verdicts.append(verdict)
         for name, score in verdict.scores.items():
             if math.isfinite(score):
                 self.worst[name] = max(score, self.worst.get(name, score))
@@ -75,7 +81,7 @@ class Inspection:
             scores = ", ".join(f"{name} {score:.3f}" for name, score in verdict.scores.items())
             logger.info(
                 "Safety: image %d of %d is %s (%s)",
-                len(self._passed),
+                len(self._verdicts),
                 self._count,
                 "WITHHELD" if verdict.flagged else "fine",
                 scores or "no score",
@@ -84,7 +90,12 @@ class Inspection:
 
     def insist_on_one(self) -> None:
         """Raise SafetyError if no image has passed."""
-        if not any(self._passed):
+        if all(verdict.failed for verdict in self._verdicts):
+            raise SafetyError(
+                "The safety checker failed, so no image is delivered; try again, and if that does "
+                "not help, its operator finds the reason in the log"
+            )
+        if all(verdict.flagged for verdict in self._verdicts):
             raise SafetyError(
                 "The safety checker withheld every image; try another prompt or another seed"
             )

@@ -34,7 +34,7 @@ class CompVis:
     def __init__(
         self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._processor = CLIPImageProcessorPil.from_pretrained(directory)
+        self._processor = _load_processor(CLIPImageProcessorPil, directory)
         self._model = _load(StableDiffusionSafetyChecker, directory).to(device)
         self._model.vision_model.to(dtype)
         self._model.visual_projection.to(dtype)
@@ -65,7 +65,7 @@ class Falconsai:
     def __init__(
         self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._processor = ViTImageProcessorPil.from_pretrained(directory)
+        self._processor = _load_processor(ViTImageProcessorPil, directory)
         self._model = _load(ViTForImageClassification, directory).to(device, dtype)
         labels = {str(label).lower(): i for i, label in self._model.config.id2label.items()}
         if UNSAFE_LABEL not in labels:
@@ -99,6 +99,16 @@ def _load(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401
             f"({', '.join(sorted(wrong)[:3])}, ...)"
         )
     return model.eval()
+
+
+def _load_processor(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401
+    try:
+        return kind.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise CheckerError(
+            f"cannot load the checker in {directory}: "
+            "preprocessor_config.json is missing or damaged"
+        ) from error
 
 
 def _pixels(processor: Any, image: Image.Image) -> torch.Tensor:  # noqa: ANN401

@@ -108,7 +108,12 @@ class LoggedServer:
 def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
     """Run a server whose output files go to a directory."""
     lines: list[str] = []
-    settings = {"FLUX_OUTPUT_DIRECTORY": str(outputs), "FLUX_CHECKPOINT": "nano", **environment}
+    settings = {
+        "FLUX_OUTPUT_DIRECTORY": str(outputs),
+        "FLUX_CHECKPOINT": "nano",
+        "FLUX_DEVICE": "cpu",
+        **environment,
+    }
     with Server(settings, on_log=lines.append) as server:
         yield LoggedServer(server, outputs, lines)
 

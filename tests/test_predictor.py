@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from transformers import T5EncoderModel
 
 from flux.load import NANO, SHARED
 from flux.memory import bytes_of
@@ -207,6 +208,20 @@ def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
     assert same(draw(go_fast=True)[0], fast)
 
 
+def test_out_of_memory_in_the_text_encoders(start, monkeypatch, caplog) -> None:
+    expected = start()(prompt="a heart")[0]
+    forward, remaining = T5EncoderModel.forward, iter(range(1))
+
+    def runs_out(*args: object, **options: object) -> object:
+        if next(remaining, None) is not None:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (pretended)")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(T5EncoderModel, "forward", runs_out)
+    assert same(start()(prompt="a heart")[0], expected)
+    assert "trying again with less there" in caplog.text
+
+
 def test_float8_activations(start) -> None:
     """The form that cards use, computed on a CPU: a little further from bf16."""
     (exact,), (weights,) = (start()(go_fast=go_fast) for go_fast in (False, True))
@@ -288,7 +303,7 @@ class Nonsense:
 def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> None:
     monkeypatch.setattr("predict.load_checker", lambda *_: checker())
     draw = start()
-    with pytest.raises(ValueError, match="withheld every image"):
+    with pytest.raises(ValueError, match="The safety checker failed, so no image is delivered"):
         draw()
 
 

@@ -102,7 +102,8 @@ class Settings:
         max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
         nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
         safety_policy: which checkers look at an image, and when it is withheld
-            (safety/policy.py); `auto` is official for the official checkpoint, else open_nsfw.
+            (safety/policy.py); `auto` is official for a checkpoint that comes with the official
+            checkers, else open_nsfw.
         compvis_threshold: how far above its own threshold a concept must score, -2 to 2.
         falconsai_threshold: the probability of "nsfw", 0 to 1, from which an image is flagged.
         allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.

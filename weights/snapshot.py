@@ -22,6 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from weights.download import LogProgress, sha256_of
 from weights.errors import (
+    AccessDeniedError,
     DiskSpaceError,
     InvalidFileError,
     NotFoundError,
@@ -72,7 +73,7 @@ def obtain(repository: Repository, revision: str, hub: HubSettings) -> Path:
         return there
     try:
         return fetch(repository, revision, hub)
-    except SourceUnavailableError as error:
+    except (SourceUnavailableError, AccessDeniedError, NotFoundError) as error:
         if there is None:
             raise
         logger.warning("%s Using the files from before, which were not verified.", error)

@@ -42,10 +42,12 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
         if target.is_dir():
             logger.info("Checkpoint %s: found at %s", name, target)
             return _inside(target)
+        shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)  # of a start cut short
         try:
             archive = _fetched(url, name, target, patience or Patience())
             _unpack(archive, name, target)
         except OSError as error:
+            shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise DiskSpaceError(
@@ -75,7 +77,6 @@ def _fetched(url: str, name: str, target: Path, patience: Patience) -> Path:
 def _unpack(archive: Path, name: str, target: Path) -> None:
     """Unpack and remove the archive; only a whole directory takes the name `target`."""
     draft = target.with_suffix(".draft")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
         with tarfile.open(archive) as members:
             members.extractall(draft, filter="data")

@@ -1,8 +1,10 @@
 """The engine thread: results, errors, and exceptions thrown into the waiting thread."""
 
 import ctypes
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -33,6 +35,27 @@ def test_errors_of_the_work_reach_the_caller_and_the_thread_goes_on() -> None:
     with pytest.raises(ZeroDivisionError):
         engine.call(lambda _: 1 / 0)
     assert engine.call(lambda _: "fine") == "fine"
+
+
+def test_failed_work_lets_go_of_what_it_held() -> None:
+    engine, held = EngineThread(), []
+
+    class Activations:
+        pass
+
+    def work(_) -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    gc.disable()  # a cycle would live until some later collection
+    try:
+        with pytest.raises(MemoryError):
+            engine.call(work)
+        engine.call(lambda _: None)
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cancel_waits_until_the_work_has_come_to_rest() -> None:

@@ -138,6 +138,7 @@ def test_half_precision_gives_about_the_same_scores(planted, pictures) -> None:
         expected, found = load(planted, "both").check(picture), half.check(picture)
         for name, score in expected.scores.items():
             assert found.scores[name] == pytest.approx(score, abs=0.05)
+        assert found.flagged == expected.flagged
 
 
 # --- fail closed
@@ -193,6 +194,15 @@ def lose_a_weight(path: Path) -> None:
 def test_a_damaged_checker_is_never_left_out(planted, tmp_path, name, damage) -> None:
     root = shutil.copytree(planted, tmp_path / "damaged")
     damage(root / "safety" / name / "model.safetensors")
+    with pytest.raises(CheckerError, match=rf"Safety checker {name}: cannot load .*open_nsfw"):
+        load(root, "official")
+
+
+@pytest.mark.parametrize("name", ["compvis", "falconsai"])
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "config.json"])
+def test_a_checker_without_a_configuration_is_refused(planted, tmp_path, name, file) -> None:
+    root = shutil.copytree(planted, tmp_path / "damaged")
+    remove(root / "safety" / name / file)
     with pytest.raises(CheckerError, match=rf"Safety checker {name}: cannot load .*open_nsfw"):
         load(root, "official")
 
