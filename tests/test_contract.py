@@ -58,7 +58,13 @@ def test_document_is_what_cog_build_generates_but_for_nullable(document) -> None
 
 
 def test_version_in_the_document_is_that_of_the_pinned_cog(document) -> None:
-    assert f"cog=={document['info']['version']}\n" in (ROOT / "requirements.txt").read_text()
+    version = document["info"]["version"]
+    assert f"cog=={version}\n" in (ROOT / "requirements.txt").read_text()
+    assert f'sdk_version: "{version}"' in (ROOT / "cog.yaml").read_text()
+
+
+def test_the_build_context_keeps_what_cog_build_copies_the_schema_from() -> None:
+    assert not {".cog", ".cog/", ".*"} & set((ROOT / ".dockerignore").read_text().splitlines())
 
 
 def test_server_serves_this_document(server, document) -> None:
