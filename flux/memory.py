@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from weights.settings import GIB
+
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
 ALIGNMENT = 256
 DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer, T5Tokenizer
 
-NANO = Path(__file__).parent.parent / "weights" / "nano"
+from flux.load import NANO
+
 VISIBLE = 1.0  # mean absolute difference of 8-bit pixels
 
 

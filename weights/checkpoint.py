@@ -21,12 +21,10 @@ def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
     if checkpoint == "official":
         if (EMBEDDED / part / STAMP).is_file():
             return EMBEDDED / part
-        return _from_hub(part, settings)
-    if checkpoint == "nano":
-        return _from_hub(part, settings)
-    found = root_of(checkpoint, settings) / part
-    if found.is_dir() or not part.startswith("safety/"):
-        return found
+    elif checkpoint != "nano":
+        found = root_of(checkpoint, settings) / part
+        if found.is_dir() or not part.startswith("safety/"):
+            return found
     return _from_hub(part, settings)
 
 
