@@ -53,19 +53,19 @@ class Dimensions:
     """Widths and depths of the four models; the VAE's scale is 2 ** (len(vae_channels) - 1)."""
 
     double_blocks: int = 2
-    single_blocks: int = 2
+    single_blocks: int = 3
     heads: int = 4
-    rope_axes: tuple[int, int, int] = (8, 12, 12)  # frame, row, column: their sum is a head's width
-    t5_layers: int = 2
+    rope_axes: tuple[int, int, int] = (8, 16, 16)  # frame, row, column: their sum is a head's width
+    t5_layers: int = 3
     t5_width: int = 96
     t5_heads: int = 4
     t5_head_width: int = 24
     t5_feed_forward: int = 192
-    clip_layers: int = 2
-    clip_width: int = 64
+    clip_layers: int = 3
+    clip_width: int = 96
     clip_heads: int = 4
-    clip_feed_forward: int = 128
-    vae_channels: tuple[int, ...] = (16, 16, 32, 32, 64)
+    clip_feed_forward: int = 192
+    vae_channels: tuple[int, ...] = (16, 16, 32, 64, 64)
     vae_layers: int = 1
     latent_channels: int = 16
 
