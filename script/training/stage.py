@@ -14,7 +14,8 @@ from torch import nn
 logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 120.0  # seconds
-LOG_EVERY = 50  # steps
+LOG_EVERY = 25  # steps
+SLOW = 1 / 7
 
 
 class Stage:
@@ -25,6 +26,7 @@ class Stage:
         modules: what is trained.
         peak: the highest learning rate; it rises over `warm_up` steps and falls to zero as half a
             cosine.
+        slow: endings of the names of layers that learn at a seventh of that rate.
         decay: of the exponential moving average that is kept beside the weights; 0: none.
     """
 
@@ -37,17 +39,26 @@ class Stage:
         peak: float,
         *,
         warm_up: int = 100,
+        slow: tuple[str, ...] = (),
         decay: float = 0.0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path, self._log = directory / f"{name}.pt", directory / f"{name}.jsonl"
         self._name, self._modules, self._steps = name, modules, steps
         self._peak, self._warm_up, self._decay = peak, warm_up, decay
-        self._parameters = [
-            p for module in modules.values() for p in module.parameters() if p.requires_grad
-        ]
+        groups: dict[float, list[nn.Parameter]] = {1.0: [], SLOW: []}
+        for module in modules.values():
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    speed = SLOW if slow and key.rpartition(".")[0].endswith(slow) else 1.0
+                    groups[speed].append(parameter)
+        self._parameters = [parameter for group in groups.values() for parameter in group]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+            [{"params": group, "speed": speed} for speed, group in groups.items() if group],
+            lr=peak,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            fused=True,
         )
         self._average = [p.detach().clone() for p in self._parameters] if decay else []
         self.step = 0
@@ -60,7 +71,7 @@ class Stage:
         saved = started = time.monotonic()
         while self.step < self._steps:
             for group in self._optimizer.param_groups:
-                group["lr"] = self._rate()
+                group["lr"] = self._rate() * group["speed"]
             terms = loss_of(self.step)
             total = torch.stack(list(terms.values())).sum()
             total.backward()  # type: ignore[no-untyped-call]
