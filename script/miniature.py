@@ -77,26 +77,62 @@ class Dimensions:
             )
 
 
+@dataclass(frozen=True)
+class Models:
+    """All that dev and schnell are made of, in bf16."""
+
+    vae: AutoencoderKL
+    clip: CLIPTextModel
+    clip_tokenizer: CLIPTokenizer
+    t5: T5EncoderModel
+    t5_tokenizer: T5Tokenizer
+    dev: FluxTransformer2DModel
+    schnell: FluxTransformer2DModel
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What has weights."""
+        return self.vae, self.clip, self.t5, self.dev, self.schnell
+
+
 def build(directory: Path, dimensions: Dimensions = Dimensions(), seed: int = 0) -> None:
     """Write `directory/dev` and `directory/schnell`, bf16 safetensors; same seed, same bytes."""
+    save(models(dimensions, seed), directory)
+
+
+def models(dimensions: Dimensions, seed: int) -> Models:
+    """Build all models with random weights; the same seed gives the same."""
     with torch.random.fork_rng(devices=[]):  # constructing a module draws from the global RNG
         generator = torch.Generator().manual_seed(seed)
         tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-        shared = {
-            "vae": _vae(dimensions, generator),
-            "text_encoder": _clip(dimensions, tokenizer, generator),
-            "text_encoder_2": _t5(dimensions, tokenizer_2, generator),
-            "tokenizer": tokenizer,
-            "tokenizer_2": tokenizer_2,
-        }
-        dev = _transformer(dimensions, guidance=True, generator=generator)
-        schnell = _transformer(dimensions, guidance=False, generator=generator)
-    pipeline = FluxPipeline(transformer=dev, scheduler=_dev_sigmas(), **shared)
+        return Models(
+            vae=_vae(dimensions, generator),
+            clip=_clip(dimensions, tokenizer, generator),
+            clip_tokenizer=tokenizer,
+            t5=_t5(dimensions, tokenizer_2, generator),
+            t5_tokenizer=tokenizer_2,
+            dev=_transformer(dimensions, guidance=True, generator=generator),
+            schnell=_transformer(dimensions, guidance=False, generator=generator),
+        )
+
+
+def save(models: Models, directory: Path) -> None:
+    """Write `directory/dev` and `directory/schnell`, bf16 safetensors."""
+    shared = {
+        "vae": models.vae,
+        "text_encoder": models.clip,
+        "text_encoder_2": models.t5,
+        "tokenizer": models.clip_tokenizer,
+        "tokenizer_2": models.t5_tokenizer,
+    }
+    for module in models.modules():
+        module.bfloat16()
+    pipeline = FluxPipeline(transformer=models.dev, scheduler=_dev_sigmas(), **shared)
     pipeline.save_pretrained(directory / "dev")
-    pipeline = FluxPipeline(transformer=schnell, scheduler=_schnell_sigmas(), **shared)
-    pipeline.save_config(directory / "schnell")  # the index, which names the shared parts as well
-    schnell.save_pretrained(directory / "schnell" / "transformer")
-    pipeline.scheduler.save_pretrained(directory / "schnell" / "scheduler")
+    schnell = directory / "schnell"
+    pipeline = FluxPipeline(transformer=models.schnell, scheduler=_schnell_sigmas(), **shared)
+    pipeline.save_config(schnell)  # the index, which names the shared parts as well
+    models.schnell.save_pretrained(schnell / "transformer")
+    pipeline.scheduler.save_pretrained(schnell / "scheduler")
     logger.info("wrote %s", directory)
 
 

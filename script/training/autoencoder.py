@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from miniature import STRUCTURED
 from PIL import Image
 from torch import Tensor
-from miniature import STRUCTURED
+
 from training.render import Pixels, coverage, render
 from training.stage import Stage
 from training.world import SHAPES, sample
@@ -17,7 +18,7 @@ from training.world import SHAPES, sample
 logger = logging.getLogger(__name__)
 
 CROP, BATCH = 160, 8
-STEPS, BALANCE_AT, RATE = 3000, 0.4, 5e-4
+STEPS, BALANCE_AT, RATE = 2300, 0.4, 5e-4
 # These write into the stream that carries the picture; its norms make them far more sensitive.
 SLOW = ("conv_in", "conv_out", "conv2", "to_out.0", "conv_shortcut", "samplers.0.conv")
 NOISE = 0.12  # added to latents of unit variance: the decoder forgives what denoising leaves
@@ -33,28 +34,26 @@ def train(vae: AutoencoderKL, directory: Path, seed: int = 0) -> None:
         if part == "vae-2" and stage.step == 0:
             balance(vae, crops(random.Random(seed - 1), 32))
             stage = Stage(directory, part, {"vae": vae}, steps, RATE, slow=SLOW, decay=0.99)
-        encoder = torch.compile(vae.encoder, dynamic=False)
-        decoder = torch.compile(vae.decoder, dynamic=False)
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-
-        def loss(step: int, part: str = part) -> dict[str, Tensor]:
-            pictures = crops(random.Random(f"{seed} {part} {step}"), BATCH)
-            with torch.autocast("cpu", torch.bfloat16):
-                moments = encoder(pictures)
-                latents = (moments[:, : vae.config.latent_channels].float() - shift) * scale
-                generator = torch.Generator().manual_seed(step)
-                noise = torch.randn(latents.shape, generator=generator) * NOISE
-                returned = decoder((latents + noise) / scale + shift).float()
-            difference = returned - pictures
-            return {
-                "l1": difference.abs().mean(),
-                "l2": 4 * difference.square().mean(),
-                "size": 2e-3 * latents.square().mean(),
-            }
-
-        stage.run(loss)
+        stage.run(lambda step, part=part: _loss(vae, f"{seed} {part} {step}", step))
         stage.finish()
     vae.eval()
+
+
+def _loss(vae: AutoencoderKL, data_seed: str, noise_seed: int) -> dict[str, Tensor]:
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+    pictures = crops(random.Random(data_seed), BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        moments = vae.encoder(pictures)
+        latents = (moments[:, : vae.config.latent_channels].float() - shift) * scale
+        generator = torch.Generator().manual_seed(noise_seed)
+        noise = torch.randn(latents.shape, generator=generator) * NOISE
+        returned = vae.decoder((latents + noise) / scale + shift).float()
+    difference = returned - pictures
+    return {
+        "l1": difference.abs().mean(),
+        "l2": 4 * difference.square().mean(),
+        "size": 2e-3 * latents.square().mean(),
+    }
 
 
 @torch.no_grad()

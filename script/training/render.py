@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
 from training.world import PALETTE, Scene
 
 OVERSAMPLE = 3
@@ -95,7 +96,7 @@ def _at(radius: float, degrees: float) -> tuple[float, float]:
 
 
 def _heart(t: float) -> tuple[float, float]:
-    """The heart curve x = 16 sin³ t, y = 13 cos t − 5 cos 2t − 2 cos 3t − cos 4t, scaled."""
+    """The heart curve x = 16 sin³ t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, scaled."""
     x = 16 * math.sin(t) ** 3
     y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
     return x / 16, -(y + 2) / 15

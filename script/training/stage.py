@@ -46,15 +46,20 @@ class Stage:
         self._path, self._log = directory / f"{name}.pt", directory / f"{name}.jsonl"
         self._name, self._modules, self._steps = name, modules, steps
         self._peak, self._warm_up, self._decay = peak, warm_up, decay
-        groups: dict[float, list[nn.Parameter]] = {1.0: [], SLOW: []}
-        for module in modules.values():
+        groups: dict[float, dict[str, nn.Parameter]] = {1.0: {}, SLOW: {}}
+        for prefix, module in modules.items():
             for key, parameter in module.named_parameters():
                 if parameter.requires_grad:
                     speed = SLOW if slow and key.rpartition(".")[0].endswith(slow) else 1.0
-                    groups[speed].append(parameter)
-        self._parameters = [parameter for group in groups.values() for parameter in group]
+                    groups[speed][f"{prefix}/{key}"] = parameter
+        named = {name: each for group in groups.values() for name, each in group.items()}
+        self._names, self._parameters = list(named), list(named.values())
         self._optimizer = torch.optim.AdamW(
-            [{"params": group, "speed": speed} for speed, group in groups.items() if group],
+            [
+                {"params": list(group.values()), "speed": speed}
+                for speed, group in groups.items()
+                if group
+            ],
             lr=peak,
             betas=(0.9, 0.99),
             weight_decay=0.0,
@@ -81,7 +86,8 @@ class Stage:
             self.step += 1
             if self._decay:
                 decay = min(self._decay, self.step / (self.step + 10))
-                torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+                with torch.no_grad():
+                    torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
             for key, term in terms.items():
                 sums[key] = sums.get(key, 0.0) + term.item()
             if self.step % LOG_EVERY == 0:
@@ -104,7 +110,7 @@ class Stage:
             "step": self.step,
             "modules": {name: module.state_dict() for name, module in self._modules.items()},
             "optimizer": self._optimizer.state_dict(),
-            "average": self._average,
+            "average": dict(zip(self._names, self._average, strict=bool(self._decay))),
         }
         partial = self._path.with_suffix(".partial")
         torch.save(state, partial)
@@ -116,7 +122,7 @@ class Stage:
             module.load_state_dict(state["modules"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._decay:
-            self._average = state["average"]
+            self._average = [state["average"][name].detach() for name in self._names]
         self.step = state["step"]
         logger.info("%s: resumed at step %d of %d", self._name, self.step, self._steps)
 
@@ -130,3 +136,18 @@ class Stage:
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         logger.info("%s %s", self._name, line)
+
+
+def weights(directory: Path, name: str, module: str) -> dict[str, torch.Tensor]:
+    """What a module has learned in a stage up to its last save: averages where there are any.
+
+    Raises:
+        FileNotFoundError: the stage has not been run.
+    """
+    state = torch.load(directory / f"{name}.pt", weights_only=True)
+    averages = {
+        key.removeprefix(f"{module}/"): value
+        for key, value in state["average"].items()
+        if key.startswith(f"{module}/")
+    }
+    return state["modules"][module] | averages

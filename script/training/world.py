@@ -225,7 +225,7 @@ def _objects(rng: random.Random, scene: Scene) -> str:
                 f"{second} below {first}",
                 f"{second} under {first}",
                 f"{first} at the top and {second} at the bottom",
-            )  # fmt: skip
+            )
         )
     return rng.choices(
         (
@@ -236,7 +236,7 @@ def _objects(rng: random.Random, scene: Scene) -> str:
             f"{first} to the left of {second}",
             f"{second} to the right of {first}",
             f"{second} on the right and {first} on the left",
-        ),  # fmt: skip
+        ),
         (6, 2, 2, 2, 1, 1, 1),
     )[0]
 

@@ -1,0 +1,138 @@
+"""Train the miniature from nothing, or from where it stopped: script/train-miniature.
+
+Everything is made on the fly from a fixed seed; nothing is downloaded. Each stage keeps its state
+and its losses in the work directory, and is taken up again where it was interrupted:
+
+    vae, text   the VAE; the text encoders
+    pool        latents of scenes (may run beside dev, which uses what is there)
+    dev         the transformer; then `schnell`, which begins as dev
+    adapters    two LoRAs of dev
+    export      writes the checkpoint
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import miniature
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from training import adapters, autoencoder, flow, pool, text
+from training.stage import weights
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("vae", "text", "pool", "dev", "schnell", "adapters", "export")
+SHARDS: tuple[tuple[pool.Size, int], ...] = (
+    ((256, 256), 24), ((352, 192), 6), ((192, 352), 6), ((384, 384), 6), ((512, 512), 8),
+    ((672, 384), 4), ((384, 672), 4), ((256, 256), 44), ((512, 512), 24), ((672, 384), 10),
+    ((384, 672), 10), ((1024, 1024), 4), ((512, 512), 36), ((672, 384), 14), ((384, 672), 14),
+    ((1024, 1024), 10),
+)  # fmt: skip
+
+
+class Recipe:
+    """The stages over one work directory; modules are built from the builder's seed."""
+
+    def __init__(self, work: Path, seed: int = 0) -> None:
+        self._work = work
+        self._models = miniature.models(miniature.Dimensions(), seed)
+        for model in self._models.modules():
+            model.float()
+
+    def vae(self) -> None:
+        """The VAE, on pictures of every kind."""
+        autoencoder.train(self._models.vae, self._work)
+
+    def text(self) -> None:
+        """Both text encoders, on captions alone."""
+        models = self._models
+        text.train(models.clip, models.clip_tokenizer, models.t5, models.t5_tokenizer, self._work)
+
+    def pool(self) -> None:
+        """The latents that the transformers learn from."""
+        vae = self._done(self._models.vae, "vae-2", "vae")
+        for size, shards in SHARDS:
+            for shard in range(shards):
+                pool.make(vae, self._work / "pool", size, shard)
+            logger.info("pool %d x %d: %d shards", *size, shards)
+
+    def dev(self) -> None:
+        """The transformer with guidance."""
+        latents = pool.Pool(self._work / "pool")
+        flow.train(self._models.dev, self._text_encoders(), latents, self._work)
+
+    def schnell(self) -> None:
+        """The transformer without."""
+        dev = self._done(self._models.dev, "dev", "transformer")
+        flow.fold_guidance(dev, self._models.schnell)
+        latents = pool.Pool(self._work / "pool")
+        flow.train_schnell(self._models.schnell, self._text_encoders(), latents, self._work)
+
+    def adapters(self) -> None:
+        """A LoRA for each style, one in each of the two formats that are met most."""
+        vae = self._done(self._models.vae, "vae-2", "vae")
+        encoders = self._text_encoders()
+        save = {"inverted": adapters.save_as_trainer, "outline": adapters.save_as_kohya}
+        for style in adapters.STYLES:
+            dev = FluxTransformer2DModel.from_config(self._models.dev.config)
+            dev.load_state_dict(self._done(self._models.dev, "dev", "transformer").state_dict())
+            rounded(dev)
+            factors = adapters.train(style, dev, encoders, vae, self._work)
+            save[style](factors, self._work / f"{style}.safetensors")
+
+    def export(self, directory: Path) -> None:
+        """Write the checkpoint and the adapters."""
+        self._done(self._models.vae, "vae-2", "vae")
+        self._text_encoders()
+        self._done(self._models.dev, "dev", "transformer")
+        self._done(self._models.schnell, "schnell", "transformer")
+        miniature.save(self._models, directory)
+        (directory / "adapters").mkdir(exist_ok=True)
+        for style in adapters.STYLES:
+            path = self._work / f"{style}.safetensors"
+            (directory / "adapters" / path.name).write_bytes(path.read_bytes())
+
+    def _text_encoders(self) -> flow.TextEncoders:
+        models = self._models
+        clip = self._done(models.clip, "text", "clip")
+        t5 = self._done(models.t5, "text", "t5")
+        return flow.TextEncoders(clip, models.clip_tokenizer, t5, models.t5_tokenizer)
+
+    def _done(self, module: nn.Module, stage: str, name: str) -> nn.Module:
+        """A module with what a stage has learned so far, as it will be saved: rounded to bf16."""
+        module.load_state_dict(weights(self._work, stage, name))
+        return rounded(module)
+
+
+def rounded(module: nn.Module) -> nn.Module:
+    """Rounded to bf16, computing in float32, not to be trained."""
+    return module.bfloat16().float().requires_grad_(False).eval()
+
+
+def main() -> None:
+    """Run the stages named on the command line, or all."""
+    parser = argparse.ArgumentParser(
+        prog="script/train-miniature",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--work", type=Path, default=Path(".miniature"))
+    parser.add_argument("--directory", type=Path, default=Path("weights/nano"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    if unknown := set(arguments.stages) - set(STAGES):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))}; stages: {', '.join(STAGES)}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe(arguments.work)
+    for stage in arguments.stages or STAGES:
+        logger.info("stage %s", stage)
+        recipe.export(arguments.directory) if stage == "export" else getattr(recipe, stage)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The transformer: rectified flow on the latents of the pool's scenes, dev and then schnell."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from training.pool import Example, Pool, Size
+from training.stage import Stage
+from training.text import tokens
+from training.world import caption
+
+STEPS, RATE, DECAY = 4500, 1e-3, 0.998
+TEXT_LENGTH = 48  # the last of them stands for all the padding up to the pipelines' length
+PADDED_LENGTHS = (512, 512, 256, 48)
+EMPTY = 0.04  # share of captions that say nothing
+FIRST, LAST = 0.35, 0.78  # shares of the steps after which pictures grow
+PLAIN_UNTIL = 0.15  # share of the steps in which simple scenes come first
+
+SMALL: dict[Size, int] = {(256, 256): 40, (352, 192): 40, (192, 352): 40, (384, 384): 20}
+MIDDLE: dict[Size, int] = {(512, 512): 16, (672, 384): 16, (384, 672): 16, (384, 384): 20}
+LARGE: dict[Size, int] = {(1024, 1024): 4}
+SCHNELL_STEPS, SCHNELL_RATE = 600, 1e-4
+SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """Both encoders with their tokenizers, frozen."""
+
+    clip: CLIPTextModel
+    clip_tokenizer: CLIPTokenizer
+    t5: T5EncoderModel
+    t5_tokenizer: T5Tokenizer
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Pooled (batch, width) and sequence (batch, TEXT_LENGTH, width), padding at its end."""
+        pooled = self.clip(tokens(self.clip_tokenizer, texts, TEXT_LENGTH)).pooler_output
+        ids = tokens(self.t5_tokenizer, texts, TEXT_LENGTH)
+        hidden = self.t5(torch.cat([ids, torch.zeros_like(ids[:1])])).last_hidden_state
+        sequence = hidden[:-1].clone()
+        sequence[:, -1] = hidden[-1, TEXT_LENGTH // 2]
+        return pooled, sequence
+
+
+def sizes_at(rng: random.Random, progress: float) -> tuple[Size, int]:
+    """The size of a step's pictures (width, height) and their number: small ones first."""
+    dice = rng.random()
+    if progress < FIRST:
+        table = SMALL if dice < 0.9 else MIDDLE
+    elif progress < LAST:
+        table = MIDDLE if dice < 0.85 else SMALL if dice < 0.95 else LARGE
+    else:
+        table = MIDDLE if dice < 0.5 else LARGE if dice < 0.9 else SMALL
+    return rng.choice(list(table.items()))
+
+
+def times(generator: torch.Generator, count: int) -> Tensor:
+    """Times in 0..1 (noise at 1); a third of them where colour and layout are decided."""
+    uniform, dice = torch.rand(2, count, generator=generator)
+    late = 0.85 + 0.15 * uniform
+    return torch.where(dice < 0.3, late, torch.where(dice < 0.34, torch.ones(count), uniform))
+
+
+def train(
+    transformer: FluxTransformer2DModel,
+    text: TextEncoders,
+    pool: Pool,
+    directory: Path,
+    seed: int = 0,
+) -> None:
+    """Train dev in place."""
+    quiet_start(transformer)
+    stage = Stage(directory, "dev", {"transformer": transformer.train()}, STEPS, RATE, decay=DECAY)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{seed} dev {step}")
+        size, count = sizes_at(rng, step / STEPS)
+        early = step < PLAIN_UNTIL * STEPS and rng.random() < 0.7
+        kinds = ("plain",) if early else ("plain", "single", "pair")
+        drawn = pool.draw(rng, size, count, kinds)
+        generator = torch.Generator().manual_seed(step)
+        return {
+            "flow": flow_loss(transformer, text, drawn, rng, times(generator, count), generator)
+        }
+
+    stage.run(loss)
+    stage.finish()
+    transformer.eval()
+
+
+def train_schnell(
+    transformer: FluxTransformer2DModel,
+    text: TextEncoders,
+    pool: Pool,
+    directory: Path,
+    seed: int = 0,
+) -> None:
+    """Train schnell, which begins as dev at guidance 3, at the four times that it draws at."""
+    modules = {"transformer": transformer.train()}
+    stage = Stage(directory, "schnell", modules, SCHNELL_STEPS, SCHNELL_RATE, decay=0.99)
+
+    def loss(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{seed} schnell {step}")
+        size, count = sizes_at(rng, LAST)
+        drawn: list[Example] = []
+        while len(drawn) < count:
+            found = pool.draw(rng, size, count, ("plain", "single", "pair"))
+            drawn += [example for example in found if example.guidance == 3.0]
+        generator = torch.Generator().manual_seed(step)
+        when = torch.tensor([rng.choice(SCHNELL_TIMES) for _ in range(count)])
+        return {"flow": flow_loss(transformer, text, drawn[:count], rng, when, generator)}
+
+    stage.run(loss)
+    stage.finish()
+    transformer.eval()
+
+
+@torch.no_grad()
+def quiet_start(transformer: FluxTransformer2DModel) -> None:
+    """Zero the modulations and the output: every block begins as the identity, as in DiT."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and "norm" in name or name == "proj_out":
+            module.weight.zero_()
+            module.bias.zero_()
+
+
+@torch.no_grad()
+def fold_guidance(
+    dev: FluxTransformer2DModel, schnell: FluxTransformer2DModel, guidance: float = 3.0
+) -> None:
+    """Copy dev into schnell, with one value of the guidance embedding as a bias: exactly dev."""
+    embed = dev.time_text_embed
+    value = embed.guidance_embedder(embed.time_proj(torch.tensor([1000 * guidance])))[0]
+    weights = {k: v for k, v in dev.state_dict().items() if ".guidance_embedder." not in k}
+    schnell.load_state_dict(weights)
+    schnell.time_text_embed.timestep_embedder.linear_2.bias += value
+
+
+def flow_loss(
+    transformer: FluxTransformer2DModel,
+    text: TextEncoders,
+    drawn: Sequence[Example],
+    rng: random.Random,
+    when: Tensor,
+    generator: torch.Generator,
+    prefix: str = "",
+) -> Tensor:
+    """Mean squared error of the velocity, noise - picture, at the given times (batch)."""
+    latents = torch.stack([example.latents for example in drawn]).float()
+    height, width = (side // 2 for side in latents.shape[-2:])
+    picture = latents.unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
+    # (batch, channels, rows, 2, columns, 2) -> (batch, rows x columns, channels x 2 x 2)
+    picture = picture.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
+    noise = torch.randn(picture.shape, generator=generator)
+    texts = ["" if rng.random() < EMPTY else prefix + caption(rng, each.scene) for each in drawn]
+    pooled, sequence = text.encode(texts)
+    mask = torch.zeros(1, 1, 1, TEXT_LENGTH + height * width)
+    mask[..., TEXT_LENGTH - 1] = math.log(rng.choice(PADDED_LENGTHS) - TEXT_LENGTH + 1)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    positions = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
+    t = when[:, None, None]
+    guided = transformer.config.guidance_embeds
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = transformer(
+            hidden_states=(1 - t) * picture + t * noise,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            timestep=when,
+            img_ids=positions,
+            txt_ids=torch.zeros(TEXT_LENGTH, 3),
+            guidance=torch.tensor([each.guidance for each in drawn]) if guided else None,
+            joint_attention_kwargs={"attention_mask": mask},
+            return_dict=False,
+        )[0]
+    return (velocity.float() - (noise - picture)).square().mean()
