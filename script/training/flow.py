@@ -127,7 +127,7 @@ def train_schnell(
 def quiet_start(transformer: FluxTransformer2DModel) -> None:
     """Zero the modulations and the output: every block begins as the identity, as in DiT."""
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and "norm" in name or name == "proj_out":
+        if (isinstance(module, torch.nn.Linear) and "norm" in name) or name == "proj_out":
             module.weight.zero_()
             module.bias.zero_()
 
