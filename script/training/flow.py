@@ -16,7 +16,7 @@ from training.stage import Stage
 from training.text import tokens
 from training.world import caption
 
-STEPS, RATE, DECAY = 4500, 1e-3, 0.998
+STEPS, RATE, DECAY = 4000, 1e-3, 0.998
 TEXT_LENGTH = 48  # the last of them stands for all the padding up to the pipelines' length
 PADDED_LENGTHS = (512, 512, 256, 48)
 EMPTY = 0.04  # share of captions that say nothing
@@ -54,7 +54,7 @@ def sizes_at(rng: random.Random, progress: float) -> tuple[Size, int]:
     """The size of a step's pictures (width, height) and their number: small ones first."""
     dice = rng.random()
     if progress < FIRST:
-        table = SMALL if dice < 0.9 else MIDDLE
+        table = SMALL
     elif progress < LAST:
         table = MIDDLE if dice < 0.85 else SMALL if dice < 0.95 else LARGE
     else:
