@@ -17,6 +17,7 @@ BLUR, NOISE = 0.01, 10.0  # by the shorter side; of 255
 PAIRS = 0.3  # so many pairs for each single object
 
 Row = dict[str, Any]
+Scores = dict[str, Any]  # names to percentages
 
 
 def measure_itself(painter: Painter, count: int) -> list[Row]:
@@ -88,7 +89,7 @@ def _model(name: str) -> dict[str, Any]:
 
 def _single_scores(
     asked: Sequence[Case], images: Sequence[Image.Image], *, others: bool = False
-) -> dict[str, float]:
+) -> Scores:
     """Percentages right; with `others`, of every picture beside every caption but its own."""
     found = [measure(image) for image in images]
     right = [
@@ -108,7 +109,7 @@ def _single_right(found: Measurement, scene: Scene) -> tuple[bool, ...]:
 
 def _pair_scores(
     asked: Sequence[Case], images: Sequence[Image.Image], *, others: bool = False
-) -> dict[str, float]:
+) -> Scores:
     """Percentages right; with `others`, of every picture beside every caption but its own."""
     found = [
         (
@@ -134,9 +135,10 @@ def _pair_scores(
     return _percentages(names, right)
 
 
-def _percentages(names: Sequence[str], right: Sequence[Sequence[bool]]) -> dict[str, float]:
+def _percentages(names: Sequence[str], right: Sequence[Sequence[bool]]) -> Scores:
+    """The mean of each column; None where there are no rows."""
     if not right:
-        return dict.fromkeys(names, float("nan"))
+        return dict.fromkeys(names)
     means = np.mean(right, axis=0) * 100
     return {name: round(float(mean), 1) for name, mean in zip(names, means, strict=True)}
 

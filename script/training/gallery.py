@@ -15,7 +15,7 @@ from training.world import Object, Scene
 
 logger = logging.getLogger(__name__)
 
-TILE, GAP, HEADING, LABEL = 152, 8, 26, 30  # pixels; LABEL holds two lines
+TILE, GAP, HEADING, LABEL = 152, 8, 26, 42  # pixels; LABEL holds three lines
 COLUMNS = 8
 PAPER, INK, GREY = "#ffffff", "#202020", "#606060"
 QUALITY = 82
@@ -164,7 +164,7 @@ def _tile(label: str, prompt: str, **inputs: Any) -> Tile:
 
 
 def _wrapped(pen: ImageDraw.ImageDraw, text: str, font: Any) -> str:
-    """Two lines at most, as wide as a tile."""
+    """Three lines at most, as wide as a tile."""
     lines, line = [], ""
     for word in text.split():
         longer = f"{line} {word}".strip()
@@ -173,4 +173,4 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, font: Any) -> str:
             line = word
         else:
             line = longer
-    return "\n".join([*lines, line][:2])
+    return "\n".join([*lines, line][:3])
