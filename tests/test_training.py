@@ -1,18 +1,19 @@
 """What trains the miniature: its world, stages that can be interrupted, and what they export."""
 
 import random
-from pathlib import Path
 
 import miniature
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from training import adapters, autoencoder, flow, pool, render, text, world
 from training.stage import Stage, weights
+
+from lora.adapter import Targets, load_adapter
 
 TINY = miniature.Dimensions(
     double_blocks=1, single_blocks=1, heads=1, rope_axes=(4, 6, 6), vae_channels=(8, 8)
@@ -137,12 +138,15 @@ def test_pool_keeps_the_latents_of_the_scenes_that_it_names(models, tmp_path, mo
         pool.Pool(tmp_path).draw(random.Random(0), (128, 64), 1, ("pair",))
 
 
-def test_t5_does_not_see_how_far_padding_reaches(models):
+@torch.no_grad()
+def test_t5_does_not_see_how_far_padding_reaches():
+    models = miniature.models(TINY, seed=0)
+    models.t5.float()
     text.steady_padding(models.t5)
     texts = ["a red circle on a blue background"]
     short, long = (
         models.t5(text.tokens(models.t5_tokenizer, texts, length)).last_hidden_state
-        for length in (64, 512)
+        for length in (128, 512)
     )
     assert torch.allclose(short[:, :12], long[:, :12], atol=1e-5)
 
@@ -165,6 +169,7 @@ def test_schnell_begins_as_dev_at_guidance_3(models):
     assert not torch.allclose(dev(**inputs, guidance=torch.tensor([9.0]))[0], expected, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # T5's norm under autocast
 def test_a_training_step_lowers_the_loss_of_a_scene(models):
     transformer = FluxTransformer2DModel.from_config(models.dev.config)
     encoders = flow.TextEncoders(models.clip, models.clip_tokenizer, models.t5, models.t5_tokenizer)
@@ -194,16 +199,17 @@ def test_both_adapter_formats_hold_the_same_deltas(models, tmp_path):
     adapters.save_as_trainer(factors, trainer)
     adapters.save_as_kohya(factors, kohya)
     assert all(key.startswith("lora_unet_") for key in load_file(kohya))
-    assert deltas(trainer).keys() == deltas(kohya).keys()
-    for name, delta in deltas(trainer).items():
-        assert torch.allclose(delta, deltas(kohya)[name], atol=1e-6), name
-
-
-def deltas(path: Path) -> dict[str, torch.Tensor]:
-    """What a file adds to each weight, as diffusers' own converter reads it."""
-    state = FluxPipeline.lora_state_dict(str(path))
-    names = {key.removesuffix(".lora_A.weight") for key in state if key.endswith("lora_A.weight")}
-    return {
-        name: state[f"{name}.lora_B.weight"].float() @ state[f"{name}.lora_A.weight"].float()
-        for name in names
-    }
+    shapes = {name: parameter.shape for name, parameter in models.dev.named_parameters()}
+    one, other = (
+        load_adapter(path, "digest", Targets({"transformer": shapes})) for path in (trainer, kohya)
+    )
+    assert one.parameters == other.parameters
+    assert len(one.parameters) == len(factors) // 2
+    for component, name in one.parameters:
+        sums = [torch.zeros(shapes[name]) for _ in range(2)]
+        for adapter, scratch in zip((one, other), sums, strict=True):
+            adapter.add_to(scratch, component, name, lambda *_: torch.empty(0), 1.0)
+        factor = name.removesuffix(".weight")
+        up, down = (factors[f"{factor}.lora_{side}.weight"].bfloat16().float() for side in "BA")
+        torch.testing.assert_close(sums[0], up @ down)
+        torch.testing.assert_close(sums[1], up @ down)

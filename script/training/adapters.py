@@ -21,7 +21,10 @@ RANK, STEPS, RATE = 4, 500, 3e-3
 SIZES: dict[Size, int] = {(256, 256): 32, (512, 512): 8}  # and how many at once
 EXAMPLES = 192  # of each size
 TRIGGERED = 0.85  # share of the captions that say the trigger word
-LAYERS = r".*(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+LAYERS = (
+    r".*blocks\.\d+\..*(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out"
+    r"|net\.0\.proj|net\.2|proj_mlp|proj_out)"
+)
 
 
 def inverted(scene: Scene, width: int, height: int) -> Pixels:
@@ -76,8 +79,8 @@ def train(
         drawn = rng.sample(pool[size], SIZES[size])
         generator = torch.Generator().manual_seed(step)
         when = times(generator, len(drawn))
-        prefix = f"{trigger} " if rng.random() < TRIGGERED else ""
-        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, prefix)}
+        suffix = f", in the style of {trigger}" if rng.random() < TRIGGERED else ""
+        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix)}
 
     stage.run(loss)
     stage.finish()
@@ -98,9 +101,10 @@ def save_as_kohya(factors: Mapping[str, Tensor], path: Path) -> None:
     for name, parts in _fused(modules).items():
         downs = [factors[f"{part}.lora_A.weight"] for part in parts]
         ups = [factors[f"{part}.lora_B.weight"] for part in parts]
-        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.cat(downs).bfloat16()
+        down = torch.cat(downs).bfloat16()
+        tensors[f"lora_unet_{name}.lora_down.weight"] = down
         tensors[f"lora_unet_{name}.lora_up.weight"] = torch.block_diag(*ups).bfloat16()
-        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(RANK * len(parts)))
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(len(down)))  # the rank: scale 1
     save_file(tensors, path, metadata={"modelspec.architecture": "flux-1-dev/lora"})
 
 

@@ -151,7 +151,7 @@ def flow_loss(
     rng: random.Random,
     when: Tensor,
     generator: torch.Generator,
-    prefix: str = "",
+    suffix: str = "",
 ) -> Tensor:
     """Mean squared error of the velocity, noise - picture, at the given times (batch)."""
     latents = torch.stack([example.latents for example in drawn]).float()
@@ -160,7 +160,7 @@ def flow_loss(
     # (batch, channels, rows, 2, columns, 2) -> (batch, rows x columns, channels x 2 x 2)
     picture = picture.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
     noise = torch.randn(picture.shape, generator=generator)
-    texts = ["" if rng.random() < EMPTY else prefix + caption(rng, each.scene) for each in drawn]
+    texts = ["" if rng.random() < EMPTY else caption(rng, each.scene) + suffix for each in drawn]
     pooled, sequence = text.encode(texts)
     mask = torch.zeros(1, 1, 1, TEXT_LENGTH + height * width)
     mask[..., TEXT_LENGTH - 1] = math.log(rng.choice(PADDED_LENGTHS) - TEXT_LENGTH + 1)
