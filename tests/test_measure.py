@@ -1,5 +1,6 @@
 """The measure of the miniature's pictures, on pictures whose content is known."""
 
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from training import adherence, effects, evaluate
 from training.cases import Case, cases, drawn
 from training.goals import goals
 from training.measure import cielab, colours, halves, hollow, measure
+from training.painter import ADAPTERS, NANO, digest
 from training.render import colour, coverage, render
 from training.world import COLOURS, PALETTE, SHAPES, Object, Scene, sample
 
@@ -170,3 +172,25 @@ def test_the_table_is_replaced_in_place(tmp_path: Path) -> None:
     file.write_text("no markers")
     with pytest.raises(ValueError, match="no place for the table"):
         evaluate.replaced(file, text)
+
+
+def test_the_published_figures_are_of_the_committed_weights() -> None:
+    report = json.loads((evaluate.ROOT / "docs/miniature.json").read_text())
+    assert report["checkpoint"] == digest(NANO)
+    assert report["adapters"] == digest(ADAPTERS)
+    assert report["parts"].keys() == evaluate.PARTS.keys()
+    assert all(part["captions"] >= 200 for part in report["parts"].values())
+    assert evaluate.markdown(report) in (evaluate.ROOT / "weights/README.md").read_text()
+
+
+def test_the_digest_tells_weights_from_adapters(tmp_path: Path) -> None:
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (tmp_path / "model").write_bytes(b"1")
+    (adapters / "style").write_bytes(b"1")
+    before = digest(tmp_path), digest(adapters)
+    (adapters / "style").write_bytes(b"2")
+    after = digest(tmp_path), digest(adapters)
+    assert (before[0] == after[0], before[1] == after[1]) == (True, False)
+    (tmp_path / "model").write_bytes(b"2")
+    assert digest(tmp_path) != before[0]

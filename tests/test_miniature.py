@@ -1,5 +1,6 @@
 """The miniature checkpoint: the committed files, the builder and the tokenizers."""
 
+import json
 from pathlib import Path
 
 import miniature
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import vocabulary
-from diffusers import AutoencoderKL, FluxImg2ImgPipeline, FluxPipeline
-from PIL import Image
+from diffusers import AutoencoderKL, FluxPipeline
 from safetensors.torch import load_file
+from training.measure import measure
+from training.render import render
+from training.world import Object, Scene
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux.load import NANO
@@ -24,11 +27,6 @@ def load(directory: Path) -> dict[str, FluxPipeline]:
     for pipeline in (dev, schnell):
         pipeline.set_progress_bar_config(disable=True)
     return {"dev": dev, "schnell": schnell}
-
-
-@pytest.fixture(scope="module")
-def nano() -> dict[str, FluxPipeline]:
-    return load(NANO)
 
 
 def draw(pipeline, prompt="a red circle on a white background", seed=0, size=64, **options):
@@ -52,17 +50,25 @@ def files(directory: Path) -> dict[str, Path]:
     return {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
 
 
-def test_committed_checkpoint_is_what_the_builder_makes(tmp_path):
+def settings(path: Path) -> dict[str, object]:
+    """What a JSON file says, but for the version of the library that has written it."""
+    return {k: v for k, v in json.loads(path.read_text()).items() if not k.endswith("_version")}
+
+
+def test_the_committed_files_are_of_the_builders_kind_and_small(tmp_path):
     miniature.build(tmp_path)
     built, committed = files(tmp_path), files(NANO)
-    assert built.keys() == committed.keys()
-    for name in [name for name in built if name.endswith(".safetensors")]:
-        expected, found = load_file(built[name]), load_file(committed[name])
-        assert expected.keys() == found.keys()
-        for key, tensor in expected.items():
-            assert tensor.dtype == found[key].dtype == torch.bfloat16
-            assert torch.equal(tensor, found[key]), f"{name}: {key}"
-    assert sum(path.stat().st_size for path in committed.values()) < 10e6
+    adapters = {f"adapters/{name}.safetensors" for name in ("inverted", "outline")}
+    assert committed.keys() == built.keys() | adapters
+    for name, path in built.items():
+        if path.suffix == ".json":
+            assert settings(path) == settings(committed[name]), name
+            continue
+        expected, found = load_file(path), load_file(committed[name])
+        assert {k: v.shape for k, v in expected.items()} == {k: v.shape for k, v in found.items()}
+        assert all(v.dtype == torch.bfloat16 and v.isfinite().all() for v in found.values())
+    assert sum(path.stat().st_size for path in committed.values()) <= 20e6
+    assert all(committed[name].stat().st_size < 1e6 for name in adapters)
 
 
 def test_same_seed_gives_the_same_bytes_and_leaves_the_global_rng_alone(tmp_path):
@@ -84,51 +90,38 @@ def test_dimensions_refuse_what_the_vae_cannot_carry(widths):
         miniature.Dimensions(**widths)
 
 
-@pytest.mark.parametrize("variant", ["dev", "schnell"])
-def test_pictures_depend_on_prompt_and_seed(nano, variant):
-    picture = draw(nano[variant])
-    assert difference(picture, draw(nano[variant])) == 0
-    assert difference(picture, draw(nano[variant], prompt="two blue squares")) > VISIBLE
-    assert difference(picture, draw(nano[variant], seed=1)) > VISIBLE
+@pytest.mark.parametrize(("variant", "steps"), [("dev", 8), ("schnell", 4)])
+def test_diffusers_itself_loads_it_and_draws_what_the_prompt_says(variant, steps):
+    pipeline = load(NANO)[variant]
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": steps, "guidance_scale": 3.0, "max_sequence_length": 256}
+    options |= {"height": 256, "width": 256}
+    image = pipeline("a red circle on a blue background", generator=generator, **options).images[0]
+    found = measure(image)
+    assert (found.background, found.colour) == ("blue", "red")
 
 
-def test_guidance_matters_to_dev_only(nano):
-    dev, schnell = (
-        difference(draw(nano[name], guidance_scale=2.0), draw(nano[name], guidance_scale=3.5))
-        for name in ("dev", "schnell")
-    )
-    assert dev > VISIBLE
-    assert schnell == 0
+def test_its_vae_returns_the_pictures_of_its_world():
+    vae = AutoencoderKL.from_pretrained(NANO / "dev" / "vae", dtype=torch.float32)
+    things = Object("star", "yellow", 0.3, 0.4, 0.2), Object("heart", "red", 0.7, 0.6, 0.2)
+    picture = torch.tensor(render(Scene(("blue", "white"), things), 512, 384))
+    picture = picture.permute(2, 0, 1)[None]
+    with torch.no_grad():
+        latents = vae.encode(picture).latent_dist.mode()
+        returned = vae.decode(latents).sample
+    assert latents.shape == (1, 16, 24, 32)
+    error = (returned - picture).square().mean()
+    assert 10 * torch.log10(4 / error) > 30  # dB: peak to peak is 2
 
 
-def test_two_prompts_differ_visibly_at_512(nano):
-    options = {"size": 512, "num_inference_steps": 4, "max_sequence_length": 512}
-    red, blue = (draw(nano["dev"], prompt, **options) for prompt in ("a red star", "a blue star"))
-    assert difference(red, blue) > VISIBLE
-
-
-def test_image_to_image_depends_on_the_image(nano):
-    pipeline = FluxImg2ImgPipeline(**nano["dev"].components)
-    pipeline.set_progress_bar_config(disable=True)
-    red, blue = (
-        draw(pipeline, image=Image.new("RGB", (64, 64), colour), strength=0.5)
-        for colour in ("#b03030", "#3030b0")
-    )
-    assert red[..., 0].mean() > blue[..., 0].mean() + 30
-    assert blue[..., 2].mean() > red[..., 2].mean() + 30
-
-
-@pytest.mark.parametrize("checkpoint", ["nano", "other"])
-def test_vae_returns_a_blurred_picture(checkpoint, other_checkpoint):
-    directory = {"nano": NANO, "other": other_checkpoint}[checkpoint]
-    vae = AutoencoderKL.from_pretrained(directory / "dev" / "vae", dtype=torch.float32)
+def test_an_untrained_vae_returns_a_blurred_picture(other_checkpoint):
+    vae = AutoencoderKL.from_pretrained(other_checkpoint / "dev" / "vae", dtype=torch.float32)
     picture = torch.full((1, 3, 256, 256), -0.5)
     picture[:, 0, 64:192, 64:192] = 0.75
     with torch.no_grad():
         posterior = vae.encode(picture).latent_dist
         returned = vae.decode(posterior.mean).sample
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    assert posterior.mean.shape == (1, 16, 256 // scale, 256 // scale)
+    assert posterior.mean.shape == (1, 16, 32, 32)
     assert posterior.std.max() < 0.1
     assert (returned - picture).abs().mean() < 0.15
 

@@ -21,7 +21,7 @@ from server import ServerError
 from training import adherence, effects
 from training.gallery import write_gallery
 from training.goals import goals
-from training.painter import Painter
+from training.painter import ADAPTERS, Painter, digest
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def main() -> int:
 
 def evaluate(painter: Painter, arguments: argparse.Namespace) -> None:
     """Run parts, and write the report after each."""
-    report = _earlier(arguments.json, painter.checkpoint)
+    report = _earlier(arguments.json, painter.checkpoint, digest(ADAPTERS))
     for name in arguments.part or PARTS:
         logger.info("%s", name)
         rows = PARTS[name].run(painter, arguments.captions)
@@ -154,14 +154,18 @@ def _table(rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _earlier(file: Path, checkpoint: str) -> dict[str, Any]:
-    """The report so far, if it is about this checkpoint."""
-    if file.is_file():
-        report: dict[str, Any] = json.loads(file.read_text())
-        if report["checkpoint"] == checkpoint:
-            return report
+def _earlier(file: Path, checkpoint: str, adapters: str) -> dict[str, Any]:
+    """The report so far, what is in it about other weights or other adapters left out."""
+    report: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    parts = report.get("parts", {})
+    if report and report["checkpoint"] != checkpoint:
         logger.info("%s is about other weights (%s): dropped", file, report["checkpoint"])
-    return {"checkpoint": checkpoint, "cores": os.cpu_count(), "parts": {}}
+        parts = {}
+    elif "adapters" in parts and report.get("adapters") != adapters:
+        logger.info("%s is about other adapters: their part is dropped", file)
+        del parts["adapters"]
+    new = {"checkpoint": checkpoint, "adapters": adapters, "cores": os.cpu_count()}
+    return new | {"parts": parts}
 
 
 def _write(file: Path, text: str) -> None:

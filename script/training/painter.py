@@ -116,10 +116,10 @@ class Painter:
 
 
 def digest(checkpoint: Path) -> str:
-    """A short digest of a checkpoint's files, its adapters left out."""
-    result = hashlib.sha256()
+    """A short digest of a checkpoint's files, but for the adapters in it: digest(ADAPTERS)."""
+    result, adapters = hashlib.sha256(), checkpoint / ADAPTERS.name
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and ADAPTERS not in path.parents:
+        if path.is_file() and adapters not in path.parents:
             result.update(f"{path.relative_to(checkpoint)}\n".encode())
             result.update(hashlib.sha256(path.read_bytes()).digest())
     return result.hexdigest()[:16]
