@@ -17,7 +17,7 @@ from training.render import Pixels, background, colour, coverage, render
 from training.stage import Stage
 from training.world import Scene, sample
 
-RANK, STEPS, RATE = 4, 500, 3e-3
+RANK, STEPS, RATE = 4, 260, 3e-3
 SIZES: dict[Size, int] = {(256, 256): 32, (512, 512): 8}  # and how many at once
 EXAMPLES = 192  # of each size
 TRIGGERED = 0.85  # share of the captions that say the trigger word

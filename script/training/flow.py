@@ -26,7 +26,7 @@ PLAIN_UNTIL = 0.15  # share of the steps in which simple scenes come first
 SMALL: dict[Size, int] = {(256, 256): 40, (352, 192): 40, (192, 352): 40, (384, 384): 20}
 MIDDLE: dict[Size, int] = {(512, 512): 16, (672, 384): 16, (384, 672): 16, (384, 384): 20}
 LARGE: dict[Size, int] = {(1024, 1024): 4}
-SCHNELL_STEPS, SCHNELL_RATE = 600, 1e-4
+SCHNELL_STEPS, SCHNELL_RATE = 250, 1e-4
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
