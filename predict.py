@@ -22,7 +22,7 @@ from flux.worker import CheckCancelled, EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from safety.checker import Inspection
-from safety.policy import load_checker
+from safety.policy import load_checker, parts_of
 from weights.settings import Settings
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ class Predictor(BaseRunner):
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
+        deployment.fetch(parts_of(self._settings, deployment.checkpoint), self._settings)
         self._checker = load_checker(
             self._settings, deployment.checkpoint, deployment.device, deployment.dtype
         )

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flux.quantize import quantizes_activations
 from flux.residency import that_fit
 from flux.transformers import Transformers
 from flux.variants import VARIANTS
-from weights.checkpoint import directory_of
+from weights.checkpoint import directory_of, fetch_missing
 from weights.redact import without_secrets
 from weights.settings import Settings, SettingsError
 
@@ -57,6 +58,14 @@ class Deployment:
         if on_cpu and dtype == "float32":
             logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
         return cls(checkpoint, device, getattr(torch, dtype))
+
+    def fetch(self, checkers: Sequence[str], settings: Settings) -> None:
+        """Fetch what is not there yet of all that this start needs, if the disk has room for it.
+
+        checkers: parts of weights/manifest.py besides the variants.
+        """
+        variants = () if self.checkpoint == "nano" else VARIANTS
+        fetch_missing([*checkers, *variants], self.checkpoint, settings)
 
     def source(self, variant: str, settings: Settings) -> Path:
         """The directory that a variant is loaded from; what is not there yet is fetched."""

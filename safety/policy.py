@@ -10,15 +10,13 @@ from PIL import Image
 from safety.checker import Checker, CheckerError, Verdict
 from safety.open_nsfw import OpenNSFW
 from weights.checkpoint import directory_of, root_of
-from weights.errors import WeightsError
+from weights.manifest import REPOSITORIES
 from weights.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_OFFLINE = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,29 @@ class Combined:
         return Verdict(self._policy.withholds(flags), scores)
 
 
+def parts_of(settings: Settings, checkpoint: str) -> list[str]:
+    """The parts of weights/manifest.py that load_checker will ask for."""
+    checkers = POLICIES[_policy_name(settings, checkpoint)].checkers
+    return [part for checker in checkers if (part := f"safety/{checker}") in REPOSITORIES]
+
+
 def load_checker(
     settings: Settings, checkpoint: str, device: "torch.device", dtype: "torch.dtype"
 ) -> Checker:
     """Load what the settings ask for; what is not there yet is fetched.
 
     Raises:
-        CheckerError: if a checker is missing or broken. It is never replaced by another.
+        WeightsError: if a checker cannot be fetched.
+        CheckerError: if one is broken. It is never replaced by another.
     """
     name = _policy_name(settings, checkpoint)
     policy = POLICIES[name]
     logger.info("safety policy %s: %s", name, ", ".join(policy.checkers))
+    if name == "open_nsfw" and settings.safety_policy == "auto" and checkpoint != "nano":
+        logger.warning(
+            "This checkpoint brings no safety checkers, so open_nsfw looks at its images. "
+            "FLUX_SAFETY_POLICY=official fetches the official ones."
+        )
     if policy.checkers == ("open_nsfw",):
         return OpenNSFW(settings.nsfw_threshold)
     from safety.official import CompVis, Falconsai
@@ -85,11 +95,13 @@ def load_checker(
     checkers: list[Checker] = []
     for checker in policy.checkers:
         kind, threshold = kinds[checker]
+        part = f"safety/{checker}"
+        directory = directory_of(part, checkpoint, settings)
         try:
-            directory = directory_of(f"safety/{checker}", checkpoint, settings)
             checkers.append(kind(directory, threshold, device, dtype))
-        except (WeightsError, CheckerError) as error:
-            raise CheckerError(f"Safety checker {checker}: {error} {_OFFLINE}") from error
+        except CheckerError as error:
+            remedy = REPOSITORIES[part].remedy
+            raise CheckerError(f"Safety checker {checker}: {error} {remedy}") from error
     return Combined(policy, checkers)
 
 
@@ -101,8 +113,4 @@ def _policy_name(settings: Settings, checkpoint: str) -> str:
         return "open_nsfw"
     if checkpoint == "official" or (root_of(checkpoint, settings) / "safety").is_dir():
         return "official"
-    logger.warning(
-        "This checkpoint brings no safety checkers, so open_nsfw looks at its images. "
-        "FLUX_SAFETY_POLICY=official fetches the official ones."
-    )
     return "open_nsfw"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weights.manifest import REPOSITORIES
+
 T = TypeVar("T")
 U = TypeVar("U")
 GIB = 1 << 30
@@ -77,6 +79,11 @@ def _setting(variable: str, read: Callable[[str], T], default: U, *, secret: boo
     return value
 
 
+def _revision(part: str) -> str:
+    repository = REPOSITORIES[part]
+    return _setting(repository.variable, str, repository.revision)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the operator decides; everything about a single request is in `flux.request`.
@@ -86,7 +93,8 @@ class Settings:
             subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
             `auto`: official where CUDA is there, else nano.
         checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
-        *_revision: branch, tag or commit of the official repositories (weights/manifest.py).
+        *_revision: branch, tag, commit or refs/pr/NUMBER of the official repositories; the
+            defaults are those of weights/manifest.py.
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
@@ -122,10 +130,10 @@ class Settings:
     checkpoint_directory: Path = _setting(
         "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
     )
-    dev_revision: str = _setting("FLUX_DEV_REVISION", str, "main")
-    schnell_revision: str = _setting("FLUX_SCHNELL_REVISION", str, "main")
-    compvis_revision: str = _setting("FLUX_COMPVIS_REVISION", str, "main")
-    falconsai_revision: str = _setting("FLUX_FALCONSAI_REVISION", str, "main")
+    dev_revision: str = _revision("dev")
+    schnell_revision: str = _revision("schnell")
+    compvis_revision: str = _revision("safety/compvis")
+    falconsai_revision: str = _revision("safety/falconsai")
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
