@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from weights.manifest import REPOSITORIES, Repository
-from weights.repository import HubSettings, Wanted
+from weights.repository import HubSettings, Wanted, cached
 from weights.settings import Settings
 from weights.snapshot import obtain
 from weights.stamp import read_stamp
@@ -47,6 +47,14 @@ def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
         (directory,) = obtain([wanted(part, settings)], HubSettings.of(settings))
     _log_use(directory, REPOSITORIES[part], settings)
     return directory
+
+
+def is_there(part: str, checkpoint: str, settings: Settings) -> bool:
+    """Whether `directory_of` would find a part without asking the hub; verified or not."""
+    directory = _local(part, checkpoint, settings)
+    if directory is not None:
+        return directory.is_dir()
+    return cached(wanted(part, settings), HubSettings.of(settings)) is not None
 
 
 def root_of(checkpoint: str, settings: Settings) -> Path:
