@@ -137,7 +137,7 @@ class Bench:
     device: torch.device
 
     def bring(self, variant: str) -> None:
-        """Bring a variant to the device in both precisions; raises BudgetError if they do not fit."""
+        """Bring a variant to the device in both precisions; BudgetError if they do not fit."""
         keys = {(variant, precision) for precision in PRECISIONS}
         for key in keys:
             self.engine.merge(key, [], never)
