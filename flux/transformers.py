@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.quantize import empty_float8, float8_parameters, storage, store
 from flux.residency import GB, ORDER, BudgetError, Key, Residency
+from flux.staging import CopyStream, Staging, copy_stream
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Transformers:
         device: where the working weights are.
         dynamic: whether fp8 linears quantize their inputs too.
         budget: bytes of the device for working weights; None: no limit.
+        stream: that pristine values come to the device on; by default the device's own kind.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class Transformers:
         *,
         dynamic: bool,
         budget: int | None,
+        stream: CopyStream | None = None,
     ) -> None:
         self._masters = {
             variant: dict(master.named_parameters()) for variant, master in masters.items()
         }
         self._device = device
         self._dynamic = dynamic
+        self._staging = Staging(device, stream or copy_stream(device))
         self.modules: dict[Key, nn.Module] = {key: skeleton(masters[key[0]]) for key in ORDER}
         self._float8 = {
             key: float8_parameters(module) if key[1] == "fp8" else frozenset()
@@ -133,7 +137,7 @@ class Transformers:
                     value = torch.empty_like(parameter, device=self._device)
                 _set(module, name, value)
             self._weights[key] = WorkingWeights(
-                {COMPONENT: module}, self._pristine(key[0]), store, blank=True
+                {COMPONENT: module}, self._pristine(key[0]), store, self._staging, blank=True
             )
         except BaseException:
             self._evict(key)
