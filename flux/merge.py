@@ -115,7 +115,7 @@ class WorkingWeights:
         blank: bool = False,
     ) -> None:
         self._parameters: dict[Parameter, Tensor] = {
-            (component, name): parameter
+            (component, name): parameter.detach()  # the memory, wherever hooks send the parameter
             for component, module in modules.items()
             for name, parameter in module.named_parameters()
         }
@@ -130,6 +130,11 @@ class WorkingWeights:
     def record(self, component: str, parameter: str) -> Record | None:
         """What a parameter's working value contains; UNKNOWN after a write that failed."""
         return self._records.get((component, parameter), ())
+
+    def clean(self, component: str, parameter: str) -> Tensor | None:
+        """The working value, where that is the pristine value."""
+        clean = self.record(component, parameter) == ()
+        return self._parameters[component, parameter] if clean else None
 
     def fingerprint(self, component: str) -> tuple[tuple[str, Record], ...]:
         """A key that is equal when, and only when, the component's weights are.

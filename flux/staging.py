@@ -38,7 +38,7 @@ class CudaCopyStream:
     """Copies from host memory on a CUDA stream; asynchronous where that memory is page-locked."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def carries(self, source: Tensor) -> bool:
         """See `CopyStream.carries`."""

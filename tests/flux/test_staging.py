@@ -5,47 +5,15 @@ import torch
 from torch import Tensor
 
 from flux.merge import UNKNOWN, WorkingWeights
+from flux.offload import OnDevice
 from flux.residency import ORDER
 from flux.staging import CudaCopyStream, Staging
 from flux.transformers import Transformers
 from tests import tiny
 from tests.flux.merging import SIZE
+from tests.flux.streams import Early, Late
 
 CPU = torch.device("cpu")
-
-
-class Late:
-    """A copy stream that copies as late as its promise allows: when the streams meet."""
-
-    def __init__(self) -> None:
-        self.under_way: list[tuple[Tensor, Tensor]] = []
-        self.targets: set[int] = set()
-        self.fail_at = -1  # the number of meetings until one fails
-
-    def carries(self, source: Tensor) -> bool:
-        return True
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        if target.is_floating_point():
-            target.fill_(torch.nan)  # whoever reads it now will show it
-        self.targets.add(target.data_ptr())
-        self.under_way.append((target, source))
-
-    def meet(self) -> None:
-        self.fail_at -= 1
-        if self.fail_at == 0:
-            raise RuntimeError("CUDA error: injected")
-        for target, source in self.under_way:
-            target.copy_(source)
-        self.under_way.clear()
-
-
-class Early(Late):
-    """One that copies as early as it may: at once, over what the buffer held before."""
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-        self.targets.add(target.data_ptr())
 
 
 @pytest.fixture(params=[Late, Early])
@@ -60,7 +28,8 @@ def masters() -> dict[str, torch.nn.Module]:
 
 
 def transformers(masters, stream) -> Transformers:
-    return Transformers(masters, CPU, dynamic=False, budget=None, stream=stream)
+    home = OnDevice(CPU, stream) if stream else None
+    return Transformers(masters, CPU, dynamic=False, budget=None, home=home)
 
 
 def bits(found: Transformers, key) -> dict[str, Tensor]:
@@ -151,7 +120,9 @@ def test_the_streams_meet_before_drawing_also_with_nothing_to_write(masters) -> 
 def test_records_are_set_after_the_wait_and_not_after_the_enqueueing(adapters) -> None:
     modules = tiny.modules(SIZE, torch.bfloat16)
     names = [("transformer", name) for name, _ in modules["transformer"].named_parameters()]
-    before = {name: modules["transformer"].get_parameter(name).detach().clone() for _, name in names}
+    before = {
+        name: modules["transformer"].get_parameter(name).detach().clone() for _, name in names
+    }
     adapter = adapters["b"]
     last = 2 + len(adapter.parameters)  # one meeting for each weight, one for the last, the wait
     stream = Late()
