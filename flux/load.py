@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from flux.memory import bytes_of, device_budget, host_budget
 from flux.offload import OnHost, offload, offloaded
 from flux.quantize import quantizes_activations
-from flux.residency import that_fit
+from flux.residency import BudgetError, that_fit
 from flux.slabs import hold
 from flux.transformers import COMPONENT, Transformers
 from flux.variants import VARIANTS
@@ -104,6 +104,7 @@ def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, Flux
 
     Raises:
         CheckpointError: if files are missing or do not fit together.
+        BudgetError: if there is no room for what is offloaded.
         WeightsError: if the checkpoint cannot be fetched.
     """
     sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
@@ -133,8 +134,8 @@ def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
     if name not in deployment.offloaded:
         module.to(deployment.device)
         return
-    if deployment.device.type == "cuda":
-        hold(module, page_locked=True)
+    if deployment.device.type == "cuda" and not hold(module, page_locked=True):
+        raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")
     offload(module, deployment.device)
 
 

@@ -65,7 +65,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
     try:
         views = _copies(module, page_locked)
     except BudgetError as error:
-        logger.warning("Weights stay in the memory map. %s", error)
+        logger.warning("Weights stay in the memory map. %s", str(error))
     else:
         for parameter, view in zip(module.parameters(), views, strict=True):
             parameter.data = view

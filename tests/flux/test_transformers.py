@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
@@ -261,6 +262,28 @@ def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> 
     assert [p.data_ptr() for p in master.parameters()] == pointers
     assert "stay in the memory map. There are no" in caplog.text
     assert "CUDA error: out of memory" in caplog.text
+
+
+def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
+    """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
+    slabs, empty, kept = [], torch.empty, []
+
+    def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        if len(slabs) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+        slab = empty(size, dtype=dtype)
+        slabs.append(StorageWeakRef(slab.untyped_storage()))
+        return slab
+
+    def let_go() -> None:
+        kept.append([slab for slab in slabs if not slab.expired()])
+
+    monkeypatch.setattr("flux.slabs.SLAB", 1 << 12)
+    monkeypatch.setattr("flux.slabs.torch.empty", two)
+    monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go)
+    assert not hold(masters["dev"], page_locked=True)
+    assert (len(slabs), kept) == (2, [[]])
 
 
 def test_budgets_as_set_and_as_measured(tmp_path) -> None:
