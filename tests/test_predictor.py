@@ -1,7 +1,9 @@
 """The predictor itself, in this process: other deployments than the served default."""
 
+import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import save
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
 from flux.load import NANO, SHARED
@@ -225,6 +228,42 @@ def test_out_of_memory_in_the_text_encoders(start, monkeypatch, caplog) -> None:
     assert "trying again with less there" in caplog.text
 
 
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: values and shapes read back from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+def between_steps(monkeypatch, enter: Callable[[], object], leave: Callable[[], object]) -> None:
+    """Enter something after the first of four steps' forward pass, and leave it after the third."""
+    forward, numbers = FluxTransformer2DModel.forward, itertools.count(1)
+
+    def step(*args: object, **options: object) -> object:
+        number, answer = next(numbers), forward(*args, **options)
+        if number in (1, 3):
+            (enter if number == 1 else leave)()
+        return answer
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
+
+
+@pytest.mark.parametrize("go_fast", [False, True])
+def test_no_step_reads_from_the_device(start, monkeypatch, go_fast) -> None:
+    draw, reads = start(FLUX_FP8_ACTIVATIONS="fp8"), Reads()
+    between_steps(monkeypatch, reads.__enter__, lambda: reads.__exit__(None, None, None))
+    assert draw(go_fast=go_fast, num_inference_steps=4)
+    assert reads.found == []
+
+
 def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
     """Also those that a stream makes as late as it may, of transformers that take turns."""
     expected = [start()(model=model)[0] for model in ("schnell", "dev")]
@@ -385,3 +424,16 @@ def test_both_variants_on_a_gpu(start, offload) -> None:
         assert same(draw(model=model)[0], draw(model=model)[0])
         fast = draw(model=model, go_fast=True)[0]
         assert difference(fast, cpu(model=model, go_fast=True)[0]) < 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("go_fast", [False, True])
+def test_no_step_waits_for_a_gpu(start, monkeypatch, go_fast) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    draw, mode = start(FLUX_DEVICE="cuda"), torch.cuda.set_sync_debug_mode
+    between_steps(monkeypatch, partial(mode, "error"), partial(mode, "default"))
+    try:
+        assert draw(go_fast=go_fast, num_inference_steps=4)
+    finally:
+        mode("default")
