@@ -10,12 +10,15 @@ import torch
 from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from flux.memory import bytes_of, device_budget, hold, host_budget
+from flux.memory import bytes_of, device_budget, host_budget
+from flux.offload import OnHost, offload, offloaded
 from flux.quantize import quantizes_activations
-from flux.residency import that_fit
-from flux.transformers import Transformers
+from flux.residency import BudgetError, that_fit
+from flux.slabs import hold
+from flux.transformers import COMPONENT, Transformers
 from flux.variants import VARIANTS
 from weights.checkpoint import directory_of, fetch_missing
 from weights.redact import without_secrets
@@ -34,11 +37,16 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Deployment:
-    """Settings after a look at the machine: which checkpoint runs where, and in which dtype."""
+    """Settings after a look at the machine: which checkpoint runs where, and in which dtype.
+
+    Attributes:
+        offloaded: components that live on the host, and visit the device layer by layer.
+    """
 
     checkpoint: str
     device: torch.device
     dtype: torch.dtype
+    offloaded: frozenset[str] = frozenset()
 
     @classmethod
     def choose(cls, settings: Settings) -> "Deployment":
@@ -57,7 +65,10 @@ class Deployment:
             )
         if on_cpu and dtype == "float32":
             logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
-        return cls(checkpoint, device, getattr(torch, dtype))
+        on_host = offloaded(settings.offload, device)
+        if on_host:
+            logger.info("%s: on the host, brought layer by layer", " and ".join(sorted(on_host)))
+        return cls(checkpoint, device, getattr(torch, dtype), on_host)
 
     def fetch(self, checkers: Sequence[str], settings: Settings) -> None:
         """Fetch what is not there yet of all that this start needs, if the disk has room for it.
@@ -102,6 +113,7 @@ def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, Flux
 
     Raises:
         CheckpointError: if files are missing or do not fit together.
+        BudgetError: if there is no room for what is offloaded.
         WeightsError: if the checkpoint cannot be fetched.
     """
     sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
@@ -117,13 +129,23 @@ def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, Flux
             pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
-        for name in MODULES:
-            getattr(pipeline, name).to(deployment.device)
+        for name in [name for name in MODULES if name not in shared]:
+            _place(name, getattr(pipeline, name), deployment)
         pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
         shared = {name: pipeline.components[name] for name in SHARED}
         pipelines[variant] = pipeline
         logger.info("loaded %s from %s in %.1f s", variant, source, time.perf_counter() - start)
     return pipelines
+
+
+def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
+    """Have a component run on the device, with its weights there or, if offloaded, on the host."""
+    if name not in deployment.offloaded:
+        module.to(deployment.device)
+        return
+    if deployment.device.type == "cuda" and not hold(module, page_locked=True):
+        raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")
+    offload(module, deployment.device)
 
 
 def working_transformers(
@@ -132,15 +154,21 @@ def working_transformers(
     """The transformers that serve, to be made from the pipelines' own.
 
     Raises:
-        BudgetError: the device has no room for any.
+        BudgetError: there is no room for any.
     """
     device, masters = deployment.device, {name: p.transformer for name, p in pipelines.items()}
-    if device.type == "cuda":  # on a CPU, the copies would lie beside the working weights
-        sizes = {name: bytes_of(master) for name, master in masters.items()}
-        for name in that_fit(masters, sizes, host_budget(settings.host_memory_bytes)):
-            hold(masters[name], page_locked=True)
     shared = next(iter(pipelines.values()))
-    loaded = sum(bytes_of(getattr(shared, name)) for name in MODULES)
-    budget = device_budget(settings.device_memory_bytes, device, loaded)
+    taken = {name: bytes_of(getattr(shared, name)) for name in MODULES}
+    on_host = sum(taken[name] for name in MODULES if name in deployment.offloaded)
+    budget = device_budget(settings.device_memory_bytes, device, sum(taken.values()) - on_host)
+    home = OnHost(device) if COMPONENT in deployment.offloaded else None
+    if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
+        left = host_budget(settings.host_memory_bytes) - on_host
+        if home:  # the working weights take it, and the pristine ones stay in the map
+            budget = left
+        else:
+            sizes = {name: bytes_of(master) for name, master in masters.items()}
+            for name in that_fit(masters, sizes, left):
+                hold(masters[name], page_locked=True)
     dynamic = quantizes_activations(settings.fp8_activations, device, deployment.dtype)
-    return Transformers(masters, device, dynamic=dynamic, budget=budget)
+    return Transformers(masters, device, dynamic=dynamic, budget=budget, home=home)

@@ -9,16 +9,22 @@ more than the merge of an adapter does.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from flux.request import Precision
 
 Key = tuple[str, Precision]
 """(variant, precision)."""
+Place = Literal["device", "host"]
+"""Whose memory a budget is of."""
 T = TypeVar("T")
 
 ORDER: tuple[Key, ...] = (("dev", "bf16"), ("dev", "fp8"), ("schnell", "fp8"), ("schnell", "bf16"))
 """Which come to the device first when the server starts."""
+REMEDIES: Mapping[Place, str] = {
+    "device": "a larger device or FLUX_OFFLOAD",
+    "host": "a host with more memory",
+}
 GB = 1e9  # as the field writes sizes of weights
 
 
@@ -45,9 +51,13 @@ class Residency:
     Args:
         sizes: bytes of each transformer.
         budget: bytes that they may take together; None: as many as there are.
+        place: where that is, for messages.
     """
 
-    def __init__(self, sizes: Mapping[Key, int], budget: int | None) -> None:
+    def __init__(
+        self, sizes: Mapping[Key, int], budget: int | None, place: Place = "device"
+    ) -> None:
+        self._place = place
         self._sizes = sizes
         self._budget = budget
         self._resident: list[Key] = []  # the least recently used first
@@ -99,7 +109,8 @@ class Residency:
     def _check(self, key: Key) -> None:
         if self._budget is not None and self._sizes[key] > self._budget:
             raise BudgetError(
-                f"{' '.join(key)} takes {self._sizes[key] / GB:.2f} GB, and the device has "
-                f"{max(0, self._budget) / GB:.2f} GB for transformers: use the other precision "
-                "or a larger device, or raise FLUX_DEVICE_MEMORY_GB if it is set too low"
+                f"{' '.join(key)} takes {self._sizes[key] / GB:.2f} GB, and the {self._place} "
+                f"has {max(0, self._budget) / GB:.2f} GB for transformers: use the other precision "
+                f"or {REMEDIES[self._place]}, or raise FLUX_{self._place.upper()}_MEMORY_GB if it "
+                "is set too low"
             )

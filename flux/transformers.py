@@ -3,7 +3,8 @@
 Each variant has one pristine copy on the host, usually the checkpoint's memory map, which nobody
 writes. What serves is made from it in working weights of its own: memory on the device, every
 record UNKNOWN, and a reconciliation, which writes pristine values and adapters in one pass, fp8
-weight by weight. Leaving the device drops the working weights together with their records,
+weight by weight. For a small card, that memory is on the host (flux/offload.py), where all else is
+the same. Leaving the device drops the working weights together with their records,
 so no record can outlive what it describes. The module objects stay, and with them the pipelines.
 """
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
-from flux.quantize import empty_float8, float8_parameters, storage, store
-from flux.residency import GB, ORDER, BudgetError, Key, Residency
+from flux.offload import Empty, Home, OnDevice
+from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
+from flux.residency import GB, ORDER, BudgetError, Key, Place, Residency
+from flux.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +34,10 @@ class Transformers:
 
     Args:
         masters: variant -> pristine transformer on the host, in the compute dtype.
-        device: where the working weights are.
+        device: where they compute.
         dynamic: whether fp8 linears quantize their inputs too.
-        budget: bytes of the device for working weights; None: no limit.
+        budget: bytes for working weights, where they are at home; None: no limit.
+        home: where the working weights are; by default on the device.
     """
 
     def __init__(
@@ -43,12 +47,15 @@ class Transformers:
         *,
         dynamic: bool,
         budget: int | None,
+        home: Home | None = None,
     ) -> None:
         self._masters = {
             variant: dict(master.named_parameters()) for variant, master in masters.items()
         }
         self._device = device
         self._dynamic = dynamic
+        self._home: Home = home or OnDevice(device)
+        self._staging = Staging(self._home.memory, self._home.stream)
         self.modules: dict[Key, nn.Module] = {key: skeleton(masters[key[0]]) for key in ORDER}
         self._float8 = {
             key: float8_parameters(module) if key[1] == "fp8" else frozenset()
@@ -56,7 +63,8 @@ class Transformers:
         }
         self._weights: dict[Key, WorkingWeights] = {}
         sizes = {key: size(self.modules[key], self._float8[key]) for key in ORDER}
-        self._residency = Residency(sizes, budget)
+        place: Place = "device" if self._home.shares_device else "host"
+        self._residency = Residency(sizes, budget, place)
         self.at_start: Sequence[Key] = self._residency.at_start()
 
     @property
@@ -88,7 +96,8 @@ class Transformers:
                 return swap
             seconds = time.perf_counter() - start
             gigabytes = sum(map(_bytes, self.modules[key].parameters())) / GB
-            logger.info("%s %s is on %s: %.3f GB in %.1f s", *key, self._device, gigabytes, seconds)
+            place = self._home.memory
+            logger.info("%s %s is on %s: %.3f GB in %.1f s", *key, place, gigabytes, seconds)
             return replace(swap, restored=0)  # they were never anything else
 
         return self.with_room(key, write)
@@ -107,7 +116,7 @@ class Transformers:
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
         for other in self.resident:  # out of the except block, which holds on to tensors
-            if other != key:
+            if other != key and self._home.shares_device:
                 self._evict(other)
         _empty_cache(self._device)
         try:
@@ -121,43 +130,47 @@ class Transformers:
             ) from error
 
     def _bring(self, key: Key) -> None:
-        """Memory on the device for a transformer, and records that say nothing is in it yet."""
-        module, float8 = self.modules[key], self._float8[key]
+        """Memory for a transformer, and records that say nothing is in it yet."""
+        module, empty = self.modules[key], self._home.allocator()
         try:
             for name, parameter in list(module.named_parameters()):
-                if name in float8:
-                    value: Tensor = empty_float8(
-                        parameter.shape, parameter.dtype, self._device, dynamic=self._dynamic
-                    )
-                else:
-                    value = torch.empty_like(parameter, device=self._device)
-                _set(module, name, value)
+                _set(module, name, self._empty(key, name, parameter, empty))
+            self._home.enter(module)
             self._weights[key] = WorkingWeights(
-                {COMPONENT: module}, self._pristine(key[0]), store, blank=True
+                {COMPONENT: module}, self._pristine(key[0]), store, self._staging, blank=True
             )
         except BaseException:
             self._evict(key)
             raise
 
+    def _empty(self, key: Key, name: str, like: Tensor, empty: Empty) -> Tensor:
+        if name not in self._float8[key]:
+            return empty(like.shape, like.dtype)
+        values, dynamic = empty(like.shape, FLOAT8), self._dynamic
+        weight: Tensor = empty_float8(
+            like.shape, like.dtype, values.device, dynamic=dynamic, values=values
+        )
+        return weight
+
     def _evict(self, key: Key) -> None:
         """Give back a transformer's memory; its records go with it."""
         if self._weights.pop(key, None):
-            logger.info("%s %s leaves %s", *key, self._device)
+            logger.info("%s %s leaves %s", *key, self._home.memory)
         self._residency.drop(key)
         module = self.modules[key]
+        self._home.leave(module)
         for name, parameter in list(module.named_parameters()):
             _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
 
     def _pristine(self, variant: str) -> Pristine:
-        """A variant's pristine values: from the device where they are there, else the host's."""
+        """A variant's pristine values: working ones where they are pristine, else the host's."""
         masters = self._masters[variant]
         key: Key = (variant, "bf16")
 
         def read(component: str, name: str) -> Tensor:
             weights = self._weights.get(key)
-            if weights is not None and weights.record(component, name) == ():
-                return self.modules[key].get_parameter(name)
-            return masters[name]
+            clean = weights.clean(component, name) if weights else None
+            return masters[name] if clean is None else clean
 
         return read
 

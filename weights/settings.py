@@ -100,10 +100,12 @@ class Settings:
             on a CPU, where bfloat16 is several times slower.
         fp8_activations: whether go_fast's linears quantize their inputs (`fp8`) or not (`bf16`);
             `auto` does where that is faster.
+        offload: what lives on the host and visits the device layer by layer: `none`, `t5`, or
+            `all`, T5 and the transformers.
         device_memory_bytes: what all weights on the device may take together; None is what is
             free there, less a reserve for activations.
-        host_memory_bytes: what pristine weights may take in page-locked host memory; None is what
-            the machine or container has, less a reserve.
+        host_memory_bytes: what weights may take in page-locked host memory, offloaded ones first;
+            None is what the machine or container has, less a reserve.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
         prompt_cache: how many encoded prompts are kept.
@@ -137,6 +139,7 @@ class Settings:
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
+    offload: str = _setting("FLUX_OFFLOAD", _one_of("none", "t5", "all"), "none")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)

@@ -6,12 +6,14 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, hold, host_budget
+from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
 from flux.merge import WorkingWeights
 from flux.quantize import float8_parameters, storage
 from flux.residency import ORDER, BudgetError
+from flux.slabs import hold
 from flux.transformers import Transformers, size, skeleton
 from tests import tiny
 
@@ -237,7 +239,7 @@ def test_declared_sizes_are_what_the_weights_take(masters) -> None:
 
 
 def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.slabs.SLAB", 1 << 16)
     master = masters["dev"]
     before = bits(master)
     assert hold(master, page_locked=False)
@@ -255,10 +257,33 @@ def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("flux.memory.torch.empty", refuse)
+    monkeypatch.setattr("flux.slabs.torch.empty", refuse)
     assert not hold(master, page_locked=True)
     assert [p.data_ptr() for p in master.parameters()] == pointers
-    assert "stay in the memory map: CUDA error" in caplog.text
+    assert "stay in the memory map. There are no" in caplog.text
+    assert "CUDA error: out of memory" in caplog.text
+
+
+def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
+    """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
+    slabs, empty, kept = [], torch.empty, []
+
+    def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        if len(slabs) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+        slab = empty(size, dtype=dtype)
+        slabs.append(StorageWeakRef(slab.untyped_storage()))
+        return slab
+
+    def let_go() -> None:
+        kept.append([slab for slab in slabs if not slab.expired()])
+
+    monkeypatch.setattr("flux.slabs.SLAB", 1 << 12)
+    monkeypatch.setattr("flux.slabs.torch.empty", two)
+    monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go)
+    assert not hold(masters["dev"], page_locked=True)
+    assert (len(slabs), kept) == (2, [[]])
 
 
 def test_budgets_as_set_and_as_measured(tmp_path) -> None:
@@ -287,3 +312,26 @@ def test_on_a_gpu(masters, adapters) -> None:
         transformers.reconcile(key, [])
         expected = freshly_merged(masters[key[0]], [], float8=key[1] == "fp8")
         assert_bits(transformers.modules[key].cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_real_memory_of_a_gpu_that_runs_out(masters) -> None:
+    """The first try asks for more than the card has, and the second for what it has."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    device = torch.device("cuda")
+    transformers = Transformers(masters, device, dynamic=False, budget=None)
+    for key in ORDER:
+        transformers.reconcile(key, [])
+    _, total = torch.cuda.mem_get_info(device)
+    sizes = iter([2 * total, 1024, 2 * total, 2 * total])
+
+    def work() -> int:
+        return torch.empty(next(sizes), dtype=torch.uint8, device=device).numel()
+
+    assert transformers.with_room(DEV8, work) == 1024
+    assert transformers.resident == (DEV8,)
+    with pytest.raises(BudgetError, match="dev fp8 alone there"):
+        transformers.with_room(DEV8, work)
+    transformers.reconcile(SCHNELL, [])
+    assert transformers.resident == (DEV8, SCHNELL)
