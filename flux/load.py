@@ -1,34 +1,42 @@
 """Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
 
 import logging
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.memory import bytes_of, device_budget, hold, host_budget
+from flux.components import CheckpointError, load_component, load_module, load_tokenizer
+from flux.masters import PART, Master, load_transformer, template
+from flux.memory import HostSlabs, bytes_of, device_budget, host_budget
+from flux.prequantized import Prequantized, path_of
 from flux.quantize import quantizes_activations
-from flux.residency import that_fit
+from flux.quiet import without_progress_bars
+from flux.request import Precision
 from flux.transformers import Transformers
 from flux.variants import VARIANTS
 from weights.checkpoint import directory_of
+from weights.inventory import Inventory
 from weights.redact import without_secrets
 from weights.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
 NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
-MODULES = ("vae", "text_encoder", "text_encoder_2")
-SHARED = (*MODULES, "tokenizer", "tokenizer_2")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded; the message says what to do."""
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+MODULES = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
+SHARED = (*TOKENIZERS, *MODULES)
+PRECISIONS: Mapping[str, Sequence[Precision]] = {
+    "all": ("bf16", "fp8"),
+    "bf16": ("bf16",),
+    "fp8": ("fp8",),
+}
+"""What FLUX_AT_START names."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,8 @@ class Deployment:
     @classmethod
     def choose(cls, settings: Settings) -> "Deployment":
         """Replace every `auto`, and say in the log what it became."""
-        cuda = torch.cuda.is_available()
-        device = _device(_unless_auto(settings.device, "cuda" if cuda else "cpu"))
-        checkpoint = _unless_auto(settings.checkpoint, "official" if cuda else "nano")
+        device = _device(_unless_auto(settings.device, "cuda" if _has_cuda() else "cpu"))
+        checkpoint = chosen_checkpoint(settings)
         on_cpu = device.type == "cpu"
         dtype = _unless_auto(settings.dtype, "float32" if on_cpu else "bfloat16")
         shown = without_secrets(checkpoint)
@@ -58,18 +65,38 @@ class Deployment:
             logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
         return cls(checkpoint, device, getattr(torch, dtype))
 
-    def source(self, variant: str, settings: Settings) -> Path:
-        """The directory that a variant is loaded from; what is not there yet is fetched."""
-        if self.checkpoint == "nano":
-            return NANO / variant
-        directory = directory_of(variant, self.checkpoint, settings)
-        if not (directory / "model_index.json").is_file():
-            raise CheckpointError(
-                f"FLUX_CHECKPOINT={without_secrets(self.checkpoint)}: {directory} holds no "
-                "pipeline (model_index.json); expected official, nano, or a directory (or the URL "
-                "of a tar) with dev and schnell"
-            )
-        return directory
+
+def chosen_checkpoint(settings: Settings) -> str:
+    """FLUX_CHECKPOINT, with `auto` replaced."""
+    return _unless_auto(settings.checkpoint, "official" if _has_cuda() else "nano")
+
+
+def source_of(variant: str, checkpoint: str, settings: Settings) -> Path:
+    """The directory that a variant is loaded from; what is not there yet is fetched.
+
+    Raises:
+        CheckpointError: there is no pipeline in it.
+        WeightsError: it cannot be fetched.
+    """
+    if checkpoint == "nano":
+        return NANO / variant
+    directory = directory_of(variant, checkpoint, settings)
+    if not (directory / "model_index.json").is_file():
+        raise CheckpointError(
+            f"FLUX_CHECKPOINT={without_secrets(checkpoint)}: {directory} holds no pipeline "
+            "(model_index.json); expected official, nano, or a directory (or the URL of a tar) "
+            "with dev and schnell"
+        )
+    return directory
+
+
+def sources_of(checkpoint: str, settings: Settings) -> dict[str, Path]:
+    """`source_of` every variant."""
+    return {variant: source_of(variant, checkpoint, settings) for variant in VARIANTS}
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
 
 
 def _unless_auto(setting: str, choice: str) -> str:
@@ -85,53 +112,83 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, FluxPipeline]:
-    """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
+def load_pipelines(
+    sources: Mapping[str, Path], deployment: Deployment, inventory: Inventory
+) -> dict[str, FluxPipeline]:
+    """Load a text-to-image pipeline for each variant, without a transformer.
 
-    The transformers stay on the host, as diffusers maps them from the file: they are the pristine
-    copies that working weights are made from.
+    VAE, text encoders and tokenizers are those of the first variant, dev, for both.
 
     Raises:
-        CheckpointError: if files are missing or do not fit together.
-        WeightsError: if the checkpoint cannot be fetched.
+        CheckpointError: files are missing or do not fit together.
     """
-    sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
-    diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    pipelines: dict[str, FluxPipeline] = {}
-    shared: dict[str, object] = {}
+    without_progress_bars()
+    variant, source = next(iter(sources.items()))
+    shared: dict[str, Any] = {}
+    for name, kind in TOKENIZERS.items():
+        with inventory.loading(name, source / name):
+            shared[name] = load_tokenizer(f"{variant} {name}", kind, source / name)
+    for name, kind in MODULES.items():
+        with inventory.loading(name, source / name) as tensors:
+            module = load_module(f"{variant} {name}", kind, source / name, deployment.dtype)
+            shared[name] = module.to(deployment.device)
+            tensors.extend(module.parameters())
+    shared["vae"].to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
+    pipelines = {}
     for variant, source in sources.items():
-        start = time.perf_counter()
-        try:
-            pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
-        for name in MODULES:
-            getattr(pipeline, name).to(deployment.device)
-        pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
-        shared = {name: pipeline.components[name] for name in SHARED}
-        pipelines[variant] = pipeline
-        logger.info("loaded %s from %s in %.1f s", variant, source, time.perf_counter() - start)
+        scheduler = load_component(
+            f"{variant} scheduler", FlowMatchEulerDiscreteScheduler, source / "scheduler"
+        )
+        pipelines[variant] = FluxPipeline(scheduler=scheduler, transformer=None, **shared)
     return pipelines
 
 
 def working_transformers(
-    pipelines: dict[str, FluxPipeline], deployment: Deployment, settings: Settings
+    pipelines: Mapping[str, FluxPipeline],
+    sources: Mapping[str, Path],
+    deployment: Deployment,
+    settings: Settings,
 ) -> Transformers:
-    """The transformers that serve, to be made from the pipelines' own.
+    """The transformers that serve, made from the checkpoint's own; see `flux.transformers`.
 
     Raises:
+        CheckpointError: a transformer, or its float8 weights, cannot be loaded.
         BudgetError: the device has no room for any.
     """
-    device, masters = deployment.device, {name: p.transformer for name, p in pipelines.items()}
-    if device.type == "cuda":  # on a CPU, the copies would lie beside the working weights
-        sizes = {name: bytes_of(master) for name, master in masters.items()}
-        for name in that_fit(masters, sizes, host_budget(settings.host_memory_bytes)):
-            hold(masters[name], page_locked=True)
+    device = deployment.device
     shared = next(iter(pipelines.values()))
     loaded = sum(bytes_of(getattr(shared, name)) for name in MODULES)
-    budget = device_budget(settings.device_memory_bytes, device, loaded)
-    dynamic = quantizes_activations(settings.fp8_activations, device, deployment.dtype)
-    return Transformers(masters, device, dynamic=dynamic, budget=budget)
+    return Transformers(
+        _masters(sources, deployment, settings),
+        device,
+        dynamic=quantizes_activations(settings.fp8_activations, device, deployment.dtype),
+        budget=device_budget(settings.device_memory_bytes, device, loaded),
+        precisions=PRECISIONS[settings.at_start],
+    )
+
+
+def _masters(
+    sources: Mapping[str, Path], deployment: Deployment, settings: Settings
+) -> dict[str, Master]:
+    """The pristine transformers, open but for those whose float8 weights are on disk."""
+    slabs = None
+    if deployment.device.type == "cuda":  # on a CPU, copies would lie beside the working weights
+        slabs = HostSlabs(host_budget(settings.host_memory_bytes))
+    masters = {}
+    for variant, source in sources.items():
+        directory = source / PART
+        model, prequantized = template(variant, directory, deployment.dtype), None
+        if settings.quantized_directory:
+            path = path_of(variant, settings.quantized_directory)
+            prequantized = Prequantized(path, model, directory)
+
+        def load(variant: str = variant, directory: Path = directory) -> nn.Module:
+            transformer = load_transformer(variant, directory, deployment.dtype)
+            if slabs:
+                slabs.hold(transformer)
+            return transformer
+
+        masters[variant] = Master(variant, model, load, directory, prequantized)
+        if not prequantized:
+            masters[variant].open()
+    return masters

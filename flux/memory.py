@@ -80,3 +80,22 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
     for parameter, view in zip(module.parameters(), views, strict=True):
         parameter.data = view
     return True
+
+
+class HostSlabs:
+    """Page-locked host memory for modules, under a budget; who asks first has it.
+
+    Args:
+        budget: in bytes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+
+    def hold(self, module: nn.Module, *, page_locked: bool = True) -> bool:
+        """Hold a module's parameters in it; they are left as they are where it has no room."""
+        size = bytes_of(module)
+        if size > self._left or not hold(module, page_locked=page_locked):
+            return False
+        self._left -= size
+        return True

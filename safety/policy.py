@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from safety.checker import Checker, CheckerError, Verdict
-from safety.open_nsfw import OpenNSFW
+from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
 from weights.errors import WeightsError
+from weights.inventory import Inventory
 from weights.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,9 +65,13 @@ class Combined:
 
 
 def load_checker(
-    settings: Settings, checkpoint: str, device: "torch.device", dtype: "torch.dtype"
+    settings: Settings,
+    checkpoint: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    inventory: Inventory,
 ) -> Checker:
-    """Load what the settings ask for; what is not there yet is fetched.
+    """Load what the settings ask for, and list it; what is not there yet is fetched.
 
     Raises:
         CheckerError: if a checker is missing or broken. It is never replaced by another.
@@ -75,7 +80,8 @@ def load_checker(
     policy = POLICIES[name]
     logger.info("safety policy %s: %s", name, ", ".join(policy.checkers))
     if policy.checkers == ("open_nsfw",):
-        return OpenNSFW(settings.nsfw_threshold)
+        with inventory.loading("safety open_nsfw", MODEL):
+            return OpenNSFW(settings.nsfw_threshold)
     from safety.official import CompVis, Falconsai
 
     kinds: dict[str, tuple[type[CompVis] | type[Falconsai], float]] = {
@@ -87,7 +93,10 @@ def load_checker(
         kind, threshold = kinds[checker]
         try:
             directory = directory_of(f"safety/{checker}", checkpoint, settings)
-            checkers.append(kind(directory, threshold, device, dtype))
+            with inventory.loading(f"safety {checker}", directory) as tensors:
+                loaded = kind(directory, threshold, device, dtype)
+                tensors.extend(loaded.parameters())
+            checkers.append(loaded)
         except (WeightsError, CheckerError) as error:
             raise CheckerError(f"Safety checker {checker}: {error} {_OFFLINE}") from error
     return Combined(policy, checkers)

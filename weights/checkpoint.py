@@ -28,6 +28,11 @@ def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
     return _from_hub(part, settings)
 
 
+def commit_of(directory: Path) -> str | None:
+    """The hub's commit that a directory is, in huggingface_hub's cache; else None."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
 def root_of(checkpoint: str, settings: Settings) -> Path:
     """The directory that a path or the URL of a tar leads to."""
     if checkpoint.startswith(("http://", "https://")):

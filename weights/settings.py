@@ -86,12 +86,16 @@ class Settings:
             subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
             `auto`: official where CUDA is there, else nano.
         checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
+        quantized_directory: holds the float8 transformers of this checkpoint, as script/quantize
+            writes them; None: they are made from the bf16 ones.
         *_revision: branch, tag or commit of the official repositories (weights/manifest.py).
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
         fp8_activations: whether go_fast's linears quantize their inputs (`fp8`) or not (`bf16`);
             `auto` does where that is faster.
+        at_start: which precisions are brought to the device in setup, `all`, `bf16` or `fp8`; the
+            others come with the first request for them.
         device_memory_bytes: what all weights on the device may take together; None is what is
             free there, less a reserve for activations.
         host_memory_bytes: what pristine weights may take in page-locked host memory; None is what
@@ -122,6 +126,7 @@ class Settings:
     checkpoint_directory: Path = _setting(
         "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
     )
+    quantized_directory: Path | None = _setting("FLUX_QUANTIZED_DIRECTORY", Path, None)
     dev_revision: str = _setting("FLUX_DEV_REVISION", str, "main")
     schnell_revision: str = _setting("FLUX_SCHNELL_REVISION", str, "main")
     compvis_revision: str = _setting("FLUX_COMPVIS_REVISION", str, "main")
@@ -129,6 +134,7 @@ class Settings:
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
+    at_start: str = _setting("FLUX_AT_START", _one_of("all", "bf16", "fp8"), "all")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)

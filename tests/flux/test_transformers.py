@@ -2,12 +2,14 @@
 
 import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
+from flux.masters import Master
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, hold, host_budget
 from flux.merge import WorkingWeights
 from flux.quantize import float8_parameters, storage
@@ -50,7 +52,11 @@ def adapters(tmp_path_factory) -> list:
 
 
 def make(masters, budget=None, dynamic=False) -> Transformers:
-    return Transformers(masters, CPU, dynamic=dynamic, budget=budget)
+    return Transformers(opened(masters), CPU, dynamic=dynamic, budget=budget)
+
+
+def opened(masters: dict[str, nn.Module]) -> dict[str, Master]:
+    return {name: Master(name, m, lambda m=m: m, Path(name)) for name, m in masters.items()}
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -281,7 +287,7 @@ def test_on_a_gpu(masters, adapters) -> None:
     assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
     assert hold(masters["dev"], page_locked=True)
     assert all(p.is_pinned() for p in masters["dev"].parameters())
-    transformers = Transformers(masters, device, dynamic=False, budget=None)
+    transformers = Transformers(opened(masters), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
         transformers.reconcile(key, [])
