@@ -9,20 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
+from flux.__main__ import main
 from flux.load import NANO
+from flux.masters import template
+from flux.memory import bytes_of
 from flux.quantize import float8_parameters
+from flux.transformers import size
 from tests.adapters import adapter
-from tests.support import data_uri, same
+from tests.support import colours, data_uri, same
 
 ROOT = Path(__file__).parent.parent
 FAST = {"go_fast": True}
-QUICK = {"num_inference_steps": 1}
 PAGE = 4096
 
 
@@ -35,6 +38,14 @@ def quantize(directory: Path, *arguments: str, **environment: str) -> subprocess
         timeout=120,
         check=False,
     )
+
+
+def status() -> int:
+    """What the script ends with, run in this process."""
+    try:
+        return main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +62,13 @@ def quantized(made) -> Path:
 @pytest.fixture(scope="module")
 def style() -> str:
     return data_uri(save(adapter(1)))
+
+
+@pytest.fixture
+def small(tmp_path) -> dict[str, object]:
+    """Inputs for a picture that is drawn quickly."""
+    colours(64, 48).save(tmp_path / "picture.png")
+    return {"image": tmp_path / "picture.png", "num_inference_steps": 1}
 
 
 @pytest.fixture
@@ -84,12 +102,52 @@ def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
     assert not list(directory.glob("*.draft"))
 
 
-def test_the_script_says_what_is_wrong(tmp_path) -> None:
-    absent = quantize(tmp_path, "dev", FLUX_CHECKPOINT="/absent")
-    assert absent.returncode == 1
-    assert "script/quantize: FLUX_CHECKPOINT=/absent" in absent.stderr
-    assert "Traceback" not in absent.stderr
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--directory", "files"], {"FLUX_CHECKPOINT": "/absent"}, "script/quantize: FLUX_CHECKPO"),
+        (["--directory", "files"], {"FLUX_CHECKPOINT": "float32"}, "holds F32; only a checkpoint"),
+        (["--directory", "files", "pro"], {}, "no such variant: pro"),
+        ([], {}, "name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    monkeypatch, copied, caplog, capsys, arguments, environment, message
+) -> None:
+    copied.rename(copied.with_name("float32"))
+    monkeypatch.chdir(copied.parent)
+    path = next(Path("float32/dev/transformer").glob("*.safetensors"))
+    save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["script/quantize", *arguments])
+    assert status() > 0
+    assert message in caplog.text + capsys.readouterr().err
+    assert not Path("files").exists()
+
+
+def test_an_interrupted_run_leaves_the_files_as_they_were(
+    monkeypatch, quantized, copied, caplog
+) -> None:
+    directory = Path(shutil.copytree(quantized, copied.parent / "files"))
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def interrupted(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(bytes(1000))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", str(directory)])
+    monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
+    with monkeypatch.context() as patch:
+        patch.setattr("flux.prequantized.save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    full = shutil.disk_usage(directory)._replace(free=1_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    assert status() == 1
+    assert "0.00 GB are to be written, and the disk has 0.00 GB free" in caplog.text
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 def test_torchao_reads_the_files_and_finds_its_own_bits(quantized) -> None:
@@ -127,10 +185,8 @@ def test_torchao_reads_the_files_and_finds_its_own_bits(quantized) -> None:
     assert (found - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("activations", ["auto", "fp8"])
-def test_every_image_is_the_same_to_the_bit(start, fast, style, activations: str) -> None:
-    setting = {"FLUX_FP8_ACTIVATIONS": activations}
-    usual, quick = start(**setting), fast(**setting)
+def test_every_image_is_the_same_to_the_bit(start, fast, small, style) -> None:
+    usual, quick = start(), fast()
     requests = [
         {**FAST, "model": "dev"},
         {**FAST, "model": "schnell"},
@@ -140,7 +196,12 @@ def test_every_image_is_the_same_to_the_bit(start, fast, style, activations: str
         {"model": "dev", "replicate_weights": style},
     ]
     for request in requests:
-        assert same(quick(**QUICK, **request)[0], usual(**QUICK, **request)[0]), request
+        assert same(quick(**small, **request)[0], usual(**small, **request)[0]), request
+
+
+def test_the_files_serve_with_and_without_float8_activations(start, fast, small) -> None:
+    dynamic = {"FLUX_FP8_ACTIVATIONS": "fp8"}
+    assert same(fast(**dynamic)(**small, **FAST)[0], start(**dynamic)(**small, **FAST)[0])
 
 
 def spoil(transformer: Path) -> None:
@@ -154,38 +215,46 @@ def spoil(transformer: Path) -> None:
 
 @pytest.mark.parametrize("opens", ["bf16", "adapter"])
 def test_the_bf16_weights_are_not_read_before_they_are_needed(
-    start, fast, copied, style, caplog, opens: str
+    start, fast, copied, small, style, caplog, opens: str
 ) -> None:
-    expected = start()(**QUICK, **FAST)[0]
+    expected = start()(**small, **FAST)[0]
     request = {**FAST, "replicate_weights": style} if opens == "adapter" else {}
-    right = start()(**QUICK, **request)[0]
+    right = start()(**small, **request)[0]
     for variant in ("dev", "schnell"):
         spoil(copied / variant / "transformer")
     caplog.clear()
     draw = fast(FLUX_CHECKPOINT=str(copied))
-    assert same(draw(**QUICK, **FAST)[0], expected)
-    assert same(draw(**QUICK, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
+    assert same(draw(**small, **FAST)[0], expected)
+    assert same(draw(**small, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
     assert "Loading dev pristine" not in caplog.messages
-    assert not same(draw(**QUICK, **request)[0], right)  # drawn with the spoilt weights
+    assert not same(draw(**small, **request)[0], right)  # drawn with the spoilt weights
     assert "Loading dev pristine" in caplog.messages
     assert "Loading schnell pristine" not in caplog.messages
 
 
-def test_a_default_adapter_opens_what_it_changes(start, fast, style, monkeypatch, caplog) -> None:
+def test_a_default_adapter_opens_what_it_changes(
+    start, fast, small, style, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr("predict.Predictor.setup.__defaults__", (style,))
-    expected = start()(**QUICK, **FAST)[0]
+    expected = start()(**small, **FAST)[0]
     caplog.clear()
-    assert same(fast()(**QUICK, **FAST)[0], expected)
+    assert same(fast()(**small, **FAST)[0], expected)
     assert "Loading dev pristine" in caplog.messages
 
 
-def test_transformers_that_take_turns_come_from_the_files(start, fast, caplog) -> None:
-    room = str(0.0072)  # GiB: text encoders and VAE in float32, and one float8 transformer
-    usual, narrow = start(), fast(FLUX_DEVICE_MEMORY_GB=room)
+def test_transformers_that_take_turns_come_from_the_files(start, fast, small, caplog) -> None:
+    shared = FluxPipeline.from_pretrained(NANO / "dev", dtype=torch.float32, transformer=None)
+    model = template("dev", NANO / "dev" / "transformer", torch.float32)
+    needed = sum(map(bytes_of, (shared.vae, shared.text_encoder, shared.text_encoder_2)))
+    room = str((needed + size(model, float8_parameters(model))) / 2**30 + 1e-6)
+    usual = start()
+    caplog.clear()
+    narrow = fast(FLUX_DEVICE_MEMORY_GB=room)
     for model in ("dev", "schnell", "dev"):
-        request = {**QUICK, **FAST, "model": model}
+        request = {**small, **FAST, "model": model}
         assert same(narrow(**request)[0], usual(**request)[0])
-    assert "dev fp8 leaves cpu" in caplog.text
+    assert "dev fp8 leaves cpu" in caplog.messages
+    assert "Loading dev pristine" not in caplog.messages
 
 
 # --- files that do not serve

@@ -10,12 +10,21 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.masters import Master
-from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, hold, host_budget
+from flux.memory import (
+    DEVICE_RESERVE,
+    HOST_RESERVE,
+    HostSlabs,
+    bytes_of,
+    device_budget,
+    hold,
+    host_budget,
+)
 from flux.merge import WorkingWeights
 from flux.quantize import float8_parameters, storage
 from flux.residency import ORDER, BudgetError
 from flux.transformers import Transformers, size, skeleton
 from tests import tiny
+from weights.inventory import PAGE_LOCKED, place_of
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
@@ -254,6 +263,18 @@ def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> 
     assert len(slabs) < len(list(master.parameters())) / 4
 
 
+def test_host_memory_goes_to_who_opens_first(masters, monkeypatch) -> None:
+    monkeypatch.setattr("flux.memory.SLAB", 1 << 16)
+    dev, schnell = masters.values()
+    pointers = [p.data_ptr() for p in schnell.parameters()]
+    slabs = HostSlabs(bytes_of(dev) + bytes_of(schnell) - 1)
+    assert slabs.hold(dev, page_locked=False)
+    assert not slabs.hold(schnell, page_locked=False)
+    assert [p.data_ptr() for p in schnell.parameters()] == pointers
+    whole = HostSlabs(bytes_of(dev) + bytes_of(schnell))
+    assert [whole.hold(module, page_locked=False) for module in (dev, schnell)] == [True, True]
+
+
 def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> None:
     master = masters["dev"]
     pointers = [p.data_ptr() for p in master.parameters()]
@@ -286,7 +307,7 @@ def test_on_a_gpu(masters, adapters) -> None:
     free, _ = torch.cuda.mem_get_info(device)
     assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
     assert hold(masters["dev"], page_locked=True)
-    assert all(p.is_pinned() for p in masters["dev"].parameters())
+    assert place_of(masters["dev"].parameters()) == PAGE_LOCKED
     transformers = Transformers(opened(masters), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
