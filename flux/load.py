@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
 MODULES = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
-SHARED = (*TOKENIZERS, *MODULES)
 PRECISIONS: Mapping[str, Sequence[Precision]] = {
     "all": ("bf16", "fp8"),
     "bf16": ("bf16",),
@@ -181,14 +181,16 @@ def _masters(
         if settings.quantized_directory:
             path = path_of(variant, settings.quantized_directory)
             prequantized = Prequantized(path, model, directory)
-
-        def load(variant: str = variant, directory: Path = directory) -> nn.Module:
-            transformer = load_transformer(variant, directory, deployment.dtype)
-            if slabs:
-                slabs.hold(transformer)
-            return transformer
-
+        load = partial(_open, variant, directory, deployment.dtype, slabs)
         masters[variant] = Master(variant, model, load, directory, prequantized)
         if not prequantized:
             masters[variant].open()
     return masters
+
+
+def _open(variant: str, directory: Path, dtype: torch.dtype, slabs: HostSlabs | None) -> nn.Module:
+    """A pristine transformer, in page-locked memory if there are slabs with room for it."""
+    transformer = load_transformer(variant, directory, dtype)
+    if slabs:
+        slabs.hold(transformer)
+    return transformer

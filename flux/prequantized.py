@@ -23,7 +23,6 @@ from torchao.prototype.safetensors.safetensors_support import (
     flatten_tensor_state_dict,
     unflatten_tensor_state_dict,
 )
-from torchao.quantization.quantize_.workflows import Float8Tensor
 
 from flux.components import ADVICE, CheckpointError
 from flux.quantize import empty_float8, float8_parameters, quantize_into, storage
@@ -160,8 +159,8 @@ class Prequantized:
             self._values, rest = unflatten_tensor_state_dict(tensors, metadata)
         except (ValueError, KeyError, TypeError) as error:
             raise self._refusal(f"its metadata cannot be read ({error})") from error
-        wanted = {name: tuple(value.shape) for name, value in template.named_parameters()}
-        found = {name: tuple(value.shape) for name, value in self._values.items()}
+        found = {name: _shapes(value) for name, value in self._values.items()}
+        wanted = _expected(template)
         wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if wrong or rest:
             first = [*wrong, *rest][0]
@@ -169,9 +168,6 @@ class Prequantized:
                 f"{len(wrong) + len(rest)} weights do not fit the checkpoint's configuration: "
                 f"{first} is {found.get(first)}, expected {wanted.get(first)}"
             )
-        float8 = {name for name, value in self._values.items() if isinstance(value, Float8Tensor)}
-        if float8 != float8_parameters(template):
-            raise self._refusal("other weights are in float8 than this recipe puts there")
 
     def fill(self, module: nn.Module, check_cancelled: Callable[[], None]) -> None:
         """Copy the weights into the same storage of a float8 transformer, which is pristine then.
@@ -182,10 +178,9 @@ class Prequantized:
         """
         for name, parameter in module.named_parameters():
             check_cancelled()
-            for working, stored in zip(
-                storage(parameter), storage(self._values[name]), strict=True
-            ):
-                working.copy_(stored)
+            stored = storage(self._values[name])
+            for working, value in zip(storage(parameter), stored, strict=True):
+                working.copy_(value)
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not self.path.is_file():
@@ -212,3 +207,14 @@ class Prequantized:
 
     def _refusal(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {reason}. {AGAIN}")
+
+
+def _expected(template: nn.Module) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes by name of what holds each weight: float8 ones have values and scales."""
+    float8 = float8_parameters(template)
+    found = {name: _shapes(parameter) for name, parameter in template.named_parameters()}
+    return {n: [s, (s[0], 1)] if n in float8 else [s] for n, (s,) in found.items()}
+
+
+def _shapes(value: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in storage(value)]

@@ -91,6 +91,7 @@ class Transformers:
                 self._evict(other)
             fresh = key not in self._weights
             if fresh:
+                logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:

@@ -1,5 +1,6 @@
 """The predictor itself, in this process: other deployments than the served default."""
 
+import miniature
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,7 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from transformers import T5EncoderModel
 
-from flux.load import NANO, SHARED
+from flux.load import NANO
 from flux.memory import bytes_of
 from safety.checker import Verdict
 from tests.planted import plant_flags
@@ -17,7 +18,7 @@ from tests.support import QUICK, colours, difference, pixels, same
 def diffusers(dtype: torch.dtype = torch.float32) -> dict[str, FluxPipeline]:
     """diffusers' own pipelines on the embedded checkpoint, as it loads them itself."""
     dev = FluxPipeline.from_pretrained(NANO / "dev", dtype=dtype)
-    shared = {name: dev.components[name] for name in SHARED}
+    shared = {name: dev.components[name] for name in miniature.SHARED}
     schnell = FluxPipeline.from_pretrained(NANO / "schnell", dtype=dtype, **shared)
     return {"dev": dev, "schnell": schnell}
 

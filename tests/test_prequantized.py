@@ -305,9 +305,11 @@ REFUSALS = {
     "was made from schnell of nano": lambda path: shutil.copy(
         path.with_name("schnell.safetensors"), path
     ),
-    "x_embedder.bias is \\(127,\\), expected \\(128,\\)": lambda p: rewrite(p, another_shape),
+    r"x_embedder.bias is \[\(127,\)\], expected \[\(128,\)\]": lambda p: rewrite(p, another_shape),
     "x_embedder.bias is None": lambda path: rewrite(path, one_less),
-    "other weights are in float8": lambda path: rewrite(path, unquantized),
+    r"to_q.weight is \[\(128, 128\)\], expected \[\(128, 128\), \(128, 1\)\]": (
+        lambda path: rewrite(path, unquantized)
+    ),
 }
 
 

@@ -40,12 +40,14 @@ class Opening:
         return load_transformer("dev", self.directory, BF16)
 
 
-def make(checkpoint: Path, *, ready_made: bool) -> tuple[Transformers, Opening]:
+def make(
+    checkpoint: Path, *, ready_made: bool, device: torch.device = CPU
+) -> tuple[Transformers, Opening]:
     directory = checkpoint / "transformer"
     model, opening = template("dev", directory, BF16), Opening(directory)
     files = Prequantized(checkpoint / "dev.safetensors", model, directory) if ready_made else None
     masters = {name: Master(name, model, opening, directory, files) for name in ("dev", "schnell")}
-    return Transformers(masters, CPU, dynamic=False, budget=None), opening
+    return Transformers(masters, device, dynamic=False, budget=None), opening
 
 
 def bits(transformers: Transformers) -> list[torch.Tensor]:
@@ -119,6 +121,21 @@ def test_a_pristine_copy_that_cannot_be_opened_fails_the_request_alone(
     opening.directory = checkpoint / "transformer"
     usual, _ = make(checkpoint, ready_made=False)
     for desired in ([(adapters["a"], 1.0)], []):
+        for transformers in (quick, usual):
+            transformers.reconcile(DEV8, desired)
+        assert_same(quick, usual)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(checkpoint, adapters) -> None:
+    """Files are quantized on a CPU, and the pristine weights where they serve: to the same bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    quick, usual = (
+        make(checkpoint, ready_made=ready_made, device=torch.device("cuda"))[0]
+        for ready_made in (True, False)
+    )
+    for desired in ([], [(adapters["a"], 1.0)], []):
         for transformers in (quick, usual):
             transformers.reconcile(DEV8, desired)
         assert_same(quick, usual)
