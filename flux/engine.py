@@ -52,8 +52,9 @@ class Engine:
     """Draws requests with diffusers' pipelines; only ever used from the engine thread.
 
     Args:
-        pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders.
-        transformers: those that draw; the pipelines' own are never run.
+        pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders; they
+            need no transformers.
+        transformers: those that draw.
         prompt_cache: how many encoded prompts are kept.
     """
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from weights.inventory import size_of
 from weights.settings import GIB
 
 DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding
@@ -43,5 +44,4 @@ def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size_of([*module.parameters(), *module.buffers()])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from flux.memory import bytes_of
 from flux.residency import BudgetError
 from weights.settings import GIB
 
@@ -72,6 +73,25 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
         return True
     give_back()  # out of the except block, which holds on to the slabs that there was memory for
     return False
+
+
+class PageLocked:
+    """Page-locked host memory for modules, under a budget; who asks first has it.
+
+    Args:
+        budget: in bytes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+
+    def hold(self, module: nn.Module) -> bool:
+        """`hold` a module in it, if it still has room for it."""
+        size = bytes_of(module)
+        if size > self._left or not hold(module, page_locked=True):
+            return False
+        self._left -= size
+        return True
 
 
 def give_back() -> None:

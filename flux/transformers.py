@@ -1,27 +1,32 @@
 """The transformers that serve: dev and schnell, each in bf16 and in fp8.
 
-Each variant has one pristine copy on the host, usually the checkpoint's memory map, which nobody
-writes. What serves is made from it in working weights of its own: memory on the device, every
-record UNKNOWN, and a reconciliation, which writes pristine values and adapters in one pass, fp8
-weight by weight. For a small card, that memory is on the host (flux/offload.py), where all else is
-the same. Leaving the device drops the working weights together with their records,
-so no record can outlive what it describes. The module objects stay, and with them the pipelines.
+Each variant has one pristine copy on the host (flux/masters.py), which nobody writes. What serves
+is made from it in working weights of its own: memory on the device, every record UNKNOWN, and a
+reconciliation, which writes pristine values and adapters in one pass, fp8 weight by weight. For a
+small card, that memory is on the host (flux/offload.py), where all else is the same. While the
+pristine copy is not open, fp8 comes from its file instead (flux/prequantized.py), every record
+pristine, and the reconciliation opens the copy for what adapters touch, and only then. Leaving
+the device drops the working weights together with their records, so no record can outlive what it
+describes. The module objects stay, and with them the pipelines.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flux.masters import Master
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
-from flux.residency import GB, ORDER, BudgetError, Key, Place, Residency
+from flux.request import Precision
+from flux.residency import ORDER, BudgetError, Key, Place, Residency
 from flux.staging import Staging
+from weights.inventory import Entry, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,39 +38,43 @@ class Transformers:
     """Brings transformers to the device with the adapters that a request wants.
 
     Args:
-        masters: variant -> pristine transformer on the host, in the compute dtype.
+        masters: variant -> pristine transformer, in the compute dtype.
         device: where they compute.
         dynamic: whether fp8 linears quantize their inputs too.
         budget: bytes for working weights, where they are at home; None: no limit.
         home: where the working weights are; by default on the device.
+        precisions: of what is there at the start.
     """
 
     def __init__(
         self,
-        masters: Mapping[str, nn.Module],
+        masters: Mapping[str, Master],
         device: torch.device,
         *,
         dynamic: bool,
         budget: int | None,
         home: Home | None = None,
+        precisions: Collection[Precision] = ("bf16", "fp8"),
     ) -> None:
-        self._masters = {
-            variant: dict(master.named_parameters()) for variant, master in masters.items()
-        }
+        self._masters = masters
         self._device = device
         self._dynamic = dynamic
         self._home: Home = home or OnDevice(device)
         self._staging = Staging(self._home.memory, self._home.stream)
-        self.modules: dict[Key, nn.Module] = {key: skeleton(masters[key[0]]) for key in ORDER}
+        self.modules: dict[Key, nn.Module] = {
+            key: skeleton(masters[key[0]].template) for key in ORDER
+        }
         self._float8 = {
             key: float8_parameters(module) if key[1] == "fp8" else frozenset()
             for key, module in self.modules.items()
         }
         self._weights: dict[Key, WorkingWeights] = {}
+        self._seconds: dict[Key, float] = {}  # that making them took
+        self._sources: dict[Key, str] = {}  # what they were made from
         sizes = {key: size(self.modules[key], self._float8[key]) for key in ORDER}
         place: Place = "device" if self._home.shares_device else "host"
         self._residency = Residency(sizes, budget, place)
-        self.at_start: Sequence[Key] = self._residency.at_start()
+        self.at_start: Sequence[Key] = self._residency.at_start(precisions)
 
     @property
     def resident(self) -> tuple[Key, ...]:
@@ -90,14 +99,13 @@ class Transformers:
                 self._evict(other)
             fresh = key not in self._weights
             if fresh:
-                self._bring(key)
+                logger.info("Loading %s %s", *key)
+                self._bring(key, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
-            seconds = time.perf_counter() - start
-            gigabytes = sum(map(_bytes, self.modules[key].parameters())) / GB
-            place = self._home.memory
-            logger.info("%s %s is on %s: %.3f GB in %.1f s", *key, place, gigabytes, seconds)
+            self._seconds[key] = time.perf_counter() - start
+            logger.info("%s %s is on %s: %s", *key, self._home.memory, self._entry(key).cost)
             return replace(swap, restored=0)  # they were never anything else
 
         return self.with_room(key, write)
@@ -129,15 +137,38 @@ class Transformers:
                 "a smaller image or fewer megapixels, or use a larger device"
             ) from error
 
-    def _bring(self, key: Key) -> None:
-        """Memory for a transformer, and records that say nothing is in it yet."""
-        module, empty = self.modules[key], self._home.allocator()
+    def entries(self) -> list[Entry]:
+        """Rows for the table of setup: the pristine transformers, and those that serve."""
+        found = [master.entry() for master in self._masters.values()]
+        return found + [self._entry(key) for key in ORDER]
+
+    def _entry(self, key: Key) -> Entry:
+        name, size = " ".join(key), self._residency.sizes[key]
+        if key not in self._weights:
+            return Entry.later(name, size, "with its first request")
+        held = [t for value in self.modules[key].parameters() for t in storage(value)]
+        return Entry.of(name, held, self._sources[key], self._seconds[key])
+
+    def _bring(self, key: Key, check_cancelled: Callable[[], None]) -> None:
+        """Memory for a transformer, and records of what is in it.
+
+        That is nothing yet, or its prequantized weights, where they save opening the pristine.
+        """
+        module, empty, master = self.modules[key], self._home.allocator(), self._masters[key[0]]
+        ready_made = None if key[1] == "bf16" or master.is_open else master.prequantized
         try:
             for name, parameter in list(module.named_parameters()):
                 _set(module, name, self._empty(key, name, parameter, empty))
+            if ready_made:  # before the hooks of offloading, which copy the scales
+                ready_made.fill(module, check_cancelled)
             self._home.enter(module)
+            self._sources[key] = str(ready_made.path) if ready_made else f"{key[0]} pristine"
             self._weights[key] = WorkingWeights(
-                {COMPONENT: module}, self._pristine(key[0]), store, self._staging, blank=True
+                {COMPONENT: module},
+                self._pristine(key[0]),
+                store,
+                self._staging,
+                blank=not ready_made,
             )
         except BaseException:
             self._evict(key)
@@ -164,13 +195,12 @@ class Transformers:
 
     def _pristine(self, variant: str) -> Pristine:
         """A variant's pristine values: working ones where they are pristine, else the host's."""
-        masters = self._masters[variant]
         key: Key = (variant, "bf16")
 
         def read(component: str, name: str) -> Tensor:
             weights = self._weights.get(key)
             clean = weights.clean(component, name) if weights else None
-            return masters[name] if clean is None else clean
+            return self._masters[variant].open()[name] if clean is None else clean
 
         return read
 
@@ -192,13 +222,9 @@ def skeleton(master: nn.Module) -> nn.Module:
 def size(module: nn.Module, float8: frozenset[str]) -> int:
     """Bytes of a transformer's weights with some of them in float8, a scale for each row."""
     return sum(
-        parameter.numel() + 4 * parameter.shape[0] if name in float8 else _bytes(parameter)
+        parameter.numel() + 4 * parameter.shape[0] if name in float8 else size_of([parameter])
         for name, parameter in module.named_parameters()
     )
-
-
-def _bytes(parameter: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in storage(parameter))
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from safety.checker import Checker, CheckerError, Verdict
-from safety.open_nsfw import OpenNSFW
+from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
+from weights.inventory import Inventory
 from weights.manifest import REPOSITORIES
 from weights.settings import Settings
 
@@ -68,9 +69,13 @@ def parts_of(settings: Settings, checkpoint: str) -> list[str]:
 
 
 def load_checker(
-    settings: Settings, checkpoint: str, device: "torch.device", dtype: "torch.dtype"
+    settings: Settings,
+    checkpoint: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    inventory: Inventory,
 ) -> Checker:
-    """Load what the settings ask for; what is not there yet is fetched.
+    """Load what the settings ask for, and list it; what is not there yet is fetched.
 
     Raises:
         WeightsError: if a checker cannot be fetched.
@@ -85,7 +90,8 @@ def load_checker(
             "FLUX_SAFETY_POLICY=official fetches the official ones."
         )
     if policy.checkers == ("open_nsfw",):
-        return OpenNSFW(settings.nsfw_threshold)
+        with inventory.loading("safety open_nsfw", MODEL):
+            return OpenNSFW(settings.nsfw_threshold)
     from safety.official import CompVis, Falconsai
 
     kinds: dict[str, tuple[type[CompVis] | type[Falconsai], float]] = {
@@ -98,10 +104,13 @@ def load_checker(
         part = f"safety/{checker}"
         directory = directory_of(part, checkpoint, settings)
         try:
-            checkers.append(kind(directory, threshold, device, dtype))
+            with inventory.loading(f"safety {checker}", directory) as tensors:
+                loaded = kind(directory, threshold, device, dtype)
+                tensors.extend(loaded.parameters())
         except CheckerError as error:
             remedy = REPOSITORIES[part].remedy
             raise CheckerError(f"Safety checker {checker}: {error} {remedy}") from error
+        checkers.append(loaded)
     return Combined(policy, checkers)
 
 

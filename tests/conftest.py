@@ -1,16 +1,21 @@
 """Fixtures shared by the tests."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import miniature
 import pytest
 from PIL import Image
 
+from predict import Predictor
 from tests import official
 from tests.hub import Hub
-from tests.support import LoggedServer, logged_server
+from tests.support import QUICK, LoggedServer, defaults, load, logged_server
+
+Draw = Callable[..., list[Image.Image]]
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +69,31 @@ def hub():
     """A stand-in for the sites that adapters come from, on loopback."""
     with Hub() as running:
         yield running
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
+    """Set up a predictor under the given environment; returns its `run`, giving images."""
+
+    def set_up(**environment: str) -> Draw:
+        settings = {
+            "FLUX_CHECKPOINT": "nano",
+            "FLUX_DEVICE": "cpu",
+            "FLUX_OUTPUT_DIRECTORY": str(tmp_path / "outputs"),
+            **environment,
+        }
+        for name in [name for name in os.environ if name.startswith("FLUX_")]:
+            monkeypatch.delenv(name)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        predictor = Predictor()
+        predictor.setup()
+
+        def draw(**inputs: Any) -> list[Image.Image]:
+            options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
+            paths = predictor.run(**options)
+            return [load(path) for path in paths]
+
+        return draw
+
+    return set_up

@@ -150,6 +150,11 @@ def defaults(run: Any) -> dict[str, Any]:
     return {name: p.default.default for name, p in parameters.items() if name != "self"}
 
 
+def load(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
 def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -57,6 +57,12 @@ def is_there(part: str, checkpoint: str, settings: Settings) -> bool:
     return cached(wanted(part, settings), HubSettings.of(settings)) is not None
 
 
+def commit_of(part: str, directory: Path) -> str | None:
+    """The hub's commit that the files of a part are; None where they were not verified."""
+    stamp = read_stamp(directory, REPOSITORIES[part])
+    return stamp.commit if stamp else None
+
+
 def root_of(checkpoint: str, settings: Settings) -> Path:
     """The directory that a path or the URL of a tar leads to."""
     if checkpoint.startswith(("http://", "https://")):
@@ -85,11 +91,11 @@ def _local(part: str, checkpoint: str, settings: Settings) -> Path | None:
 def _log_use(directory: Path, repository: Repository, settings: Settings) -> None:
     stamp = read_stamp(directory, repository)
     if stamp is None:
-        logger.info("%s: at %s, not verified", repository.title, directory)
+        logger.info("%s: not verified", repository.title)
         return
     logger.info(
-        "%s (%s): licence: %s; commit %s at %s",
-        *(repository.title, repository.name, repository.licence, stamp.commit, directory),
+        "%s (%s): licence: %s; commit %s",
+        *(repository.title, repository.name, repository.licence, stamp.commit),
     )
     revision: str = getattr(settings, repository.revision_setting)
     if not stamp.meets(revision):

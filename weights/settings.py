@@ -93,6 +93,8 @@ class Settings:
             subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
             `auto`: official where CUDA is there, else nano.
         checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
+        quantized_directory: holds the float8 transformers of this checkpoint, as script/quantize
+            writes them; None: they are made from the bf16 ones.
         *_revision: branch, tag, commit or refs/pr/NUMBER of the official repositories; the
             defaults are those of weights/manifest.py.
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
@@ -100,6 +102,8 @@ class Settings:
             on a CPU, where bfloat16 is several times slower.
         fp8_activations: whether go_fast's linears quantize their inputs (`fp8`) or not (`bf16`);
             `auto` does where that is faster.
+        at_start: which precisions are brought to the device in setup, `all`, `bf16` or `fp8`; the
+            others come with the first request for them.
         offload: what lives on the host and visits the device layer by layer: `none`, `t5`, or
             `all`, T5 and the transformers.
         device_memory_bytes: what all weights on the device may take together; None is what is
@@ -132,6 +136,7 @@ class Settings:
     checkpoint_directory: Path = _setting(
         "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
     )
+    quantized_directory: Path | None = _setting("FLUX_QUANTIZED_DIRECTORY", Path, None)
     dev_revision: str = _revision("dev")
     schnell_revision: str = _revision("schnell")
     compvis_revision: str = _revision("safety/compvis")
@@ -139,6 +144,7 @@ class Settings:
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
+    at_start: str = _setting("FLUX_AT_START", _one_of("all", "bf16", "fp8"), "all")
     offload: str = _setting("FLUX_OFFLOAD", _one_of("none", "t5", "all"), "none")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)

@@ -28,17 +28,18 @@ import _full_depth as full_depth
 import torch
 from common import interleave, medians, parser, publish
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import nn
 
+from flux.deployment import Deployment, sources_of
 from flux.engine import Engine
-from flux.load import Deployment, load_pipelines, working_transformers
+from flux.load import load_pipelines, working_transformers
 from flux.request import Inputs, Precision, resolve
-from flux.residency import GB, BudgetError
+from flux.residency import BudgetError
 from flux.timing import Stopwatch
 from flux.transformers import Transformers
 from flux.variants import VARIANTS
 from lora.adapter import Adapter, Targets, load_adapter
 from weights.checkpoint import is_there
+from weights.inventory import GB, Inventory
 from weights.manifest import REPOSITORIES
 from weights.retry import never_cancelled as never
 from weights.settings import Settings
@@ -92,17 +93,18 @@ def why_not(settings: Settings) -> str | None:
 def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every variant in turn; diffusers' transformer of one leaves before that of the next comes."""
     deployment = Deployment.choose(settings)
-    pipelines = load_pipelines(deployment, settings)
+    sources = sources_of(deployment.checkpoint, settings)
+    pipelines = load_pipelines(sources, deployment, Inventory())
     variants: dict[str, Any] = {}
     bench: Bench | None = None
     for name, steps in STEPS.items():
-        plain = plain_pipeline(pipelines[name], deployment.source(name, settings), deployment)
+        plain = plain_pipeline(pipelines[name], sources[name], deployment)
         if bench is None:  # ours take what is free beside diffusers' transformer
-            transformers = working_transformers(pipelines, deployment, settings)
+            transformers = working_transformers(pipelines, sources, deployment, settings)
             engine = Engine(pipelines, transformers, settings.prompt_cache)
             bench = Bench(engine, transformers, deployment.device)
         case = Case(name, arguments.steps or steps, arguments.size, bench, plain)
-        variants[name] = case.measure(pipelines[name].transformer, arguments.rounds)
+        variants[name] = case.measure(arguments.rounds)
         del plain, case
     return {
         "peft": version("peft"),
@@ -155,16 +157,13 @@ class Case:
     bench: Bench
     plain: FluxPipeline
 
-    def measure(self, master: nn.Module, rounds: int) -> dict[str, Any]:
-        """Images without and with an adapter, then changes between two adapters.
-
-        master: a transformer that the adapters are to fit.
-        """
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Images without and with an adapter, then changes between two adapters."""
         self.bench.bring(self.variant)
-        targets = Targets(self.bench.engine.shapes)
+        targets, fitted = Targets(self.bench.engine.shapes), self.plain.transformer
         with tempfile.TemporaryDirectory() as directory:
             files = [
-                full_depth.write_adapter(Path(directory) / f"{seed}.safetensors", master, seed)
+                full_depth.write_adapter(Path(directory) / f"{seed}.safetensors", fitted, seed)
                 for seed in (1, 2)
             ]
             adapters = [load_adapter(path, path.stem, targets) for path in files]

@@ -14,9 +14,10 @@ from torch import nn
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.offload import COMPONENTS
 from flux.quantize import float8_parameters
-from flux.residency import GB, ORDER, BudgetError, Key, Residency
+from flux.residency import ORDER, BudgetError, Key, Residency
 from flux.transformers import size
 from flux.variants import VARIANTS
+from weights.inventory import GB
 from weights.settings import GIB
 
 CARDS = (16, 24, 32, 40, 48, 80, 96)

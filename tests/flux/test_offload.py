@@ -28,12 +28,12 @@ def streams(request, monkeypatch) -> Streams | None:
 
 @pytest.fixture
 def masters() -> dict[str, nn.Module]:
-    sizes = {"dev": SIZE, "schnell": tiny.Size(2, 3, 2, (4, 6, 6), guidance=False)}
-    return {name: tiny.modules(s)["transformer"] for name, s in sizes.items()}
+    return tiny.transformers()
 
 
 def make(masters, device: torch.device = CPU, **options: Any) -> Transformers:
-    return Transformers(masters, device, **{"dynamic": False, "budget": None} | options)
+    options = {"dynamic": False, "budget": None} | options
+    return Transformers(tiny.opened(masters), device, **options)
 
 
 def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:

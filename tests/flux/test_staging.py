@@ -23,13 +23,12 @@ def stream(request) -> Late:
 
 @pytest.fixture(scope="module")
 def masters() -> dict[str, torch.nn.Module]:
-    sizes = {"dev": SIZE, "schnell": tiny.Size(2, 3, 2, (4, 6, 6), guidance=False)}
-    return {name: tiny.modules(s, torch.bfloat16)["transformer"] for name, s in sizes.items()}
+    return tiny.transformers(torch.bfloat16)
 
 
 def transformers(masters, stream) -> Transformers:
     home = OnDevice(CPU, stream) if stream else None
-    return Transformers(masters, CPU, dynamic=False, budget=None, home=home)
+    return Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None, home=home)
 
 
 def bits(found: Transformers, key) -> dict[str, Tensor]:

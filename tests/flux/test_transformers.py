@@ -6,10 +6,8 @@ import random
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
 from flux.merge import WorkingWeights
 from flux.quantize import float8_parameters, storage
 from flux.residency import ORDER, BudgetError
@@ -25,8 +23,7 @@ WIDTH = SIZE.width
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def masters(request) -> dict[str, nn.Module]:
-    found = {"dev": SIZE, "schnell": tiny.Size(2, 3, 2, (4, 6, 6), guidance=False)}
-    return {name: tiny.modules(s, request.param)["transformer"] for name, s in found.items()}
+    return tiny.transformers(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,7 @@ def adapters(tmp_path_factory) -> list:
 
 
 def make(masters, budget=None, dynamic=False) -> Transformers:
-    return Transformers(masters, CPU, dynamic=dynamic, budget=budget)
+    return Transformers(tiny.opened(masters), CPU, dynamic=dynamic, budget=budget)
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -238,75 +235,13 @@ def test_declared_sizes_are_what_the_weights_take(masters) -> None:
         assert size(skeleton(masters[key[0]]), float8) == taken
 
 
-def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> None:
-    monkeypatch.setattr("flux.slabs.SLAB", 1 << 16)
-    master = masters["dev"]
-    before = bits(master)
-    assert hold(master, page_locked=False)
-    assert_same(bits(master), before)
-    storages = [parameter.untyped_storage() for parameter in master.parameters()]
-    slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
-    assert bytes_of(master) <= sum(slabs.values()) <= 1.5 * bytes_of(master) + (1 << 16)
-    assert len(slabs) < len(list(master.parameters())) / 4
-
-
-def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> None:
-    master = masters["dev"]
-    pointers = [p.data_ptr() for p in master.parameters()]
-
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr("flux.slabs.torch.empty", refuse)
-    assert not hold(master, page_locked=True)
-    assert [p.data_ptr() for p in master.parameters()] == pointers
-    assert "stay in the memory map. There are no" in caplog.text
-    assert "CUDA error: out of memory" in caplog.text
-
-
-def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
-    """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
-    slabs, empty, kept = [], torch.empty, []
-
-    def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        if len(slabs) == 2:
-            raise RuntimeError("CUDA error: out of memory")
-        slab = empty(size, dtype=dtype)
-        slabs.append(StorageWeakRef(slab.untyped_storage()))
-        return slab
-
-    def let_go() -> None:
-        kept.append([slab for slab in slabs if not slab.expired()])
-
-    monkeypatch.setattr("flux.slabs.SLAB", 1 << 12)
-    monkeypatch.setattr("flux.slabs.torch.empty", two)
-    monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go)
-    assert not hold(masters["dev"], page_locked=True)
-    assert (len(slabs), kept) == (2, [[]])
-
-
-def test_budgets_as_set_and_as_measured(tmp_path) -> None:
-    assert device_budget(None, CPU, loaded=5) is None
-    assert device_budget(100, CPU, loaded=5) == 95
-    limit = tmp_path / "memory.max"
-    limit.write_text(f"{HOST_RESERVE + 7}\n")
-    assert host_budget(3, limit) == 3
-    assert host_budget(None, limit) == 7
-    limit.write_text("max\n")
-    assert host_budget(None, limit) == host_budget(None, tmp_path / "absent")
-
-
 @pytest.mark.gpu
 def test_on_a_gpu(masters, adapters) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    free, _ = torch.cuda.mem_get_info(device)
-    assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
     assert hold(masters["dev"], page_locked=True)
-    assert all(p.is_pinned() for p in masters["dev"].parameters())
-    transformers = Transformers(masters, device, dynamic=False, budget=None)
+    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
         transformers.reconcile(key, [])
@@ -320,7 +255,7 @@ def test_real_memory_of_a_gpu_that_runs_out(masters) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    transformers = Transformers(masters, device, dynamic=False, budget=None)
+    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [])
     _, total = torch.cuda.mem_get_info(device)
