@@ -11,6 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from flux.attention import set_attention_backend
 from flux.memory import bytes_of, device_budget, hold, host_budget
 from flux.quantize import quantizes_activations
 from flux.residency import that_fit
@@ -124,6 +125,7 @@ def working_transformers(
 
     Raises:
         BudgetError: the device has no room for any.
+        SettingsError: the device lacks what a setting asks for.
     """
     device, masters = deployment.device, {name: p.transformer for name, p in pipelines.items()}
     if device.type == "cuda":  # on a CPU, the copies would lie beside the working weights
@@ -134,4 +136,8 @@ def working_transformers(
     loaded = sum(bytes_of(getattr(shared, name)) for name in MODULES)
     budget = device_budget(settings.device_memory_bytes, device, loaded)
     dynamic = quantizes_activations(settings.fp8_activations, device, deployment.dtype)
-    return Transformers(masters, device, dynamic=dynamic, budget=budget)
+    transformers = Transformers(masters, device, dynamic=dynamic, budget=budget)
+    set_attention_backend(
+        transformers.modules.values(), settings.attention_backend, device, deployment.dtype
+    )
+    return transformers

@@ -96,6 +96,7 @@ class Settings:
             free there, less a reserve for activations.
         host_memory_bytes: what pristine weights may take in page-locked host memory; None is what
             the machine or container has, less a reserve.
+        attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
         prompt_cache: how many encoded prompts are kept.
@@ -131,6 +132,7 @@ class Settings:
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
+    attention_backend: str = _setting("FLUX_ATTENTION_BACKEND", str, "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)
