@@ -184,6 +184,7 @@ class Predictor(BaseRunner):
         with _without_remarks():
             import torch
 
+            from flux.compile import compile_blocks
             from flux.engine import Engine
             from flux.load import Deployment, load_pipelines, working_transformers
             from lora.adapter import Targets, load_adapter
@@ -195,7 +196,8 @@ class Predictor(BaseRunner):
         )
         pipelines = load_pipelines(deployment, self._settings)
         transformers = working_transformers(pipelines, deployment, self._settings)
-        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache)
+        compilation = compile_blocks(transformers.modules, deployment.device, self._settings)
+        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache, compilation)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader: AdapterLoader[Adapter] = AdapterLoader(
@@ -205,9 +207,10 @@ class Predictor(BaseRunner):
         self._make_ready(check_cancelled)
 
     def _make_ready(self, check_cancelled: CheckCancelled) -> None:
-        """Bring transformers to the device, with the default adapter as requests will want it."""
+        """Compile, and bring transformers to the device with the adapter that requests will want."""
         wanted = [(self._default_adapter, 1.0)] if self._default_adapter else []
         adapters = self._adapters(wanted, check_cancelled)
+        self._engine.warm_up(check_cancelled)
         for key in self._engine.at_start:
             multiplier = scale_multiplier(key[1], self._settings)
             scaled = [(adapter, scale * multiplier) for adapter, scale in adapters]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from flux.autoencoder import Autoencoder
+from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
 from flux.inpaint import repainted_cells, soft_alpha
 from flux.merge import AdapterLike, WorkingWeights
 from flux.prompts import PromptEmbeddings, PromptEncoder
@@ -41,11 +42,13 @@ class Canvas:
 
     Attributes:
         width, height: in pixels; the request's size, extended to whole tokens of this VAE.
+        tokens: of the transformer.
         arguments: of the pipeline's call: the input picture's latents, and the mask.
     """
 
     width: int
     height: int
+    tokens: int
     arguments: dict[str, Any]
 
 
@@ -56,10 +59,15 @@ class Engine:
         pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders.
         transformers: those that draw; the pipelines' own are never run.
         prompt_cache: how many encoded prompts are kept.
+        compilation: of these transformers; None where they are not compiled.
     """
 
     def __init__(
-        self, pipelines: dict[str, FluxPipeline], transformers: Transformers, prompt_cache: int
+        self,
+        pipelines: dict[str, FluxPipeline],
+        transformers: Transformers,
+        prompt_cache: int,
+        compilation: Compilation | None = None,
     ) -> None:
         self._pipelines = {
             (key, mode): _sibling(pipelines[key[0]], kind, transformer)
@@ -70,6 +78,7 @@ class Engine:
         self._autoencoder = Autoencoder(shared)
         self._prompts = PromptEncoder(shared, prompt_cache)
         self._transformers = transformers
+        self._compilation = compilation
         self._encoders = WorkingWeights({name: getattr(shared, name) for name in ENCODERS})
         self._token = 2 * self._autoencoder.cell  # pixels along the side of a token
 
@@ -110,6 +119,23 @@ class Engine:
             logger.info("Adapters: %d weights merged, %d restored", merged, restored)
         if absent:
             logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
+
+    def warm_up(self, check_cancelled: Callable[[], None]) -> None:
+        """Compile what requests will need, in a step of each transformer that it takes."""
+        if self._compilation is None:
+            return
+        with warming_up():
+            for key in to_warm_up(self.at_start):
+                try:
+                    self.merge(key, (), check_cancelled)
+                    self._rehearse(rehearsal(key, self._token), check_cancelled)
+                except BudgetError as error:
+                    logger.info("%s %s is not compiled: %s", *key, error)
+
+    def _rehearse(self, request: Request, check_cancelled: Callable[[], None]) -> None:
+        """Draw a request's latents, which is what is compiled, and no picture."""
+        prompt = self._transformers.with_room(_key(request), partial(self._encode_prompt, request))
+        self._denoise(request, prompt, self._prepare(request), request.seeds[0], check_cancelled)
 
     def generate(
         self,
@@ -161,8 +187,9 @@ class Engine:
         return self._prompts.encode(request.prompt, request.variant.max_sequence_length, state)
 
     def _prepare(self, request: Request) -> Canvas:
-        width = math.ceil(request.width / self._token) * self._token
-        height = math.ceil(request.height / self._token) * self._token
+        columns = math.ceil(request.width / self._token)
+        rows = math.ceil(request.height / self._token)
+        width, height = columns * self._token, rows * self._token
         arguments: dict[str, Any] = {}
         if request.picture:
             latents = self._autoencoder.encode(_extend(request.picture, width, height))
@@ -171,7 +198,7 @@ class Engine:
             mask = torch.from_numpy(np.array(_extend(request.mask, width, height)))
             cells = repainted_cells(mask[None, None] / 255, self._autoencoder.cell)
             arguments |= {"mask_image": cells, "masked_image_latents": latents}
-        return Canvas(width, height, arguments)
+        return Canvas(width, height, columns * rows, arguments)
 
     def _denoise(
         self,
@@ -203,8 +230,10 @@ class Engine:
             ).images
             return latents
 
-        key = _key(request)
-        return self._transformers.with_room(key, denoise)
+        key, work = _key(request), denoise
+        if self._compilation is not None:
+            work = partial(self._compilation.run, key, canvas.tokens, denoise)
+        return self._transformers.with_room(key, work)
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
         decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)

@@ -52,6 +52,18 @@ def bytes_of(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device lacked memory.
+
+    Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own, and any of
+    them inside a compiler's exception.
+    """
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, BaseException):
+        return is_out_of_memory(inner)
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 def hold(module: nn.Module, *, page_locked: bool) -> bool:
     """Copy a module's parameters from the memory map into a few large slabs of host memory.
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from flux.memory import is_out_of_memory
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.quantize import empty_float8, float8_parameters, storage, store
 from flux.residency import GB, ORDER, BudgetError, Key, Residency
@@ -102,7 +103,7 @@ class Transformers:
         try:
             return work()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
@@ -113,7 +114,7 @@ class Transformers:
         try:
             return work()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise BudgetError(
                 f"Out of memory on {self._device}, also with {' '.join(key)} alone there: ask for "
@@ -160,11 +161,6 @@ class Transformers:
             return masters[name]
 
         return read
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def skeleton(master: nn.Module) -> nn.Module:

@@ -1,9 +1,7 @@
 """The predictor itself, in this process: other deployments than the served default."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,45 +12,23 @@ from transformers import T5EncoderModel
 
 from flux.load import NANO, SHARED
 from flux.memory import bytes_of
-from predict import Predictor
 from safety.checker import Verdict
 from tests.planted import plant_flags
-from tests.support import QUICK, colours, defaults, difference, pixels, same
-
-Draw = Callable[..., list[Image.Image]]
-
-
-def load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.copy()
+from tests.support import (
+    QUICK,
+    Draw,
+    colours,
+    difference,
+    pixels,
+    same,
+    set_up_predictor,
+)
 
 
 @pytest.fixture
 def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
     """Set up a predictor under the given environment; returns its `run`, giving images."""
-
-    def set_up(**environment: str) -> Draw:
-        settings = {
-            "FLUX_CHECKPOINT": "nano",
-            "FLUX_DEVICE": "cpu",
-            "FLUX_OUTPUT_DIRECTORY": str(tmp_path / "outputs"),
-            **environment,
-        }
-        for name in [name for name in os.environ if name.startswith("FLUX_")]:
-            monkeypatch.delenv(name)
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        predictor = Predictor()
-        predictor.setup()
-
-        def draw(**inputs: Any) -> list[Image.Image]:
-            options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
-            paths = predictor.run(**options)
-            return [load(path) for path in paths]
-
-        return draw
-
-    return set_up
+    return partial(set_up_predictor, monkeypatch, tmp_path / "outputs")
 
 
 def diffusers(dtype: torch.dtype = torch.float32) -> dict[str, FluxPipeline]:
