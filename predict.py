@@ -185,6 +185,7 @@ class Predictor(BaseRunner):
         with without_remarks():
             import torch
 
+            from flux.compile import compile_blocks
             from flux.deployment import Deployment, sources_of
             from flux.engine import Engine
             from flux.load import load_pipelines, working_transformers
@@ -200,7 +201,8 @@ class Predictor(BaseRunner):
         sources = sources_of(deployment.checkpoint, self._settings)
         pipelines = load_pipelines(sources, deployment, inventory)
         transformers = working_transformers(pipelines, sources, deployment, self._settings)
-        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache)
+        compilation = compile_blocks(transformers.modules, deployment, self._settings)
+        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache, compilation)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader: AdapterLoader[Adapter] = AdapterLoader(
@@ -212,9 +214,10 @@ class Predictor(BaseRunner):
         inventory.log()
 
     def _make_ready(self, check_cancelled: CheckCancelled) -> None:
-        """Bring transformers to the device, with the default adapter as requests will want it."""
+        """Compile, and bring transformers to the device with the adapter that requests will want."""
         wanted = [(self._default_adapter, 1.0)] if self._default_adapter else []
         adapters = self._adapters(wanted, check_cancelled)
+        self._engine.warm_up(check_cancelled)
         for key in self._engine.at_start:
             multiplier = scale_multiplier(key[1], self._settings)
             scaled = [(adapter, scale * multiplier) for adapter, scale in adapters]

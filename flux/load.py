@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from flux.attention import set_attention_backend
 from flux.components import load_component, load_module, load_tokenizer
 from flux.deployment import Deployment
 from flux.masters import PART, Master, load_transformer, template
@@ -88,6 +89,7 @@ def working_transformers(
     Raises:
         CheckpointError: a transformer, or its float8 weights, cannot be loaded.
         BudgetError: there is no room for any.
+        SettingsError: the device lacks what a setting asks for.
     """
     device, shared = deployment.device, next(iter(pipelines.values()))
     taken = {name: bytes_of(getattr(shared, name)) for name in MODULES}
@@ -101,7 +103,7 @@ def working_transformers(
             budget = left
         else:
             page_locked = PageLocked(left)
-    return Transformers(
+    transformers = Transformers(
         _masters(sources, deployment.dtype, settings.quantized_directory, page_locked),
         device,
         dynamic=quantizes_activations(settings.fp8_activations, device, deployment.dtype),
@@ -109,6 +111,10 @@ def working_transformers(
         home=home,
         precisions=PRECISIONS[settings.at_start],
     )
+    set_attention_backend(
+        transformers.modules.values(), settings.attention_backend, device, deployment.dtype
+    )
+    return transformers
 
 
 def _masters(

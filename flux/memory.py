@@ -45,3 +45,15 @@ def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return size_of([*module.parameters(), *module.buffers()])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device lacked memory.
+
+    Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own, and any of
+    them inside a compiler's exception.
+    """
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, BaseException):
+        return is_out_of_memory(inner)
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.masters import Master
+from flux.memory import is_out_of_memory
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
@@ -56,6 +57,7 @@ class Transformers:
         home: Home | None = None,
         precisions: Collection[Precision] = ("bf16", "fp8"),
     ) -> None:
+        self.precisions = precisions
         self._masters = masters
         self._device = device
         self._dynamic = dynamic
@@ -119,7 +121,7 @@ class Transformers:
         try:
             return work()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
@@ -130,7 +132,7 @@ class Transformers:
         try:
             return work()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise BudgetError(
                 f"Out of memory on {self._device}, also with {' '.join(key)} alone there: ask for "
@@ -203,11 +205,6 @@ class Transformers:
             return self._masters[variant].open()[name] if clean is None else clean
 
         return read
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def skeleton(master: nn.Module) -> nn.Module:

@@ -1,21 +1,17 @@
 """Fixtures shared by the tests."""
 
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import miniature
 import pytest
 from PIL import Image
 
-from predict import Predictor
 from tests import official
 from tests.hub import Hub
-from tests.support import QUICK, LoggedServer, defaults, load, logged_server
-
-Draw = Callable[..., list[Image.Image]]
+from tests.support import Draw, LoggedServer, logged_server, set_up_predictor
 
 
 @pytest.fixture(scope="session")
@@ -75,25 +71,4 @@ def hub():
 def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
     """Set up a predictor under the given environment; returns its `run`, giving images."""
 
-    def set_up(**environment: str) -> Draw:
-        settings = {
-            "FLUX_CHECKPOINT": "nano",
-            "FLUX_DEVICE": "cpu",
-            "FLUX_OUTPUT_DIRECTORY": str(tmp_path / "outputs"),
-            **environment,
-        }
-        for name in [name for name in os.environ if name.startswith("FLUX_")]:
-            monkeypatch.delenv(name)
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        predictor = Predictor()
-        predictor.setup()
-
-        def draw(**inputs: Any) -> list[Image.Image]:
-            options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
-            paths = predictor.run(**options)
-            return [load(path) for path in paths]
-
-        return draw
-
-    return set_up
+    return partial(set_up_predictor, monkeypatch, tmp_path / "outputs")

@@ -110,6 +110,9 @@ class Settings:
             free there, less a reserve for activations.
         host_memory_bytes: what weights may take in page-locked host memory, offloaded ones first;
             None is what the machine or container has, less a reserve.
+        compile: whether the transformers' blocks are compiled; `auto` is on with CUDA.
+        compile_cache_directory: where compiled kernels are kept between starts.
+        attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
         prompt_cache: how many encoded prompts are kept.
@@ -148,6 +151,11 @@ class Settings:
     offload: str = _setting("FLUX_OFFLOAD", _one_of("none", "t5", "all"), "none")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
+    compile: str = _setting("FLUX_COMPILE", _one_of("auto", "on", "off"), "auto")
+    compile_cache_directory: Path = _setting(
+        "TORCHINDUCTOR_CACHE_DIR", Path, Path("~/.cache/flux-fine-tune/compiled")
+    )
+    attention_backend: str = _setting("FLUX_ATTENTION_BACKEND", str, "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)

@@ -29,6 +29,7 @@ import torch
 from common import interleave, medians, parser, publish
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+from flux.compile import compile_blocks
 from flux.deployment import Deployment, sources_of
 from flux.engine import Engine
 from flux.load import load_pipelines, working_transformers
@@ -101,7 +102,9 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]
         plain = plain_pipeline(pipelines[name], sources[name], deployment)
         if bench is None:  # ours take what is free beside diffusers' transformer
             transformers = working_transformers(pipelines, sources, deployment, settings)
-            engine = Engine(pipelines, transformers, settings.prompt_cache)
+            compilation = compile_blocks(transformers.modules, deployment, settings)
+            engine = Engine(pipelines, transformers, settings.prompt_cache, compilation)
+            engine.warm_up(never)
             bench = Bench(engine, transformers, deployment.device)
         case = Case(name, arguments.steps or steps, arguments.size, bench, plain)
         variants[name] = case.measure(arguments.rounds)
@@ -114,6 +117,7 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]
         "device": str(deployment.device),
         "dtype": str(deployment.dtype).removeprefix("torch."),
         "pixels": [arguments.size, arguments.size],
+        "compiled": compilation is not None,
         "rounds": arguments.rounds,
         "adapter_rank": full_depth.RANK,
         "variants": variants,
