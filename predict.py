@@ -8,13 +8,13 @@ is dropped without a word, so the signature below stays in those forms
 # ruff: noqa: E501  (a description must be one plain string literal)
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cog import BaseRunner, Input, Path
 
 from flux.outputs import Outputs, RequestOutputs
+from flux.quiet import without_remarks
 from flux.request import Inputs, Request, resolve, scale_multiplier
 from flux.sampling import MEGAPIXEL
 from flux.timing import Stopwatch
@@ -22,7 +22,8 @@ from flux.worker import CheckCancelled, EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from safety.checker import Inspection
-from safety.policy import load_checker
+from safety.policy import load_checker, parts_of
+from weights.inventory import Inventory
 from weights.settings import Settings
 
 if TYPE_CHECKING:
@@ -181,21 +182,27 @@ class Predictor(BaseRunner):
         return self._thread.call(lambda check_cancelled: self._serve(inputs, check_cancelled))
 
     def _load(self, check_cancelled: CheckCancelled) -> None:
-        with _without_remarks():
+        with without_remarks():
             import torch
 
+            from flux.compile import compile_blocks
+            from flux.deployment import Deployment, sources_of
             from flux.engine import Engine
-            from flux.load import Deployment, load_pipelines, working_transformers
+            from flux.load import load_pipelines, working_transformers
             from lora.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
+        deployment.fetch(parts_of(self._settings, deployment.checkpoint), self._settings)
+        inventory = Inventory()
         self._checker = load_checker(
-            self._settings, deployment.checkpoint, deployment.device, deployment.dtype
+            self._settings, deployment.checkpoint, deployment.device, deployment.dtype, inventory
         )
-        pipelines = load_pipelines(deployment, self._settings)
-        transformers = working_transformers(pipelines, deployment, self._settings)
-        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache)
+        sources = sources_of(deployment.checkpoint, self._settings)
+        pipelines = load_pipelines(sources, deployment, inventory)
+        transformers = working_transformers(pipelines, sources, deployment, self._settings)
+        compilation = compile_blocks(transformers.modules, deployment, self._settings)
+        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache, compilation)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader: AdapterLoader[Adapter] = AdapterLoader(
@@ -203,11 +210,14 @@ class Predictor(BaseRunner):
             lambda path, digest: load_adapter(path, digest, targets),
         )
         self._make_ready(check_cancelled)
+        inventory.add(*transformers.entries())
+        inventory.log()
 
     def _make_ready(self, check_cancelled: CheckCancelled) -> None:
-        """Bring transformers to the device, with the default adapter as requests will want it."""
+        """Compile, and bring transformers to the device with the adapter that requests will want."""
         wanted = [(self._default_adapter, 1.0)] if self._default_adapter else []
         adapters = self._adapters(wanted, check_cancelled)
+        self._engine.warm_up(check_cancelled)
         for key in self._engine.at_start:
             multiplier = scale_multiplier(key[1], self._settings)
             scaled = [(adapter, scale * multiplier) for adapter, scale in adapters]
@@ -255,17 +265,6 @@ class Predictor(BaseRunner):
             self.record_metric(f"timing.{stage}", round(seconds, 4))
         self.record_metric("megapixels", request.width * request.height / MEGAPIXEL)
         self.record_metric("image_output_count", len(files.paths))
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Import the large libraries without their warnings about optional packages."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(disabled)
 
 
 def _log_to_stderr() -> None:

@@ -14,11 +14,13 @@ from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxInpaintPipelin
 from PIL import Image
 from torch import nn
 
+from flux.autoencoder import Autoencoder
+from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
 from flux.inpaint import repainted_cells, soft_alpha
 from flux.merge import AdapterLike, WorkingWeights
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request
-from flux.residency import Key
+from flux.residency import BudgetError, Key
 from flux.timing import Stopwatch
 from flux.transformers import Transformers
 
@@ -40,11 +42,13 @@ class Canvas:
 
     Attributes:
         width, height: in pixels; the request's size, extended to whole tokens of this VAE.
+        tokens: of the transformer.
         arguments: of the pipeline's call: the input picture's latents, and the mask.
     """
 
     width: int
     height: int
+    tokens: int
     arguments: dict[str, Any]
 
 
@@ -52,24 +56,32 @@ class Engine:
     """Draws requests with diffusers' pipelines; only ever used from the engine thread.
 
     Args:
-        pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders.
-        transformers: those that draw; the pipelines' own are never run.
+        pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders; they
+            need no transformers.
+        transformers: those that draw.
         prompt_cache: how many encoded prompts are kept.
+        compilation: of these transformers; None where they are not compiled.
     """
 
     def __init__(
-        self, pipelines: dict[str, FluxPipeline], transformers: Transformers, prompt_cache: int
+        self,
+        pipelines: dict[str, FluxPipeline],
+        transformers: Transformers,
+        prompt_cache: int,
+        compilation: Compilation | None = None,
     ) -> None:
         self._pipelines = {
             (key, mode): _sibling(pipelines[key[0]], kind, transformer)
             for key, transformer in transformers.modules.items()
             for mode, kind in PIPELINES.items()
         }
-        self._shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
-        self._prompts = PromptEncoder(self._shared, prompt_cache)
+        shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
+        self._autoencoder = Autoencoder(shared)
+        self._prompts = PromptEncoder(shared, prompt_cache)
         self._transformers = transformers
-        self._encoders = WorkingWeights({name: getattr(self._shared, name) for name in ENCODERS})
-        self._cell: int = self._shared.vae_scale_factor  # pixels along the side of a latent
+        self._compilation = compilation
+        self._encoders = WorkingWeights({name: getattr(shared, name) for name in ENCODERS})
+        self._token = 2 * self._autoencoder.cell  # pixels along the side of a token
 
     @property
     def shapes(self) -> dict[str, dict[str, torch.Size]]:
@@ -109,6 +121,23 @@ class Engine:
         if absent:
             logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
 
+    def warm_up(self, check_cancelled: Callable[[], None]) -> None:
+        """Compile what requests will need, in a step of each transformer that it takes."""
+        if self._compilation is None:
+            return
+        with warming_up():
+            for key in to_warm_up(self.at_start, self._transformers.precisions):
+                try:
+                    self.merge(key, (), check_cancelled)
+                    self._rehearse(rehearsal(key, self._token), check_cancelled)
+                except BudgetError as error:
+                    logger.info("%s %s is not compiled: %s", *key, error)
+
+    def _rehearse(self, request: Request, check_cancelled: Callable[[], None]) -> None:
+        """Draw a request's latents, which is what is compiled, and no picture."""
+        prompt = self._transformers.with_room(_key(request), partial(self._encode_prompt, request))
+        self._denoise(request, prompt, self._prepare(request), request.seeds[0], check_cancelled)
+
     def generate(
         self,
         request: Request,
@@ -132,21 +161,17 @@ class Engine:
         with self._stage(stopwatch, "adapters"):
             self.merge(key, adapters, check_cancelled)
         with self._stage(stopwatch, "text"):
-            state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
-            length = request.variant.max_sequence_length
-            encode = partial(self._prompts.encode, request.prompt, length, state)
-            prompt = with_room(encode)
+            prompt = with_room(partial(self._encode_prompt, request))
         check_cancelled()
         with self._stage(stopwatch, "input"):
             canvas = with_room(partial(self._prepare, request))
         for seed in request.seeds:
             check_cancelled()
             with self._stage(stopwatch, "denoising"):
-                denoise = partial(self._denoise, request, prompt, canvas, seed)
-                latents = with_room(partial(denoise, check_cancelled))
+                latents = self._denoise(request, prompt, canvas, seed, check_cancelled)
             check_cancelled()
             with self._stage(stopwatch, "decoding"):
-                image = with_room(partial(self._decode, request, canvas, latents))
+                image = self._decode(request, canvas, latents)
             check_cancelled()
             yield image
 
@@ -155,29 +180,26 @@ class Engine:
         """A stage of the stopwatch that is charged all that it has queued on a GPU."""
         with stopwatch.stage(name):
             yield
-            if self._shared.vae.device.type == "cuda":
-                torch.cuda.synchronize(self._shared.vae.device)
+            if self._autoencoder.device.type == "cuda":
+                torch.cuda.synchronize(self._autoencoder.device)
+
+    def _encode_prompt(self, request: Request) -> PromptEmbeddings:
+        state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
+        return self._prompts.encode(request.prompt, request.variant.max_sequence_length, state)
 
     def _prepare(self, request: Request) -> Canvas:
-        token = 2 * self._cell
-        width = math.ceil(request.width / token) * token
-        height = math.ceil(request.height / token) * token
+        columns = math.ceil(request.width / self._token)
+        rows = math.ceil(request.height / self._token)
+        width, height = columns * self._token, rows * self._token
         arguments: dict[str, Any] = {}
         if request.picture:
-            latents = self._encode(_extend(request.picture, width, height))
+            latents = self._autoencoder.encode(_extend(request.picture, width, height))
             arguments |= {"image": latents, "strength": 1.0}  # the sigmas hold the strength
         if request.mask:
             mask = torch.from_numpy(np.array(_extend(request.mask, width, height)))
-            cells = repainted_cells(mask[None, None] / 255, self._cell)
+            cells = repainted_cells(mask[None, None] / 255, self._autoencoder.cell)
             arguments |= {"mask_image": cells, "masked_image_latents": latents}
-        return Canvas(width, height, arguments)
-
-    def _encode(self, picture: Image.Image) -> torch.Tensor:
-        """A picture's latents, [1, channels, height / cell, width / cell]."""
-        vae = self._shared.vae
-        pixels = self._shared.image_processor.preprocess(picture).to(vae.device, vae.dtype)
-        mean: torch.Tensor = vae.encode(pixels).latent_dist.mode()
-        return mean.sub(vae.config.shift_factor).mul(vae.config.scaling_factor)
+        return Canvas(width, height, columns * rows, arguments)
 
     def _denoise(
         self,
@@ -193,27 +215,37 @@ class Engine:
             check_cancelled()
             return {}
 
-        latents: torch.Tensor = self._pipelines[_key(request), request.mode](
-            prompt_embeds=prompt.tokens,
-            pooled_prompt_embeds=prompt.pooled,
-            width=canvas.width,
-            height=canvas.height,
-            num_inference_steps=len(request.sigmas),
-            sigmas=list(request.sigmas),
-            guidance_scale=request.guidance or 0.0,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-            **canvas.arguments,
-        ).images
-        return latents
+        def denoise() -> torch.Tensor:
+            latents: torch.Tensor = self._pipelines[key, request.mode](
+                prompt_embeds=prompt.tokens,
+                pooled_prompt_embeds=prompt.pooled,
+                width=canvas.width,
+                height=canvas.height,
+                num_inference_steps=len(request.sigmas),
+                sigmas=list(request.sigmas),
+                guidance_scale=request.guidance or 0.0,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                callback_on_step_end=on_step_end,
+                **canvas.arguments,
+            ).images
+            return latents
+
+        key, work = _key(request), denoise
+        if self._compilation is not None:
+            work = partial(self._compilation.run, key, canvas.tokens, denoise)
+        return self._transformers.with_room(key, work)
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
-        vae = self._shared.vae
-        latents = self._shared._unpack_latents(latents, canvas.height, canvas.width, self._cell)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        pixels = vae.decode(latents, return_dict=False)[0]
-        drawn: Image.Image = self._shared.image_processor.postprocess(pixels, output_type="pil")[0]
+        decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
+        with_room = partial(self._transformers.with_room, _key(request))
+        try:
+            drawn = with_room(decode)
+        except BudgetError as error:
+            logger.warning("Decoding in tiles: %s", error.__cause__ or error)
+            drawn = None
+        if drawn is None:  # out of the except block, which holds on to tensors
+            drawn = with_room(partial(decode, tiled=True))
         drawn = drawn.crop((0, 0, request.width, request.height))
         if request.picture and request.mask:
             return Image.composite(drawn, request.picture, soft_alpha(request.mask))

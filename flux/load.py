@@ -1,137 +1,147 @@
 """Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
 
-import logging
-import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.memory import bytes_of, device_budget, hold, host_budget
+from flux.attention import set_attention_backend
+from flux.components import load_component, load_module, load_tokenizer
+from flux.deployment import Deployment
+from flux.masters import PART, Master, load_transformer, template
+from flux.memory import bytes_of, device_budget, host_budget
+from flux.offload import OnHost, offload
+from flux.prequantized import Prequantized, path_of
 from flux.quantize import quantizes_activations
-from flux.residency import that_fit
-from flux.transformers import Transformers
-from flux.variants import VARIANTS
-from weights.checkpoint import directory_of
-from weights.redact import without_secrets
-from weights.settings import Settings, SettingsError
+from flux.quiet import without_progress_bars
+from flux.request import Precision
+from flux.residency import BudgetError
+from flux.slabs import PageLocked, hold
+from flux.transformers import COMPONENT, Transformers
+from weights.inventory import Inventory
+from weights.settings import Settings
 
-logger = logging.getLogger(__name__)
-
-NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
-MODULES = ("vae", "text_encoder", "text_encoder_2")
-SHARED = (*MODULES, "tokenizer", "tokenizer_2")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be loaded; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """Settings after a look at the machine: which checkpoint runs where, and in which dtype."""
-
-    checkpoint: str
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def choose(cls, settings: Settings) -> "Deployment":
-        """Replace every `auto`, and say in the log what it became."""
-        cuda = torch.cuda.is_available()
-        device = _device(_unless_auto(settings.device, "cuda" if cuda else "cpu"))
-        checkpoint = _unless_auto(settings.checkpoint, "official" if cuda else "nano")
-        on_cpu = device.type == "cpu"
-        dtype = _unless_auto(settings.dtype, "float32" if on_cpu else "bfloat16")
-        shown = without_secrets(checkpoint)
-        logger.info("checkpoint %s on %s, computing in %s", shown, device, dtype)
-        if checkpoint == "nano":
-            logger.info(
-                "nano is the embedded miniature, for trying out and testing; "
-                "set FLUX_CHECKPOINT=official for FLUX.1"
-            )
-        if on_cpu and dtype == "float32":
-            logger.info("bf16 requests compute in float32: most CPUs are far slower in bfloat16")
-        return cls(checkpoint, device, getattr(torch, dtype))
-
-    def source(self, variant: str, settings: Settings) -> Path:
-        """The directory that a variant is loaded from; what is not there yet is fetched."""
-        if self.checkpoint == "nano":
-            return NANO / variant
-        directory = directory_of(variant, self.checkpoint, settings)
-        if not (directory / "model_index.json").is_file():
-            raise CheckpointError(
-                f"FLUX_CHECKPOINT={without_secrets(self.checkpoint)}: {directory} holds no "
-                "pipeline (model_index.json); expected official, nano, or a directory (or the URL "
-                "of a tar) with dev and schnell"
-            )
-        return directory
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+MODULES = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
+PRECISIONS: Mapping[str, Sequence[Precision]] = {
+    "all": ("bf16", "fp8"),
+    "bf16": ("bf16",),
+    "fp8": ("fp8",),
+}
+"""What FLUX_AT_START names."""
 
 
-def _unless_auto(setting: str, choice: str) -> str:
-    return choice if setting == "auto" else setting
+def load_pipelines(
+    sources: Mapping[str, Path], deployment: Deployment, inventory: Inventory
+) -> dict[str, FluxPipeline]:
+    """Load a text-to-image pipeline for each variant, without a transformer.
 
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"FLUX_DEVICE={name}: no such device here ({error})") from error
-    return device
-
-
-def load_pipelines(deployment: Deployment, settings: Settings) -> dict[str, FluxPipeline]:
-    """Load a text-to-image pipeline for each variant; VAE, text encoders, tokenizers are shared.
-
-    The transformers stay on the host, as diffusers maps them from the file: they are the pristine
-    copies that working weights are made from.
+    VAE, text encoders and tokenizers are those of the first variant, dev, for both.
 
     Raises:
-        CheckpointError: if files are missing or do not fit together.
-        WeightsError: if the checkpoint cannot be fetched.
+        CheckpointError: files are missing or do not fit together.
+        BudgetError: there is no room for what is offloaded.
     """
-    sources = {variant: deployment.source(variant, settings) for variant in VARIANTS}
-    diffusers_logging.set_verbosity_error()  # prompts.py says it itself where a prompt is cut
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    pipelines: dict[str, FluxPipeline] = {}
-    shared: dict[str, object] = {}
+    without_progress_bars()
+    variant, source = next(iter(sources.items()))
+    shared: dict[str, Any] = {}
+    for name, kind in TOKENIZERS.items():
+        with inventory.loading(name, source / name):
+            shared[name] = load_tokenizer(f"{variant} {name}", kind, source / name)
+    for name, kind in MODULES.items():
+        with inventory.loading(name, source / name) as tensors:
+            shared[name] = load_module(f"{variant} {name}", kind, source / name, deployment.dtype)
+            _place(name, shared[name], deployment)
+            tensors.extend(shared[name].parameters())
+    shared["vae"].to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
+    pipelines = {}
     for variant, source in sources.items():
-        start = time.perf_counter()
-        try:
-            pipeline = FluxPipeline.from_pretrained(source, dtype=deployment.dtype, **shared)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{variant}: cannot load {source}: {error}") from error
-        for name in MODULES:
-            getattr(pipeline, name).to(deployment.device)
-        pipeline.vae.to(memory_format=torch.channels_last)  # a third faster to decode on a CPU
-        shared = {name: pipeline.components[name] for name in SHARED}
-        pipelines[variant] = pipeline
-        logger.info("loaded %s from %s in %.1f s", variant, source, time.perf_counter() - start)
+        scheduler = load_component(
+            f"{variant} scheduler", FlowMatchEulerDiscreteScheduler, source / "scheduler"
+        )
+        pipelines[variant] = FluxPipeline(scheduler=scheduler, transformer=None, **shared)
     return pipelines
 
 
+def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
+    """Have a component run on the device, with its weights there or, if offloaded, on the host."""
+    if name not in deployment.offloaded:
+        module.to(deployment.device)
+        return
+    if deployment.device.type == "cuda" and not hold(module, page_locked=True):
+        raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")
+    offload(module, deployment.device)
+
+
 def working_transformers(
-    pipelines: dict[str, FluxPipeline], deployment: Deployment, settings: Settings
+    pipelines: Mapping[str, FluxPipeline],
+    sources: Mapping[str, Path],
+    deployment: Deployment,
+    settings: Settings,
 ) -> Transformers:
-    """The transformers that serve, to be made from the pipelines' own.
+    """The transformers that serve, made from the checkpoint's own; see `flux.transformers`.
 
     Raises:
-        BudgetError: the device has no room for any.
+        CheckpointError: a transformer, or its float8 weights, cannot be loaded.
+        BudgetError: there is no room for any.
+        SettingsError: the device lacks what a setting asks for.
     """
-    device, masters = deployment.device, {name: p.transformer for name, p in pipelines.items()}
-    if device.type == "cuda":  # on a CPU, the copies would lie beside the working weights
-        sizes = {name: bytes_of(master) for name, master in masters.items()}
-        for name in that_fit(masters, sizes, host_budget(settings.host_memory_bytes)):
-            hold(masters[name], page_locked=True)
-    shared = next(iter(pipelines.values()))
-    loaded = sum(bytes_of(getattr(shared, name)) for name in MODULES)
-    budget = device_budget(settings.device_memory_bytes, device, loaded)
-    dynamic = quantizes_activations(settings.fp8_activations, device, deployment.dtype)
-    return Transformers(masters, device, dynamic=dynamic, budget=budget)
+    device, shared = deployment.device, next(iter(pipelines.values()))
+    taken = {name: bytes_of(getattr(shared, name)) for name in MODULES}
+    on_host = sum(taken[name] for name in MODULES if name in deployment.offloaded)
+    budget = device_budget(settings.device_memory_bytes, device, sum(taken.values()) - on_host)
+    home = OnHost(device) if COMPONENT in deployment.offloaded else None
+    page_locked = None
+    if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
+        left = host_budget(settings.host_memory_bytes) - on_host
+        if home:  # the working weights take it, and the pristine ones stay in the map
+            budget = left
+        else:
+            page_locked = PageLocked(left)
+    transformers = Transformers(
+        _masters(sources, deployment.dtype, settings.quantized_directory, page_locked),
+        device,
+        dynamic=quantizes_activations(settings.fp8_activations, device, deployment.dtype),
+        budget=budget,
+        home=home,
+        precisions=PRECISIONS[settings.at_start],
+    )
+    set_attention_backend(
+        transformers.modules.values(), settings.attention_backend, device, deployment.dtype
+    )
+    return transformers
+
+
+def _masters(
+    sources: Mapping[str, Path],
+    dtype: torch.dtype,
+    quantized: Path | None,
+    page_locked: PageLocked | None,
+) -> dict[str, Master]:
+    """The pristine transformers, open but for those whose float8 weights are on disk."""
+    masters = {}
+    for variant, source in sources.items():
+        directory = source / PART
+        model, prequantized = template(variant, directory, dtype), None
+        if quantized:
+            prequantized = Prequantized(path_of(variant, quantized), model, directory)
+        load: Callable[[], nn.Module] = partial(_open, variant, directory, dtype, page_locked)
+        masters[variant] = Master(variant, model, load, directory, prequantized)
+        if not prequantized:
+            masters[variant].open()
+    return masters
+
+
+def _open(
+    variant: str, directory: Path, dtype: torch.dtype, page_locked: PageLocked | None
+) -> nn.Module:
+    """A pristine transformer, in page-locked memory where that is wanted and has room for it."""
+    transformer = load_transformer(variant, directory, dtype)
+    if page_locked:
+        page_locked.hold(transformer)
+    return transformer

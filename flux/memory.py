@@ -1,18 +1,14 @@
 """How much memory weights may take: as the operator says, or as the machine has."""
 
-import logging
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from weights.inventory import size_of
 from weights.settings import GIB
 
-logger = logging.getLogger(__name__)
-
-SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
-ALIGNMENT = 256
 DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding
 HOST_RESERVE = 16 * GIB  # parsed adapters, Python, libraries, pictures
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
@@ -48,35 +44,16 @@ def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return size_of([*module.parameters(), *module.buffers()])
 
 
-def hold(module: nn.Module, *, page_locked: bool) -> bool:
-    """Copy a module's parameters from the memory map into a few large slabs of host memory.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device lacked memory.
 
-    One slab for each parameter would take half as much again where memory is page-locked: the
-    allocator rounds every one up to a power of two.
-
-    Returns:
-        whether there was memory for it; the parameters are left as they are where not.
+    Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own, and any of
+    them inside a compiler's exception.
     """
-    slabs: list[torch.Tensor] = []
-    views: list[torch.Tensor] = []
-    start = SLAB
-    try:
-        for parameter in module.parameters():
-            count = parameter.numel() * parameter.element_size()
-            if start + count > SLAB:
-                size = max(SLAB, count)
-                slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=page_locked))
-                start = 0
-            view = slabs[-1][start : start + count].view(parameter.dtype).view(parameter.shape)
-            views.append(view.copy_(parameter.detach()))
-            start += -(-count // ALIGNMENT) * ALIGNMENT
-    except RuntimeError as error:  # what torch raises for memory of any kind
-        logger.warning("Pristine weights stay in the memory map: %s", error)
-        return False
-    for parameter, view in zip(module.parameters(), views, strict=True):
-        parameter.data = view
-    return True
+    inner = getattr(error, "inner_exception", None)
+    if isinstance(inner, BaseException):
+        return is_out_of_memory(inner)
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)

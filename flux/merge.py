@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from flux.staging import Staging
+
 Parameter = tuple[str, str]
 """(component, parameter name as in the component's `named_parameters()`)."""
 Record = tuple[tuple[str, float], ...]
@@ -99,6 +101,7 @@ class WorkingWeights:
             must be pristine now, unless blank, and nobody else may write them.
         pristine: where pristine values come from; by default a copy before the first write.
         store: how a result is put into a working weight; quantised weights bring their own.
+        staging: brings pristine values to the device; by default they are used where they are.
         blank: the parameters hold nothing yet; the first reconciliation writes all of them.
     """
 
@@ -107,16 +110,18 @@ class WorkingWeights:
         modules: Mapping[str, nn.Module],
         pristine: Pristine | None = None,
         store: Store = store_rounded,
+        staging: Staging | None = None,
         *,
         blank: bool = False,
     ) -> None:
         self._parameters: dict[Parameter, Tensor] = {
-            (component, name): parameter
+            (component, name): parameter.detach()  # the memory, wherever hooks send the parameter
             for component, module in modules.items()
             for name, parameter in module.named_parameters()
         }
         self._pristine = pristine or ClonedPristine(self._parameters)
         self._store = store
+        self._staging = staging or Staging(torch.device("cpu"), stream=None)
         self._records: dict[Parameter, Record | None] = {}
         if blank:
             self._records |= dict.fromkeys(self._parameters, UNKNOWN)
@@ -125,6 +130,11 @@ class WorkingWeights:
     def record(self, component: str, parameter: str) -> Record | None:
         """What a parameter's working value contains; UNKNOWN after a write that failed."""
         return self._records.get((component, parameter), ())
+
+    def clean(self, component: str, parameter: str) -> Tensor | None:
+        """The working value, where that is the pristine value."""
+        clean = self.record(component, parameter) == ()
+        return self._parameters[component, parameter] if clean else None
 
     def fingerprint(self, component: str) -> tuple[tuple[str, Record], ...]:
         """A key that is equal when, and only when, the component's weights are.
@@ -161,16 +171,30 @@ class WorkingWeights:
         """
         adapters, wanted = _wanted(desired)
         stale = [key for key in self._parameters if self.record(*key) != wanted.get(key, ())]
-        for key in stale:
-            check_cancelled()
-            self._write(key, wanted.get(key, ()), adapters)
+        written: dict[Parameter, Record] = {}
+        near = self._staging.bring(self._pristine(*key) for key in stale)
+        try:
+            for key, pristine in zip(stale, near, strict=True):
+                check_cancelled()
+                record = wanted.get(key, ())
+                self._write(key, record, pristine, adapters)
+                written[key] = record
+        finally:
+            self._staging.wait()  # also with nothing stale: before whatever is computed next
+            self._records |= written
         merged = sum(key in wanted for key in stale)
         absent = tuple(sorted(wanted.keys() - self._parameters.keys()))
         return Swap(merged, len(stale) - merged, absent)
 
-    def _write(self, key: Parameter, record: Record, adapters: Mapping[str, AdapterLike]) -> None:
-        """Write one parameter from its pristine value."""
-        working, pristine = self._parameters[key], self._pristine(*key)
+    def _write(
+        self,
+        key: Parameter,
+        record: Record,
+        pristine: Tensor,
+        adapters: Mapping[str, AdapterLike],
+    ) -> None:
+        """Write one parameter from its pristine value; its record is unknown afterwards."""
+        working = self._parameters[key]
         self._records[key] = UNKNOWN
         exact = pristine
         if record:
@@ -179,7 +203,6 @@ class WorkingWeights:
             for digest, scale in record:
                 adapters[digest].add_to(exact, *key, self._pristine, scale)
         self._store(working, exact)
-        self._records[key] = record
 
     def _scratch_like(self, working: Tensor) -> Tensor:
         """Reused fp32 memory of the parameter's shape: allocating costs more than adding."""

@@ -60,7 +60,7 @@ class PromptEncoder:
     def _encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeddings:
         tokens, pooled, _ = self._pipeline.encode_prompt(
             prompt,
-            device=self._pipeline.text_encoder.device,  # the pipeline's transformer is on the host
+            device=self._pipeline.vae.device,  # the transformer, and T5 perhaps, are on the host
             max_sequence_length=max_sequence_length,
         )
         return PromptEmbeddings(tokens, pooled, self._remarks(prompt, max_sequence_length))

@@ -89,7 +89,12 @@ def float8_parameters(transformer: nn.Module) -> frozenset[str]:
 
 
 def empty_float8(
-    shape: torch.Size, dtype: torch.dtype, device: torch.device, *, dynamic: bool
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dynamic: bool,
+    values: Tensor | None = None,
 ) -> Float8Tensor:
     """Memory for a weight of `shape` = [rows, columns], not written yet.
 
@@ -98,6 +103,7 @@ def empty_float8(
         dtype: that the linear computes and answers in.
         device: where the memory is.
         dynamic: whether the linear quantizes its inputs, per row.
+        values: memory for the values, FLOAT8; by default new memory on the device.
     """
     rows, columns = shape
     kernels = KernelPreference.TORCH  # AUTO changes with the packages that are installed
@@ -105,7 +111,7 @@ def empty_float8(
         FLOAT8, PerRow(), hp_value_lb=QUIET, kernel_preference=kernels
     )
     return Float8Tensor(
-        torch.empty(rows, columns, dtype=FLOAT8, device=device),
+        torch.empty(shape, dtype=FLOAT8, device=device) if values is None else values,
         torch.empty(rows, 1, dtype=torch.float32, device=device),
         block_size=[1, columns],
         mm_config=Float8MMConfig(use_fast_accum=True),

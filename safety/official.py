@@ -4,6 +4,7 @@ Both preprocess with transformers' own processors (those on PIL: torchvision is 
 precision is for the networks alone; scores and thresholds are compared in fp32.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class CompVis:
         self._model.visual_projection.to(dtype)
         self._threshold = threshold
 
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """What is on the device for it."""
+        return self._model.parameters()  # type: ignore[no-any-return]
+
     @torch.no_grad()
     def check(self, image: Image.Image) -> Verdict:
         """Judge an RGB image of any size by its worst concept, -2 to 2; 0 is the class's limit."""
@@ -72,6 +77,10 @@ class Falconsai:
             raise CheckerError(f"{directory}: no label {UNSAFE_LABEL} among {', '.join(labels)}")
         self._unsafe = int(labels[UNSAFE_LABEL])
         self._threshold = threshold
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """What is on the device for it."""
+        return self._model.parameters()  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def check(self, image: Image.Image) -> Verdict:

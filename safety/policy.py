@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from safety.checker import Checker, CheckerError, Verdict
-from safety.open_nsfw import OpenNSFW
+from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
-from weights.errors import WeightsError
+from weights.inventory import Inventory
+from weights.manifest import REPOSITORIES
 from weights.settings import Settings
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_OFFLINE = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,36 @@ class Combined:
         return Verdict(self._policy.withholds(flags), scores)
 
 
+def parts_of(settings: Settings, checkpoint: str) -> list[str]:
+    """The parts of weights/manifest.py that load_checker will ask for."""
+    checkers = POLICIES[_policy_name(settings, checkpoint)].checkers
+    return [part for checker in checkers if (part := f"safety/{checker}") in REPOSITORIES]
+
+
 def load_checker(
-    settings: Settings, checkpoint: str, device: "torch.device", dtype: "torch.dtype"
+    settings: Settings,
+    checkpoint: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    inventory: Inventory,
 ) -> Checker:
-    """Load what the settings ask for; what is not there yet is fetched.
+    """Load what the settings ask for, and list it; what is not there yet is fetched.
 
     Raises:
-        CheckerError: if a checker is missing or broken. It is never replaced by another.
+        WeightsError: if a checker cannot be fetched.
+        CheckerError: if one is broken. It is never replaced by another.
     """
     name = _policy_name(settings, checkpoint)
     policy = POLICIES[name]
     logger.info("safety policy %s: %s", name, ", ".join(policy.checkers))
+    if name == "open_nsfw" and settings.safety_policy == "auto" and checkpoint != "nano":
+        logger.warning(
+            "This checkpoint brings no safety checkers, so open_nsfw looks at its images. "
+            "FLUX_SAFETY_POLICY=official fetches the official ones."
+        )
     if policy.checkers == ("open_nsfw",):
-        return OpenNSFW(settings.nsfw_threshold)
+        with inventory.loading("safety open_nsfw", MODEL):
+            return OpenNSFW(settings.nsfw_threshold)
     from safety.official import CompVis, Falconsai
 
     kinds: dict[str, tuple[type[CompVis] | type[Falconsai], float]] = {
@@ -85,11 +101,16 @@ def load_checker(
     checkers: list[Checker] = []
     for checker in policy.checkers:
         kind, threshold = kinds[checker]
+        part = f"safety/{checker}"
+        directory = directory_of(part, checkpoint, settings)
         try:
-            directory = directory_of(f"safety/{checker}", checkpoint, settings)
-            checkers.append(kind(directory, threshold, device, dtype))
-        except (WeightsError, CheckerError) as error:
-            raise CheckerError(f"Safety checker {checker}: {error} {_OFFLINE}") from error
+            with inventory.loading(f"safety {checker}", directory) as tensors:
+                loaded = kind(directory, threshold, device, dtype)
+                tensors.extend(loaded.parameters())
+        except CheckerError as error:
+            remedy = REPOSITORIES[part].remedy
+            raise CheckerError(f"Safety checker {checker}: {error} {remedy}") from error
+        checkers.append(loaded)
     return Combined(policy, checkers)
 
 
@@ -101,8 +122,4 @@ def _policy_name(settings: Settings, checkpoint: str) -> str:
         return "open_nsfw"
     if checkpoint == "official" or (root_of(checkpoint, settings) / "safety").is_dir():
         return "official"
-    logger.warning(
-        "This checkpoint brings no safety checkers, so open_nsfw looks at its images. "
-        "FLUX_SAFETY_POLICY=official fetches the official ones."
-    )
     return "open_nsfw"

@@ -3,7 +3,7 @@
 import torch
 from diffusers import FluxTransformer2DModel
 
-from flux.load import NANO
+from flux.deployment import NANO
 
 
 def adapter(seed: int, *, blocks: int = 2) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,7 @@ from PIL import Image
 
 from tests import official
 from tests.hub import Hub
-from tests.support import LoggedServer, logged_server
+from tests.support import Draw, LoggedServer, logged_server, set_up_predictor
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +65,10 @@ def hub():
     """A stand-in for the sites that adapters come from, on loopback."""
     with Hub() as running:
         yield running
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
+    """Set up a predictor under the given environment; returns its `run`, giving images."""
+
+    return partial(set_up_predictor, monkeypatch, tmp_path / "outputs")

@@ -4,11 +4,12 @@ import base64
 import inspect
 import io
 import json
+import os
 import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -16,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from server import Server
 
+from predict import Predictor
+
+Draw = Callable[..., list[Image.Image]]
+"""A predictor's `run`, with the images in place of their files."""
 PROMPT = "a red circle on a blue background"
 QUICK = {"prompt": PROMPT, "megapixels": "0.25", "num_inference_steps": 2, "seed": 7}
 
@@ -142,6 +148,33 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
         finally:
             receiver.shutdown()
             thread.join()
+
+
+def set_up_predictor(monkeypatch: pytest.MonkeyPatch, outputs: Path, **environment: str) -> Draw:
+    """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images."""
+    settings = {
+        "FLUX_CHECKPOINT": "nano",
+        "FLUX_DEVICE": "cpu",
+        "FLUX_OUTPUT_DIRECTORY": str(outputs),
+        **environment,
+    }
+    for name in [name for name in os.environ if name.startswith("FLUX_")]:
+        monkeypatch.delenv(name)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    predictor = Predictor()
+    predictor.setup()
+
+    def draw(**inputs: Any) -> list[Image.Image]:
+        options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
+        return [_load(path) for path in predictor.run(**options)]
+
+    return draw
+
+
+def _load(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
 
 
 def defaults(run: Any) -> dict[str, Any]:

@@ -15,18 +15,17 @@ from training.render import render
 from training.world import Object, Scene
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from flux.load import NANO
+from flux.deployment import NANO
+from tests.embedded import diffusers
 
 VISIBLE = 1.0  # mean absolute difference of 8-bit pixels
 
 
 def load(directory: Path) -> dict[str, FluxPipeline]:
-    dev = FluxPipeline.from_pretrained(directory / "dev", dtype=torch.float32)
-    shared = {name: dev.components[name] for name in miniature.SHARED}
-    schnell = FluxPipeline.from_pretrained(directory / "schnell", dtype=torch.float32, **shared)
-    for pipeline in (dev, schnell):
+    pipelines = diffusers(directory=directory)
+    for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
-    return {"dev": dev, "schnell": schnell}
+    return pipelines
 
 
 def draw(pipeline, prompt="a red circle on a white background", seed=0, size=64, **options):

@@ -33,7 +33,8 @@ def huggingface(hub, official_files) -> HuggingFace:
     huggingface = HuggingFace(hub)
     for part, repository in REPOSITORIES.items():
         gate = {"gated": True, "token": TOKEN} if part == "dev" else {}
-        huggingface.add(repository.name, official_files[part], **gate)
+        added = huggingface.add(repository.name, official_files[part], **gate)
+        added.commits[repository.revision] = official_files[part]
     return huggingface
 
 
@@ -42,6 +43,7 @@ def environment(hub, tmp_path_factory) -> dict[str, str]:
     return {
         "FLUX_CHECKPOINT": "official",
         "FLUX_SAFETY_POLICY": "both",
+        "FLUX_COMPVIS_REVISION": "main",
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "HF_TOKEN": TOKEN,
@@ -109,6 +111,7 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
         settings = {
             "FLUX_CHECKPOINT": "official",
             "FLUX_DEVICE": "cpu",
+            "FLUX_COMPVIS_REVISION": "main",
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": TOKEN,
             **environment,
@@ -126,15 +129,18 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"HF_TOKEN": ""}, r"FLUX\.1-dev at main .*gated\. Accept .*HF_TOKEN \(none is set\)"),
+        ({"HF_TOKEN": ""}, r"FLUX\.1-dev at \w+ .*gated\. Accept .*HF_TOKEN \(none is set\)"),
         ({"FLUX_SCHNELL_REVISION": "v9"}, r"v9 \(FLUX_SCHNELL_REVISION\): no such branch"),
         (
             {"FLUX_FALCONSAI_REVISION": "v9"},
-            r"Safety checker falconsai: .*no such branch.*open_nsf",
+            r"Falconsai/\w+ at v9 .*no such branch.*=open_nsfw",
         ),
-        ({"HF_ENDPOINT": NOWHERE}, r"Safety checker compvis: .*reached.*script/download"),
+        ({"HF_ENDPOINT": NOWHERE}, r"CompVis/.*reached.*script/download.*=open_nsfw"),
         ({"FLUX_SAFETY_POLICY": "open_nsfw", "HF_ENDPOINT": NOWHERE}, r"dev.*reached.*script/down"),
-        ({"FLUX_CHECKPOINT": "nano", "FLUX_SAFETY_POLICY": "any", "HF_ENDPOINT": NOWHERE}, "compv"),
+        (
+            {"FLUX_CHECKPOINT": "nano", "FLUX_SAFETY_POLICY": "any", "HF_ENDPOINT": NOWHERE},
+            "CompVis",
+        ),
     ],
 )
 def test_what_cannot_be_had_fails_setup_and_says_what_to_do(set_up, environment, message) -> None:
@@ -156,5 +162,5 @@ def test_a_checkpoint_of_damaged_files_fails_setup(set_up, official_files, tmp_p
         path.write_bytes(content[: len(content) // 2] if "00002" in name else content)
     (tmp_path / "copied" / "schnell").mkdir()
     (tmp_path / "copied" / "schnell" / "model_index.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="dev: cannot load"):
+    with pytest.raises(RuntimeError, match=r"dev text_encoder_2: cannot load .*script/download"):
         set_up(FLUX_CHECKPOINT=str(tmp_path / "copied"))

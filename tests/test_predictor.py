@@ -1,66 +1,16 @@
 """The predictor itself, in this process: other deployments than the served default."""
 
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline
 from PIL import Image
-from transformers import T5EncoderModel
 
-from flux.load import NANO, SHARED
-from flux.memory import bytes_of
-from predict import Predictor
+from flux.deployment import NANO
 from safety.checker import Verdict
+from tests.embedded import diffusers
 from tests.planted import plant_flags
-from tests.support import QUICK, colours, defaults, difference, pixels, same
-
-Draw = Callable[..., list[Image.Image]]
-
-
-def load(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.copy()
-
-
-@pytest.fixture
-def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
-    """Set up a predictor under the given environment; returns its `run`, giving images."""
-
-    def set_up(**environment: str) -> Draw:
-        settings = {
-            "FLUX_CHECKPOINT": "nano",
-            "FLUX_DEVICE": "cpu",
-            "FLUX_OUTPUT_DIRECTORY": str(tmp_path / "outputs"),
-            **environment,
-        }
-        for name in [name for name in os.environ if name.startswith("FLUX_")]:
-            monkeypatch.delenv(name)
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        predictor = Predictor()
-        predictor.setup()
-
-        def draw(**inputs: Any) -> list[Image.Image]:
-            options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
-            paths = predictor.run(**options)
-            return [load(path) for path in paths]
-
-        return draw
-
-    return set_up
-
-
-def diffusers(dtype: torch.dtype = torch.float32) -> dict[str, FluxPipeline]:
-    """diffusers' own pipelines on the embedded checkpoint, as it loads them itself."""
-    dev = FluxPipeline.from_pretrained(NANO / "dev", dtype=dtype)
-    shared = {name: dev.components[name] for name in SHARED}
-    schnell = FluxPipeline.from_pretrained(NANO / "schnell", dtype=dtype, **shared)
-    return {"dev": dev, "schnell": schnell}
+from tests.support import QUICK, colours, difference, pixels, same
 
 
 def largest_difference(a: Image.Image, b: Image.Image) -> int:
@@ -155,71 +105,6 @@ def test_an_unknown_device_fails_setup_and_names_the_setting(start, device: str)
         pytest.skip("this machine has that device")
     with pytest.raises(ValueError, match=f"FLUX_DEVICE={device}: no such device here"):
         start(FLUX_DEVICE=device)
-
-
-# --- memory
-
-
-def gigabytes(name: str) -> float:
-    """What FLUX_DEVICE_MEMORY_GB must be for dev or schnell to fit in bf16, and no more."""
-    pipeline = diffusers()[name]
-    shared = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    return sum(bytes_of(module) for module in (*shared, pipeline.transformer)) / 2**30 + 1e-6
-
-
-def test_a_device_with_room_for_one_serves_all_to_the_bit(start, caplog) -> None:
-    roomy, quick = start(), {"num_inference_steps": 1}
-    narrow = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
-    for model, go_fast in [("schnell", False), ("dev", True), ("dev", False), ("schnell", True)]:
-        request = {"model": model, "go_fast": go_fast, **quick}
-        assert same(narrow(**request)[0], roomy(**request)[0])
-    assert "dev bf16 leaves cpu" in caplog.text
-
-
-def test_a_device_too_small_for_one_says_so(start) -> None:
-    room = str(gigabytes("dev") - 0.0005)
-    draw = start(FLUX_DEVICE_MEMORY_GB=room)
-    with pytest.raises(RuntimeError, match=r"dev bf16 takes .* use the other precision"):
-        draw()
-    assert draw(go_fast=True)
-    with pytest.raises(RuntimeError, match="raise FLUX_DEVICE_MEMORY_GB"):
-        start(FLUX_DEVICE_MEMORY_GB="0.0001")
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
-    draw = start()
-    expected, fast = draw()[0], draw(go_fast=True)[0]
-    forward, remaining = FluxTransformer2DModel.forward, iter(range(times))
-
-    def runs_out(*args: object, **options: object) -> object:
-        if next(remaining, None) is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-        return forward(*args, **options)
-
-    monkeypatch.setattr(FluxTransformer2DModel, "forward", runs_out)
-    if times == 1:
-        assert same(draw()[0], expected)
-    else:
-        with pytest.raises(RuntimeError, match=r"Out of memory on cpu, also with dev bf16 alone"):
-            draw()
-        assert same(draw()[0], expected)
-    assert "dev fp8 leaves cpu" in caplog.text
-    assert same(draw(go_fast=True)[0], fast)
-
-
-def test_out_of_memory_in_the_text_encoders(start, monkeypatch, caplog) -> None:
-    expected = start()(prompt="a heart")[0]
-    forward, remaining = T5EncoderModel.forward, iter(range(1))
-
-    def runs_out(*args: object, **options: object) -> object:
-        if next(remaining, None) is not None:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (pretended)")
-        return forward(*args, **options)
-
-    monkeypatch.setattr(T5EncoderModel, "forward", runs_out)
-    assert same(start()(prompt="a heart")[0], expected)
-    assert "trying again with less there" in caplog.text
 
 
 def test_float8_activations(start) -> None:
@@ -332,16 +217,3 @@ def test_a_real_photograph_is_safe_in_the_eyes_of_the_real_model(photograph) -> 
     verdict = OpenNSFW(threshold=0.8).check(photograph)
     assert not verdict.flagged
     assert verdict.scores["open_nsfw"] < 0.1
-
-
-@pytest.mark.gpu
-def test_both_variants_on_a_gpu(start) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
-    draw = start(FLUX_DEVICE="cuda")
-    cpu = start()
-    for model in ("dev", "schnell"):
-        assert difference(draw(model=model)[0], cpu(model=model)[0]) < 8
-        assert same(draw(model=model)[0], draw(model=model)[0])
-        fast = draw(model=model, go_fast=True)[0]
-        assert difference(fast, cpu(model=model, go_fast=True)[0]) < 8

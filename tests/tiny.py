@@ -1,6 +1,6 @@
 """Tiny FLUX.1 modules of two sizes, and adapter files for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from flux.masters import Master
 from lora.adapter import Adapter, Targets, load_adapter
 
 
@@ -74,6 +75,17 @@ def shapes(found: dict[str, nn.Module]) -> dict[str, dict[str, torch.Size]]:
         component: {name: parameter.shape for name, parameter in module.named_parameters()}
         for component, module in found.items()
     }
+
+
+def transformers(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """A dev and a schnell of one size."""
+    sizes = {"dev": SIZES[0], "schnell": replace(SIZES[0], guidance=False)}
+    return {name: modules(size, dtype)["transformer"] for name, size in sizes.items()}
+
+
+def opened(found: dict[str, nn.Module]) -> dict[str, Master]:
+    """Transformers as pristine copies, each to be opened as it is."""
+    return {name: Master(name, m, lambda m=m: m, Path(name)) for name, m in found.items()}
 
 
 def factors(

@@ -5,10 +5,12 @@ import logging
 import sys
 from pathlib import Path
 
+from weights.checkpoint import wanted
 from weights.errors import WeightsError
 from weights.manifest import REPOSITORIES
+from weights.repository import HubSettings
 from weights.settings import Settings, SettingsError
-from weights.snapshot import HubSettings, fetch
+from weights.snapshot import fetch
 
 
 def main() -> int:
@@ -40,11 +42,8 @@ def main() -> int:
 
 def _fetch(parts: list[str], directory: Path | None) -> None:
     settings = Settings.from_environment()
-    for part in parts:
-        repository = REPOSITORIES[part]
-        revision: str = getattr(settings, repository.revision_setting)
-        target = directory / part if directory else None
-        fetch(repository, revision, HubSettings.of(settings), target)
+    everything = [wanted(part, settings, directory and directory / part) for part in parts]
+    fetch(everything, HubSettings.of(settings))
 
 
 if __name__ == "__main__":

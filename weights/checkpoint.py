@@ -1,14 +1,38 @@
 """Where each part of a checkpoint lies: dev, schnell, and the two safety checkers."""
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
-from weights.manifest import REPOSITORIES
+from weights.manifest import REPOSITORIES, Repository
+from weights.repository import HubSettings, Wanted, cached
 from weights.settings import Settings
-from weights.snapshot import STAMP, HubSettings, obtain
+from weights.snapshot import obtain
+from weights.stamp import read_stamp
 from weights.tarball import unpacked
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).resolve().parent / "official"
 """What `script/download --directory weights/official` fills, to be built into an image."""
+
+
+def fetch_missing(parts: Iterable[str], checkpoint: str, settings: Settings) -> None:
+    """Fetch the parts of a start that come from the hub and are not there yet.
+
+    parts, checkpoint: as for `directory_of`, which need not fetch anything afterwards.
+    Raises WeightsError with a message for the operator: DiskSpaceError before the first byte, if
+    the disk has no room for all of them.
+    """
+    missing = [part for part in parts if _local(part, checkpoint, settings) is None]
+    for part in missing:
+        if checkpoint == "official" and (EMBEDDED / part).is_dir():
+            logger.warning(
+                "%s is not used: it is incomplete, was not verified, or is of another version of "
+                "this package. script/download --directory %s completes it.",
+                *(EMBEDDED / part, EMBEDDED),
+            )
+    obtain([wanted(part, settings) for part in missing], HubSettings.of(settings))
 
 
 def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
@@ -18,14 +42,25 @@ def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
     own), a directory, or the URL of a tar. Checkers that it does not hold come from the hub.
     Raises WeightsError with a message for the operator.
     """
-    if checkpoint == "official":
-        if (EMBEDDED / part / STAMP).is_file():
-            return EMBEDDED / part
-    elif checkpoint != "nano":
-        found = root_of(checkpoint, settings) / part
-        if found.is_dir() or not part.startswith("safety/"):
-            return found
-    return _from_hub(part, settings)
+    directory = _local(part, checkpoint, settings)
+    if directory is None:
+        (directory,) = obtain([wanted(part, settings)], HubSettings.of(settings))
+    _log_use(directory, REPOSITORIES[part], settings)
+    return directory
+
+
+def is_there(part: str, checkpoint: str, settings: Settings) -> bool:
+    """Whether `directory_of` would find a part without asking the hub; verified or not."""
+    directory = _local(part, checkpoint, settings)
+    if directory is not None:
+        return directory.is_dir()
+    return cached(wanted(part, settings), HubSettings.of(settings)) is not None
+
+
+def commit_of(part: str, directory: Path) -> str | None:
+    """The hub's commit that the files of a part are; None where they were not verified."""
+    stamp = read_stamp(directory, REPOSITORIES[part])
+    return stamp.commit if stamp else None
 
 
 def root_of(checkpoint: str, settings: Settings) -> Path:
@@ -35,7 +70,37 @@ def root_of(checkpoint: str, settings: Settings) -> Path:
     return Path(checkpoint)
 
 
-def _from_hub(part: str, settings: Settings) -> Path:
+def wanted(part: str, settings: Settings, directory: Path | None = None) -> Wanted:
+    """A part at the revision that the settings ask for, to be put into a directory or cached."""
     repository = REPOSITORIES[part]
     revision: str = getattr(settings, repository.revision_setting)
-    return obtain(repository, revision, HubSettings.of(settings))
+    return Wanted(repository, revision, directory)
+
+
+def _local(part: str, checkpoint: str, settings: Settings) -> Path | None:
+    """The directory of a part that does not come from the hub; None for one that does."""
+    if checkpoint == "official":
+        embedded = EMBEDDED / part
+        return embedded if read_stamp(embedded, REPOSITORIES[part]) else None
+    if checkpoint == "nano":
+        return None
+    directory = root_of(checkpoint, settings) / part
+    return directory if directory.is_dir() or not part.startswith("safety/") else None
+
+
+def _log_use(directory: Path, repository: Repository, settings: Settings) -> None:
+    stamp = read_stamp(directory, repository)
+    if stamp is None:
+        logger.info("%s: not verified", repository.title)
+        return
+    logger.info(
+        "%s (%s): licence: %s; commit %s",
+        *(repository.title, repository.name, repository.licence, stamp.commit),
+    )
+    revision: str = getattr(settings, repository.revision_setting)
+    if not stamp.meets(revision):
+        logger.warning(
+            "%s: these files were fetched at %s, and %s asks for %s, which is not looked at: "
+            "fetch it with script/download --directory, or remove %s.",
+            *(repository.title, stamp.revision, repository.variable, revision, directory),
+        )

@@ -4,9 +4,23 @@ Patterns are fnmatch's, in which `*` also matches a slash; each must match a fil
 is not what is expected. `transformer/*` leaves out the single-file checkpoint at the root, which
 holds the same weights again. schnell brings its transformer alone: its VAE, text encoders and
 tokenizers are those of dev.
+
+The hub could not be asked where this was developed. That these revisions exist and hold the files
+is shown by public code that uses them:
+    dev         the log of FastVideo's layer comparison loads the three shards of the transformer
+                from this commit (flux1_dit.py of hao-ai-lab/FastVideo)
+    schnell     the README of the FLUX.1 server in nod-ai/shark-ai names this commit's snapshot
+    falconsai   scripts/ai/export-nsfw-models.py of photoprism/photoprism loads model.safetensors
+                from this commit
+    compvis     version.py of replicate/cog-stable-diffusion says that refs/pr/41 is a conversion
+                to fp16 safetensors; the main branch is known to hold pytorch_model.bin. A pull
+                request can be changed, so the file is pinned by its SHA-256 too: the one that a Nix
+                package of Acly/comfyui-tooling-nodes gives for it, and that others give for
+                safety_checker/model.fp16.safetensors of Stable Diffusion 1.5
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -14,7 +28,9 @@ class Repository:
     """A repository of the Hugging Face hub, and what is wanted of it.
 
     part: where it lies in a checkpoint directory. revision_setting: name of the field of Settings
-    that pins it, and variable, its environment variable.
+    that pins it, and variable, its environment variable. revision: the default of that setting.
+    sha256: of files that are pinned beyond a revision that can change; lower-case hex. remedy:
+    what else to do where the repository cannot be had.
     """
 
     part: str
@@ -24,9 +40,13 @@ class Repository:
     licence: str
     revision_setting: str
     variable: str
+    revision: str
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    remedy: str = ""
 
 
 _CLASSIFIER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+_WITHOUT_CHECKERS = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
 
 REPOSITORIES = {
     repository.part: repository
@@ -52,6 +72,7 @@ REPOSITORIES = {
             licence="FLUX.1 [dev] Non-Commercial License",
             revision_setting="dev_revision",
             variable="FLUX_DEV_REVISION",
+            revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
         ),
         Repository(
             part="schnell",
@@ -66,6 +87,7 @@ REPOSITORIES = {
             licence="Apache-2.0",
             revision_setting="schnell_revision",
             variable="FLUX_SCHNELL_REVISION",
+            revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
         ),
         Repository(
             part="safety/compvis",
@@ -75,6 +97,13 @@ REPOSITORIES = {
             licence="see its model card",
             revision_setting="compvis_revision",
             variable="FLUX_COMPVIS_REVISION",
+            revision="refs/pr/41",
+            sha256={
+                "model.safetensors": (
+                    "08902f19b1cfebd7c989f152fc0507bef6898c706a91d666509383122324b511"
+                )
+            },
+            remedy=_WITHOUT_CHECKERS,
         ),
         Repository(
             part="safety/falconsai",
@@ -84,6 +113,8 @@ REPOSITORIES = {
             licence="Apache-2.0",
             revision_setting="falconsai_revision",
             variable="FLUX_FALCONSAI_REVISION",
+            revision="04367978d3474804ab1a00a9bd6548b741764069",
+            remedy=_WITHOUT_CHECKERS,
         ),
     )
 }

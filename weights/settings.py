@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from weights.manifest import REPOSITORIES
+
 T = TypeVar("T")
 U = TypeVar("U")
 GIB = 1 << 30
@@ -77,6 +79,11 @@ def _setting(variable: str, read: Callable[[str], T], default: U, *, secret: boo
     return value
 
 
+def _revision(part: str) -> str:
+    repository = REPOSITORIES[part]
+    return _setting(repository.variable, str, repository.revision)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the operator decides; everything about a single request is in `flux.request`.
@@ -86,16 +93,26 @@ class Settings:
             subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
             `auto`: official where CUDA is there, else nano.
         checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
-        *_revision: branch, tag or commit of the official repositories (weights/manifest.py).
+        quantized_directory: holds the float8 transformers of this checkpoint, as script/quantize
+            writes them; None: they are made from the bf16 ones.
+        *_revision: branch, tag, commit or refs/pr/NUMBER of the official repositories; the
+            defaults are those of weights/manifest.py.
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
         fp8_activations: whether go_fast's linears quantize their inputs (`fp8`) or not (`bf16`);
             `auto` does where that is faster.
+        at_start: which precisions are brought to the device in setup, `all`, `bf16` or `fp8`; the
+            others come with the first request for them.
+        offload: what lives on the host and visits the device layer by layer: `none`, `t5`, or
+            `all`, T5 and the transformers.
         device_memory_bytes: what all weights on the device may take together; None is what is
             free there, less a reserve for activations.
-        host_memory_bytes: what pristine weights may take in page-locked host memory; None is what
-            the machine or container has, less a reserve.
+        host_memory_bytes: what weights may take in page-locked host memory, offloaded ones first;
+            None is what the machine or container has, less a reserve.
+        compile: whether the transformers' blocks are compiled; `auto` is on with CUDA.
+        compile_cache_directory: where compiled kernels are kept between starts.
+        attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
         prompt_cache: how many encoded prompts are kept.
@@ -122,15 +139,23 @@ class Settings:
     checkpoint_directory: Path = _setting(
         "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
     )
-    dev_revision: str = _setting("FLUX_DEV_REVISION", str, "main")
-    schnell_revision: str = _setting("FLUX_SCHNELL_REVISION", str, "main")
-    compvis_revision: str = _setting("FLUX_COMPVIS_REVISION", str, "main")
-    falconsai_revision: str = _setting("FLUX_FALCONSAI_REVISION", str, "main")
+    quantized_directory: Path | None = _setting("FLUX_QUANTIZED_DIRECTORY", Path, None)
+    dev_revision: str = _revision("dev")
+    schnell_revision: str = _revision("schnell")
+    compvis_revision: str = _revision("safety/compvis")
+    falconsai_revision: str = _revision("safety/falconsai")
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
     fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
+    at_start: str = _setting("FLUX_AT_START", _one_of("all", "bf16", "fp8"), "all")
+    offload: str = _setting("FLUX_OFFLOAD", _one_of("none", "t5", "all"), "none")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
+    compile: str = _setting("FLUX_COMPILE", _one_of("auto", "on", "off"), "auto")
+    compile_cache_directory: Path = _setting(
+        "TORCHINDUCTOR_CACHE_DIR", Path, Path("~/.cache/flux-fine-tune/compiled")
+    )
+    attention_backend: str = _setting("FLUX_ATTENTION_BACKEND", str, "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)

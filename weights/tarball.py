@@ -40,7 +40,6 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
     target = root / hashlib.sha256(url.encode()).hexdigest()[:16]
     with FileLock(target.with_suffix(".lock")):
         if target.is_dir():
-            logger.info("Checkpoint %s: found at %s", name, target)
             return _inside(target)
         shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)  # of a start cut short
         try:

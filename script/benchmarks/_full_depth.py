@@ -13,14 +13,16 @@ TEXT_WIDTH, POOLED_WIDTH, CHANNELS = 384, 192, 64
 RANK = 16
 
 
-def transformer(dtype: torch.dtype, heads: int = HEADS) -> FluxTransformer2DModel:
-    """Always the same random weights; 64 wide per head."""
+def transformer(
+    dtype: torch.dtype, heads: int = HEADS, blocks: tuple[int, int] = (DOUBLE, SINGLE)
+) -> FluxTransformer2DModel:
+    """Always the same random weights; 64 wide per head, of so many double and single blocks."""
     torch.manual_seed(0)
     found = FluxTransformer2DModel(
         patch_size=1,
         in_channels=CHANNELS,
-        num_layers=DOUBLE,
-        num_single_layers=SINGLE,
+        num_layers=blocks[0],
+        num_single_layers=blocks[1],
         attention_head_dim=sum(ROPE),
         num_attention_heads=heads,
         joint_attention_dim=TEXT_WIDTH,
@@ -29,6 +31,20 @@ def transformer(dtype: torch.dtype, heads: int = HEADS) -> FluxTransformer2DMode
         axes_dims_rope=ROPE,
     )
     return found.to(dtype).eval().requires_grad_(False)
+
+
+def inputs(image_tokens: int, text_tokens: int) -> dict[str, object]:
+    """Of one step."""
+    return {
+        "hidden_states": torch.ones(1, image_tokens, CHANNELS),
+        "encoder_hidden_states": torch.ones(1, text_tokens, TEXT_WIDTH),
+        "pooled_projections": torch.ones(1, POOLED_WIDTH),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.5]),
+        "img_ids": torch.zeros(image_tokens, 3),
+        "txt_ids": torch.zeros(text_tokens, 3),
+        "return_dict": False,
+    }
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
@@ -63,7 +79,7 @@ def parameter_shapes(found: nn.Module) -> dict[str, dict[str, torch.Size]]:
 
 def describe(found: nn.Module) -> dict[str, object]:
     return {
-        "blocks": [DOUBLE, SINGLE],
+        "blocks": [len(found.transformer_blocks), len(found.single_transformer_blocks)],
         "width": found.inner_dim,
         "parameters": sum(p.numel() for p in found.parameters()),
         "linears": len(linears(found)),

@@ -49,18 +49,28 @@ def machine() -> dict[str, Any]:
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line of a benchmark; one with more options than `--json FILE` adds its own."""
+    found = argparse.ArgumentParser()
+    found.add_argument("--json", type=Path, metavar="FILE")
+    return found
+
+
 def report_file() -> Path | None:
     """Where `--json FILE` on the command line says that the report goes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    file: Path | None = parser.parse_args().json
+    file: Path | None = parser().parse_args().json
     return file
 
 
 def report(title: str, results: dict[str, Any]) -> None:
     """Print the results, and write them to the report's file."""
+    publish(title, results, report_file())
+
+
+def publish(title: str, results: dict[str, Any], file: Path | None) -> None:
+    """Print the results and the machine they are from; write them to a file if one is given."""
     document = {"benchmark": title, "machine": machine(), **results}
     text = json.dumps(document, indent=2)
     print(text)
-    if file := report_file():
+    if file:
         file.write_text(text + "\n")

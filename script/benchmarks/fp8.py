@@ -7,16 +7,14 @@ from their description. With `--json FILE` a plot of the gains goes beside it, a
 suffix .png.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
+import _flux1 as flux1
 import _full_depth as full_depth
 import torch
-from common import report
-from diffusers import FluxTransformer2DModel
+from common import report, report_file
 from step import inputs
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
@@ -114,8 +112,7 @@ def gain(strength: float) -> dict[str, dict[str, float]]:
 
 def gigabytes() -> dict[str, float]:
     """Of FLUX.1-dev's real configuration, without its memory."""
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    model = flux1.transformer("dev")
     every = frozenset(f"{name}.weight" for name in full_depth.linears(model))
     chosen = {"bf16": frozenset(), "ours": float8_parameters(model), "all linears": every}
     return {name: round(size(model, names) / 1e9, 2) for name, names in chosen.items()}
@@ -184,9 +181,7 @@ def quantize_blocks_per_tensor(model: nn.Module) -> None:
 
 
 def plot(gains: dict[str, dict[str, dict[str, float]]]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    file = parser.parse_args().json
+    file = report_file()
     if file is None:
         return
     import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@ import torch
 from common import interleave, medians, report
 from diffusers import FluxPipeline
 
-from flux.load import NANO
+from flux.deployment import NANO
 from predict import Predictor
 
 ROUNDS = 21

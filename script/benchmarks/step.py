@@ -63,16 +63,7 @@ def peft(files: list[Path]) -> Callable[[], object]:
 
 
 def inputs() -> dict[str, object]:
-    return {
-        "hidden_states": torch.ones(1, IMAGE_TOKENS, full_depth.CHANNELS),
-        "encoder_hidden_states": torch.ones(1, TEXT_TOKENS, full_depth.TEXT_WIDTH),
-        "pooled_projections": torch.ones(1, full_depth.POOLED_WIDTH),
-        "timestep": torch.tensor([0.5]),
-        "guidance": torch.tensor([3.5]),
-        "img_ids": torch.zeros(IMAGE_TOKENS, 3),
-        "txt_ids": torch.zeros(TEXT_TOKENS, 3),
-        "return_dict": False,
-    }
+    return full_depth.inputs(IMAGE_TOKENS, TEXT_TOKENS)
 
 
 if __name__ == "__main__":

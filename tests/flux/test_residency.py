@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flux.residency import ORDER, BudgetError, Residency, that_fit
+from flux.residency import ORDER, BudgetError, Residency
 
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 FLUX = {DEV: 238, DEV8: 120, SCHNELL8: 120, SCHNELL: 238}  # tenths of a gigabyte
@@ -31,6 +31,25 @@ def test_what_is_there_at_the_start(budget, expected) -> None:
     assert set(residency.resident) == expected
     if len(expected) > 1:
         assert residency.resident[-1] == DEV  # so that it stays longest
+
+
+@pytest.mark.parametrize(
+    ("precision", "budget", "expected"),
+    [
+        ("fp8", None, [SCHNELL8, DEV8]),
+        ("fp8", 240, [SCHNELL8, DEV8]),
+        ("fp8", 239, [DEV8]),
+        ("bf16", 600, [SCHNELL, DEV]),
+        ("bf16", 400, [DEV]),
+    ],
+)
+def test_the_operator_may_want_one_precision_at_the_start(precision, budget, expected) -> None:
+    assert Residency(FLUX, budget).at_start((precision,)) == expected
+
+
+def test_a_device_too_small_for_the_precision_that_is_wanted_says_so() -> None:
+    with pytest.raises(BudgetError, match=r"dev bf16 takes .* use the other precision"):
+        Residency(FLUX, 200).at_start(("bf16",))
 
 
 @pytest.mark.parametrize("budget", [119, 0, -5])
@@ -77,10 +96,3 @@ def test_no_budget_is_ever_passed_and_nothing_comes_twice(budget) -> None:
             gone = rng.choice(ORDER)
             residency.drop(gone)
             device.discard(gone)
-
-
-def test_pristine_copies_are_held_as_the_host_has_room() -> None:
-    sizes = {"dev": 238, "schnell": 238}
-    assert that_fit(sizes, sizes, 500) == ["dev", "schnell"]
-    assert that_fit(sizes, sizes, 300) == ["dev"]
-    assert that_fit(sizes, sizes, 100) == []

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, hold, host_budget
 from flux.merge import WorkingWeights
 from flux.quantize import float8_parameters, storage
 from flux.residency import ORDER, BudgetError
+from flux.slabs import hold
 from flux.transformers import Transformers, size, skeleton
 from tests import tiny
 
@@ -23,8 +23,7 @@ WIDTH = SIZE.width
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def masters(request) -> dict[str, nn.Module]:
-    found = {"dev": SIZE, "schnell": tiny.Size(2, 3, 2, (4, 6, 6), guidance=False)}
-    return {name: tiny.modules(s, request.param)["transformer"] for name, s in found.items()}
+    return tiny.transformers(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def adapters(tmp_path_factory) -> list:
 
 
 def make(masters, budget=None, dynamic=False) -> Transformers:
-    return Transformers(masters, CPU, dynamic=dynamic, budget=budget)
+    return Transformers(tiny.opened(masters), CPU, dynamic=dynamic, budget=budget)
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -236,54 +235,38 @@ def test_declared_sizes_are_what_the_weights_take(masters) -> None:
         assert size(skeleton(masters[key[0]]), float8) == taken
 
 
-def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.SLAB", 1 << 16)
-    master = masters["dev"]
-    before = bits(master)
-    assert hold(master, page_locked=False)
-    assert_same(bits(master), before)
-    storages = [parameter.untyped_storage() for parameter in master.parameters()]
-    slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
-    assert bytes_of(master) <= sum(slabs.values()) <= 1.5 * bytes_of(master) + (1 << 16)
-    assert len(slabs) < len(list(master.parameters())) / 4
-
-
-def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> None:
-    master = masters["dev"]
-    pointers = [p.data_ptr() for p in master.parameters()]
-
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr("flux.memory.torch.empty", refuse)
-    assert not hold(master, page_locked=True)
-    assert [p.data_ptr() for p in master.parameters()] == pointers
-    assert "stay in the memory map: CUDA error" in caplog.text
-
-
-def test_budgets_as_set_and_as_measured(tmp_path) -> None:
-    assert device_budget(None, CPU, loaded=5) is None
-    assert device_budget(100, CPU, loaded=5) == 95
-    limit = tmp_path / "memory.max"
-    limit.write_text(f"{HOST_RESERVE + 7}\n")
-    assert host_budget(3, limit) == 3
-    assert host_budget(None, limit) == 7
-    limit.write_text("max\n")
-    assert host_budget(None, limit) == host_budget(None, tmp_path / "absent")
-
-
 @pytest.mark.gpu
 def test_on_a_gpu(masters, adapters) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    free, _ = torch.cuda.mem_get_info(device)
-    assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
     assert hold(masters["dev"], page_locked=True)
-    assert all(p.is_pinned() for p in masters["dev"].parameters())
-    transformers = Transformers(masters, device, dynamic=False, budget=None)
+    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
         transformers.reconcile(key, [])
         expected = freshly_merged(masters[key[0]], [], float8=key[1] == "fp8")
         assert_bits(transformers.modules[key].cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_real_memory_of_a_gpu_that_runs_out(masters) -> None:
+    """The first try asks for more than the card has, and the second for what it has."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    device = torch.device("cuda")
+    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
+    for key in ORDER:
+        transformers.reconcile(key, [])
+    _, total = torch.cuda.mem_get_info(device)
+    sizes = iter([2 * total, 1024, 2 * total, 2 * total])
+
+    def work() -> int:
+        return torch.empty(next(sizes), dtype=torch.uint8, device=device).numel()
+
+    assert transformers.with_room(DEV8, work) == 1024
+    assert transformers.resident == (DEV8,)
+    with pytest.raises(BudgetError, match="dev fp8 alone there"):
+        transformers.with_room(DEV8, work)
+    transformers.reconcile(SCHNELL, [])
+    assert transformers.resident == (DEV8, SCHNELL)

@@ -16,6 +16,7 @@ from safety.official import CompVis, Falconsai
 from safety.policy import POLICIES, load_checker
 from tests.planted import clip_input, compvis_model, embedding, plant, plant_flags
 from tests.support import colours
+from weights.inventory import Inventory
 from weights.settings import Settings
 
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -45,7 +46,8 @@ def planted(official_files, pictures, tmp_path_factory) -> Path:
 
 
 def load(root: Path, policy: str, **settings: object):
-    return load_checker(replace(Settings(), safety_policy=policy, **settings), str(root), CPU, F32)
+    chosen = replace(Settings(), safety_policy=policy, **settings)
+    return load_checker(chosen, str(root), CPU, F32, Inventory())
 
 
 # --- policies
@@ -81,7 +83,7 @@ def test_auto_takes_the_checkers_that_a_checkpoint_brings(planted, tmp_path, cap
     assert "compvis" in load(planted, "auto").check(picture).scores
     assert set(load(tmp_path, "auto").check(picture).scores) == {"open_nsfw"}
     assert "brings no safety checkers" in caplog.text
-    nano = load_checker(Settings(), "nano", CPU, F32)
+    nano = load_checker(Settings(), "nano", CPU, F32, Inventory())
     assert set(nano.check(picture).scores) == {"open_nsfw"}
 
 
@@ -133,7 +135,7 @@ def test_the_picture_is_left_as_it_is(planted, pictures) -> None:
 
 def test_half_precision_gives_about_the_same_scores(planted, pictures) -> None:
     settings = replace(Settings(), safety_policy="both")
-    half = load_checker(settings, str(planted), CPU, torch.bfloat16)
+    half = load_checker(settings, str(planted), CPU, torch.bfloat16, Inventory())
     for picture in pictures:
         expected, found = load(planted, "both").check(picture), half.check(picture)
         for name, score in expected.scores.items():

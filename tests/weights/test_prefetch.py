@@ -1,5 +1,6 @@
 """script/download, and where the parts of a checkpoint are then found."""
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 from tests.official import wanted
 from tests.services import HuggingFace, tar
 from weights import checkpoint
-from weights.checkpoint import directory_of
+from weights.checkpoint import directory_of, fetch_missing
+from weights.errors import SourceUnavailableError
 from weights.manifest import REPOSITORIES
 from weights.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
+DEV = REPOSITORIES["dev"]
 NOWHERE = "http://127.0.0.1:9"
 
 
@@ -22,10 +25,16 @@ def run(hub, official_files, tmp_path):
     huggingface = HuggingFace(hub)
     for part, repository in REPOSITORIES.items():
         gate = {"gated": True, "token": "hf_mine"} if part == "dev" else {}
-        huggingface.add(repository.name, official_files[part], **gate)
+        added = huggingface.add(repository.name, official_files[part], **gate)
+        added.commits[repository.revision] = official_files[part]
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), **environment}
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "FLUX_COMPVIS_REVISION": "main",
+            **environment,
+        }
         return subprocess.run(
             [ROOT / "script" / "download", *arguments],
             env={**os.environ, **settings},
@@ -44,21 +53,31 @@ def files(directory: Path) -> set[str]:
 
 
 def test_plain_files_for_an_image_are_then_used_without_a_network(
-    run, official_files, tmp_path, hub, monkeypatch
+    run, official_files, tmp_path, hub, monkeypatch, caplog
 ) -> None:
     target = tmp_path / "official"
     result = run("--directory", str(target), HF_TOKEN="hf_mine")
     assert result.returncode == 0, result.stderr
     assert "licence: FLUX.1 [dev] Non-Commercial License" in result.stderr
     monkeypatch.setattr(checkpoint, "EMBEDDED", target)
-    settings = Settings(hf_endpoint=NOWHERE)
-    for part in REPOSITORIES:
+    settings = Settings(hf_endpoint=NOWHERE, compvis_revision="main")
+    caplog.set_level(logging.INFO, "weights")
+    for part, repository in REPOSITORIES.items():
         assert files(target / part) == wanted(official_files[part], part)
         assert directory_of(part, "official", settings) == target / part
         assert directory_of(part, str(target), settings) == target / part
+        assert f"({repository.name}): licence: {repository.licence}; commit " in caplog.text
+    assert f"commit {DEV.revision}" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    moved = Settings(hf_endpoint=NOWHERE, dev_revision="v2")
+    assert directory_of("dev", "official", moved) == target / "dev"
+    assert f"fetched at {DEV.revision}, and FLUX_DEV_REVISION asks for v2" in caplog.text
     fetched = hub.count("GET", "/cdn/")
     (target / "schnell/.verified").unlink()
     next((target / "schnell/transformer").glob("*-00002-*")).write_bytes(b"damaged")
+    with pytest.raises(SourceUnavailableError):
+        fetch_missing(["schnell"], "official", settings)
+    assert f"{target}/schnell is not used: it is incomplete" in caplog.text
     damaged = run("--directory", str(target), "schnell")
     assert damaged.returncode == 1
     assert "its hash differs" in damaged.stderr
@@ -78,7 +97,7 @@ def test_a_part_for_the_cache(run, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "message"),
     [
-        (["dev"], {}, 1, "script/download: black-forest-labs/FLUX.1-dev at main"),
+        (["dev"], {}, 1, f"script/download: black-forest-labs/FLUX.1-dev at {DEV.revision}"),
         (["pony"], {}, 2, "no such part: pony"),
         (["schnell"], {"HF_ENDPOINT": NOWHERE}, 1, "cannot be reached"),
         (["schnell"], {"FLUX_PROMPT_CACHE": "0"}, 1, "FLUX_PROMPT_CACHE='0'"),

@@ -44,6 +44,8 @@ def test_every_variable_is_read() -> None:
         ("FLUX_NSFW_THRESHOLD", "1.5"),
         ("FLUX_MAX_INPUT_MEGAPIXELS", "171"),
         ("FLUX_SAFETY_POLICY", "none"),
+        ("FLUX_AT_START", "fp16"),
+        ("FLUX_COMPILE", "true"),
         ("FLUX_COMPVIS_THRESHOLD", "nan"),
         ("FLUX_FALCONSAI_THRESHOLD", "2"),
         ("LORA_CACHE_GB", "much"),

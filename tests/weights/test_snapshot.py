@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import pytest
 from huggingface_hub.utils import close_session
 
 from tests.official import wanted
-from tests.services import HuggingFace
+from tests.services import HuggingFace, sha256
+from weights import snapshot
 from weights.download import LogProgress
 from weights.errors import (
     AccessDeniedError,
@@ -19,10 +21,12 @@ from weights.errors import (
     SourceUnavailableError,
 )
 from weights.manifest import REPOSITORIES
+from weights.repository import HubSettings, Wanted
 from weights.retry import Patience
-from weights.snapshot import HubSettings, fetch, obtain
+from weights.settings import Settings
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
+COMPVIS = REPOSITORIES["safety/compvis"]
 SHARDS = 4
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
 NOWHERE = "http://127.0.0.1:9"
@@ -39,6 +43,11 @@ def huggingface(hub, official_files):
     """The hub with the four repositories, by their part."""
     huggingface = HuggingFace(hub)
     return {part: huggingface.add(r.name, official_files[part]) for part, r in REPOSITORIES.items()}
+
+
+def obtain(repository, revision, settings):
+    (path,) = snapshot.obtain([Wanted(repository, revision)], settings)
+    return path
 
 
 def files(path):
@@ -82,9 +91,59 @@ def test_licence_size_and_progress_with_a_total_are_in_the_log(
     names = wanted(official_files["dev"], "dev")
     size = sum(len(official_files["dev"][name]) for name in names)
     assert "FLUX.1-dev): licence: FLUX.1 [dev] Non-Commercial License" in caplog.text
+    assert f"official files: {size / 1e6:.1f} of {size / 1e6:.1f} MB" in caplog.text
     assert f"{len(names)} files, {size / 1e9:.2f} GB to fetch" in caplog.text
-    assert f": {size / 1e6:.1f} of {size / 1e6:.1f} MB" in caplog.text
     assert "complete and verified" in caplog.text
+
+
+def test_the_progress_of_several_repositories_has_one_total(
+    settings, huggingface, official_files, caplog, monkeypatch
+):
+    monkeypatch.setattr("weights.snapshot.LogProgress", lambda name: LogProgress(name, every=0))
+    caplog.set_level(logging.INFO, "weights")
+    snapshot.obtain([Wanted(DEV, "main"), Wanted(SCHNELL, "main")], settings)
+    size = sum(
+        len(official_files[part][name])
+        for part in ("dev", "schnell")
+        for name in wanted(official_files[part], part)
+    )
+    assert f"{size / 1e9:.2f} GB to fetch in all" in caplog.text
+    steps = re.findall(r"official files: ([\d.]+) of ([\d.]+) MB", caplog.text)
+    done = [float(step) for step, _ in steps]
+    assert {total for _, total in steps} == {f"{size / 1e6:.1f}"}
+    assert done == sorted(done)
+    assert done[-1] == pytest.approx(size / 1e6, abs=0.06)
+
+
+# --- pins
+
+
+def test_the_default_revisions_are_those_of_the_manifest(
+    settings, huggingface, official_files, monkeypatch
+):
+    for part in ("dev", "schnell", "safety/falconsai"):
+        repository = REPOSITORIES[part]
+        huggingface[part].commits[repository.revision] = official_files[part]
+        path = obtain(repository, getattr(Settings(), repository.revision_setting), settings)
+        assert path.name == repository.revision
+        assert re.fullmatch("[0-9a-f]{40}", repository.revision)
+
+
+def test_a_pull_request_is_pinned_by_the_hash_of_its_weights(
+    hub, settings, huggingface, official_files
+):
+    commit = huggingface["safety/compvis"].commit(
+        official_files["safety/compvis"], branch=COMPVIS.revision
+    )
+    with pytest.raises(InvalidFileError, match=r"refs/pr/41 .*revision was changed.*COMPVIS_REV"):
+        obtain(COMPVIS, COMPVIS.revision, settings)
+    assert hub.count("GET", "/cdn/") == 0
+    weights = official_files["safety/compvis"]["model.safetensors"]
+    same = replace(COMPVIS, sha256={"model.safetensors": sha256(weights)})
+    path = obtain(same, COMPVIS.revision, settings)
+    assert path.name == commit
+    assert obtain(same, COMPVIS.revision, replace(settings, endpoint=NOWHERE)) == path
+    assert obtain(COMPVIS, commit, replace(settings, endpoint=NOWHERE)) == path
 
 
 # --- a restart
@@ -106,7 +165,7 @@ def test_weights_stay_what_they_were_until_they_are_fetched_anew(
     changed = official_files["schnell"] | {"scheduler/scheduler_config.json": b"{}"}
     new = huggingface["schnell"].commit(changed)
     assert obtain(SCHNELL, "main", settings) == first
-    assert fetch(SCHNELL, "main", settings).name == new
+    snapshot.fetch([Wanted(SCHNELL, "main")], settings)
     assert obtain(SCHNELL, "main", settings).name == new
     assert obtain(SCHNELL, old, settings) == first
 
@@ -204,16 +263,33 @@ def test_a_hub_that_is_down_is_asked_again(hub, settings, huggingface, status):
 def test_a_full_disk_is_noticed_before_anything_is_fetched(hub, settings, huggingface, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr("weights.snapshot.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DiskSpaceError, match=r"no room for .* GB in .*/hf.* HF_HOME"):
+    with pytest.raises(DiskSpaceError, match=r"no room for .* GB .* in .*/hf.* HF_HOME"):
         obtain(DEV, "main", settings)
     assert hub.count("GET", "/cdn/") == 0
 
 
+def test_a_disk_with_room_for_one_of_two_is_noticed_before_anything_is_fetched(
+    hub, settings, huggingface, official_files, monkeypatch
+):
+    both = [Wanted(SCHNELL, "main"), Wanted(DEV, "main")]
+    sizes = [
+        sum(len(official_files[part][name]) for name in wanted(official_files[part], part))
+        for part in ("schnell", "dev")
+    ]
+    free = shutil.disk_usage("/")._replace(free=max(sizes) + min(sizes) // 2)
+    monkeypatch.setattr("weights.snapshot.shutil.disk_usage", lambda _: free)
+    with pytest.raises(DiskSpaceError, match=r"FLUX\.1-schnell at main.*FLUX\.1-dev at main.*room"):
+        snapshot.obtain(both, settings)
+    assert hub.count("GET", "/cdn/") == 0
+    obtain(SCHNELL, "main", settings)
+    assert snapshot.obtain(both, settings)  # what is there already takes no more room
+
+
 def test_a_disk_that_fills_up_on_the_way(settings, huggingface, monkeypatch):
-    def full(*_, local_files_only=False, **__):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("weights.snapshot._cached", lambda *_: None)
-    monkeypatch.setattr("weights.snapshot.snapshot_download", full)
+    monkeypatch.setattr("weights.snapshot.cached", lambda *_: None)
+    monkeypatch.setattr("weights.repository.snapshot_download", full)
     with pytest.raises(DiskSpaceError, match="HF_HOME"):
         obtain(DEV, "main", settings)

@@ -1,0 +1,82 @@
+"""Quantize the transformers of a checkpoint ahead of time: `python -m flux`, or script/quantize."""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from flux.quiet import without_progress_bars, without_remarks
+from flux.variants import VARIANTS
+from weights.checkpoint import commit_of
+from weights.errors import WeightsError
+from weights.redact import without_secrets
+from weights.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Write the files of the variants named on the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="script/quantize",
+        description="Write the float8 weights of a checkpoint's transformers to files that a "
+        "server starts from. Needs no GPU. Settings are environment variables: FLUX_CHECKPOINT, "
+        "FLUX_QUANTIZED_DIRECTORY, HF_TOKEN, ...",
+    )
+    parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; default: all")
+    parser.add_argument(
+        "--directory", type=Path, help="where to put the files; default: FLUX_QUANTIZED_DIRECTORY"
+    )
+    arguments = parser.parse_args()
+    if unknown := set(arguments.variants) - set(VARIANTS):
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in (__name__, "flux", "weights"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    with without_remarks():
+        from flux.components import CheckpointError
+    try:
+        settings = Settings.from_environment()
+        directory = arguments.directory or settings.quantized_directory
+        if not directory:
+            parser.error("name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY")
+        _quantize(arguments.variants or list(VARIANTS), directory, settings)
+    except (CheckpointError, SettingsError, WeightsError) as error:
+        logger.error("script/quantize: %s", error)
+        return 1
+    return 0
+
+
+def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
+    with without_remarks():
+        import torch
+        import torchao
+
+        from flux.deployment import chosen_checkpoint, source_of
+        from flux.masters import PART, load_transformer
+        from flux.prequantized import Identity, fingerprint_of, path_of, write
+
+    without_progress_bars()
+    torch.set_grad_enabled(False)
+    checkpoint = chosen_checkpoint(settings)
+    for variant in variants:
+        start, source = time.perf_counter(), source_of(variant, checkpoint, settings)
+        identity = Identity(
+            variant=variant,
+            checkpoint=without_secrets(checkpoint),
+            commit=commit_of(variant, source),
+            fingerprint=fingerprint_of(source / PART),
+            torchao=torchao.__version__,
+        )
+        path = path_of(variant, directory)
+        logger.info("Quantizing %s to %s", identity, path)
+        transformer = load_transformer(variant, source / PART, torch.bfloat16)
+        size = write(path, transformer, identity)
+        seconds = time.perf_counter() - start
+        logger.info("%s: %.3f GB, in %.1f s", path, size / 1e9, seconds)
+    logger.info("A server takes them from FLUX_QUANTIZED_DIRECTORY=%s", directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

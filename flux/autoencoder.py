@@ -1,0 +1,64 @@
+"""Pictures to latents and back, through the VAE."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+TILE = 64  # latents along a side of a tile; 512 pixels with FLUX.1's VAE
+
+
+class Autoencoder:
+    """The VAE of a pipeline, with the pipeline's scaling and packing of latents."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        self._pipeline = pipeline
+        self._vae = pipeline.vae
+        self.cell: int = pipeline.vae_scale_factor
+        """Pixels along the side of a latent."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self._vae.device
+        return device
+
+    def encode(self, picture: Image.Image) -> torch.Tensor:
+        """An RGB picture's latents, [1, channels, height / cell, width / cell]."""
+        pixels = self._pipeline.image_processor.preprocess(picture)
+        mean: torch.Tensor = self._vae.encode(
+            pixels.to(self._vae.device, self._vae.dtype)
+        ).latent_dist.mode()
+        return mean.sub(self._vae.config.shift_factor).mul(self._vae.config.scaling_factor)
+
+    def decode(
+        self, latents: torch.Tensor, width: int, height: int, *, tiled: bool = False
+    ) -> Image.Image:
+        """The RGB picture of packed latents, [1, tokens, 4 * channels].
+
+        Args:
+            latents: as a transformer draws them.
+            width, height: of the picture, in pixels.
+            tiled: decode overlapping tiles and blend them: less memory, and slightly another
+                picture, as a tile does not see the others.
+        """
+        config = self._vae.config
+        latents = self._pipeline._unpack_latents(latents, height, width, self.cell)
+        latents = latents / config.scaling_factor + config.shift_factor
+        with self._tiling() if tiled else nullcontext():
+            pixels = self._vae.decode(latents, return_dict=False)[0]
+        processor = self._pipeline.image_processor
+        picture: Image.Image = processor.postprocess(pixels, output_type="pil")[0]
+        return picture
+
+    @contextmanager
+    def _tiling(self) -> Iterator[None]:
+        """diffusers' tiling; its own size of a tile is 1024 pixels, which saves nothing here."""
+        self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = TILE, TILE * self.cell
+        self._vae.enable_tiling()
+        try:
+            yield
+        finally:
+            self._vae.disable_tiling()

@@ -1,0 +1,187 @@
+"""Compiled transformers: each kind of block once, for every size, and eagerly where that fails.
+
+Compilation is regional (diffusers' `compile_repeated_blocks`): FLUX.1's 57 blocks are of two
+classes, so their graphs are made once and shared by all blocks, by dev and schnell, and by any
+adapter in the weights, which are inputs of the graphs. What separates graphs is the precision
+(float8 weights are another class of tensor) and where a block's input comes from: the first of each
+kind reads memory that is laid out otherwise than what its like hand on.
+
+- `dynamic=True`: one graph for all numbers of tokens. Two dimensions that happen to be equal while
+  tracing would be held to be one ("duck shapes"), and the 4096 tokens of a megapixel are T5's
+  width, so the warm-up has odd numbers of tokens, in picture and text: no width is odd.
+- `fullgraph=True`: a graph break would cost time in every block of every step without a word. As
+  an error it reaches the fallback below, and the log.
+- One token is the exception: torch makes graphs of their own for dimensions of 1. So pictures of
+  16 x 16 pixels are drawn eagerly.
+- The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
+  and its shapes would cost a second warm-up.
+- Out: CUDA graphs ("reduce-overhead"), which keep buffers for each size, and saved artifacts
+  (`torch.compiler.save_cache_artifacts`), where a kept directory does the same.
+"""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from flux.deployment import Deployment
+from flux.memory import is_out_of_memory
+from flux.request import Mode, Precision, Request
+from flux.residency import ORDER, BudgetError, Key
+from flux.transformers import COMPONENT
+from flux.variants import VARIANTS
+from flux.worker import Cancelled
+from weights.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real picture, of 0.25 megapixels, but odd
+
+
+def compile_blocks(
+    modules: Mapping[Key, nn.Module], deployment: Deployment, settings: Settings
+) -> "Compilation | None":
+    """Have the transformers compiled if the settings say so; None if not.
+
+    `auto` compiles with CUDA: a CPU draws the miniature sooner than a compiler translates it.
+    Transformers that live on the host are not compiled: in every layer, hooks move its weights.
+
+    Raises:
+        SettingsError: the cache's directory cannot be made.
+    """
+    by_itself = deployment.device.type == "cuda" and settings.compile == "auto"
+    if not by_itself and settings.compile != "on":
+        return None
+    if COMPONENT in deployment.offloaded:
+        logger.info("Transformers that live on the host are not compiled (FLUX_OFFLOAD)")
+        return None
+    directory = settings.compile_cache_directory.expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"{CACHE}={directory}: cannot be made ({error.strerror}); name a directory that can, "
+            "or set FLUX_COMPILE=off"
+        ) from error
+    os.environ[CACHE] = str(directory)  # torch documents no other way; Triton's goes beneath it
+    return Compilation(modules)
+
+
+class Compilation:
+    """Runs work that calls transformers, compiled; eagerly once that has failed.
+
+    Args:
+        modules: the transformers; their blocks are compiled at the first call.
+        backend: a name that torch.compile knows.
+    """
+
+    def __init__(self, modules: Mapping[Key, nn.Module], backend: str = "inductor") -> None:
+        self._eager: set[Key] = set()
+        for module in modules.values():
+            module.compile_repeated_blocks(  # type: ignore[operator]
+                dynamic=True, fullgraph=True, backend=backend
+            )
+
+    def run(self, key: Key, tokens: int, work: Callable[[], T]) -> T:
+        """Do some work; where its failure is the compiler's, again and from then on eagerly.
+
+        Compilers fail in exceptions of many classes, some only when a kernel is launched. So
+        it is the outcome that decides: what goes well eagerly, and only so, was the compiler's
+        failure. Cancelling and a lack of memory are nobody's failure, and are passed on.
+
+        Args:
+            key: the transformer that `work` calls.
+            tokens: of the image.
+            work: may be called twice.
+        """
+        if key in self._eager or tokens == 1:
+            return _eagerly(work)
+        before = graphs()
+        try:
+            return work()
+        except (Cancelled, BudgetError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            logger.warning("%s %s failed compiled; trying it eagerly", *key, exc_info=error)
+        finally:
+            if made := graphs() - before:
+                logger.info("Compiled %d graphs for %s %s", made, *key)
+        result = _eagerly(work)  # out of the except block, which holds on to tensors
+        self._eager.add(key)
+        logger.warning("%s %s draws eagerly until the next start: that went well", *key)
+        return result
+
+
+def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> list[Key]:
+    """The transformers to draw with in setup, so that these precisions are compiled there.
+
+    Those of `at_start` come last, so that they are on the device in the end. A precision that
+    none of them has is compiled with one that takes turns with them.
+    """
+    wanted = list(at_start)
+    missing = set(precisions) - {precision for _, precision in wanted}
+    first = {precision: (variant, precision) for variant, precision in reversed(ORDER)}
+    return [key for precision, key in first.items() if precision in missing] + wanted
+
+
+def rehearsal(key: Key, token: int) -> Request:
+    """A request of one step that has a transformer compiled for every other.
+
+    Args:
+        key: of the transformer.
+        token: pixels along the side of a token.
+    """
+    rows, columns = WARM_UP_TOKENS
+    variant = VARIANTS[key[0]]
+    variant = replace(variant, max_sequence_length=variant.max_sequence_length - 1)
+    return Request(
+        prompt="",
+        variant=variant,
+        mode=Mode.TEXT_TO_IMAGE,
+        precision=key[1],
+        width=columns * token,
+        height=rows * token,
+        picture=None,
+        mask=None,
+        sigmas=(1.0,),
+        seeds=(0,),
+        guidance=1.0 if variant.guidance else None,
+        adapters=(),
+        output_format="png",
+        output_quality=0,
+        check_safety=False,
+    )
+
+
+@contextmanager
+def warming_up() -> Iterator[None]:
+    """Say in the log what a warm-up took."""
+    before, start = graphs(), time.perf_counter()
+    with warnings.catch_warnings():
+        # torchao's tensors have no hash of their own; torch's default one finds them again
+        warnings.filterwarnings("ignore", message=".* does not implement _stable_hash_for_caching")
+        yield
+    made, seconds = graphs() - before, time.perf_counter() - start
+    logger.info("Warm-up: %d graphs in %.1f s, cached in %s", made, seconds, os.environ.get(CACHE))
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _eagerly(work: Callable[[], T]) -> T:
+    with torch.compiler.set_stance("force_eager"):
+        return work()

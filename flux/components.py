@@ -1,0 +1,88 @@
+"""One component of a checkpoint from its files: whole, or an error that says what to do.
+
+The libraries' own loaders only warn where weights are missing, and leave them random (the text
+encoders) or without memory (the VAE, the transformers); a tokenizer without its vocabulary takes
+every word for the same. Here that is an error.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+CONFIGURATION = "tokenizer_config.json"
+ADVICE = "Fetch the checkpoint's files again: script/download, or a copy that is whole"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be loaded; the message says what to do."""
+
+
+def load_module(name: str, kind: type[Any], directory: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a model of diffusers or transformers, all weights of it from safetensors files.
+
+    Where the files hold `dtype`, diffusers maps them into memory instead of reading them.
+
+    Args:
+        name: what messages call it.
+        kind: its class.
+        directory: with its config.json.
+        dtype: of the parameters.
+
+    Raises:
+        CheckpointError: files or weights are missing, damaged, or of another shape.
+    """
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    module, found = load_component(name, kind, directory, **options)
+    missing = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
+    if missing or found["error_msgs"]:
+        shown = ", ".join(missing[:3]) or found["error_msgs"][0]
+        raise CheckpointError(
+            f"{name}: cannot load {directory}: {len(missing)} weights of {kind.__name__} are "
+            f"missing or of another shape ({shown}). {ADVICE}"
+        )
+    loaded: nn.Module = module
+    return loaded
+
+
+def load_tokenizer(name: str, kind: type[Any], directory: Path) -> Any:  # noqa: ANN401
+    """Load a tokenizer of transformers with its configuration and its vocabulary.
+
+    The vocabulary is `tokenizer.json`, or the files that the class had before there was that.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
+    known = dict(kind.vocab_files_names)
+    whole = known.pop("tokenizer_file")
+    wanted = [CONFIGURATION, *([whole] if (directory / whole).is_file() else known.values())]
+    with reading(name, directory):
+        if missing := [file for file in wanted if not (directory / file).is_file()]:
+            raise FileNotFoundError(f"{' and '.join(missing)} missing")
+        return kind.from_pretrained(directory, local_files_only=True)
+
+
+def load_component(name: str, kind: type[Any], directory: Path, **options: object) -> Any:  # noqa: ANN401
+    """Call a library's `from_pretrained` on a local directory; see `reading` for what it raises."""
+    with reading(name, directory):
+        return kind.from_pretrained(directory, local_files_only=True, **options)
+
+
+@contextmanager
+def reading(name: str, directory: Path) -> Iterator[None]:
+    """Translate what the libraries raise while they read a directory.
+
+    Raises:
+        CheckpointError: the directory is not there, or its files do not serve.
+    """
+    try:
+        if not directory.is_dir():  # the libraries would take it for a name on the hub
+            raise FileNotFoundError("no such directory")
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).rstrip(". \n")
+        raise CheckpointError(f"{name}: cannot load {directory}: {reason}. {ADVICE}") from error

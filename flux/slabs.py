@@ -1,0 +1,106 @@
+"""Host memory in a few large slabs, page-locked for CUDA.
+
+A piece of page-locked memory for every weight would take half as much again: the allocator rounds
+each one up to a power of two.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flux.memory import bytes_of
+from flux.residency import BudgetError
+from weights.settings import GIB
+
+logger = logging.getLogger(__name__)
+
+SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
+ALIGNMENT = 256
+
+
+class Slabs:
+    """Memory for tensors, one after another in slabs; it is given back with the last of them.
+
+    Args:
+        page_locked: whether a device may copy from it beside its other work.
+    """
+
+    def __init__(self, *, page_locked: bool) -> None:
+        self._page_locked = page_locked
+        self._slab = torch.zeros(0, dtype=torch.uint8)
+        self._start = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor.
+
+        Raises:
+            BudgetError: there is no memory for it.
+        """
+        count = torch.Size(shape).numel() * dtype.itemsize
+        if self._start + count > self._slab.numel():
+            self._slab = self._another(max(SLAB, count))
+            self._start = 0
+        found = self._slab[self._start : self._start + count].view(dtype).view(shape)
+        self._start += -(-count // ALIGNMENT) * ALIGNMENT
+        return found
+
+    def _another(self, size: int) -> Tensor:
+        kind = "page-locked host memory" if self._page_locked else "host memory"
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
+        except RuntimeError as error:
+            raise BudgetError(
+                f"There are no {size / GIB:.2f} GiB more of {kind} ({error}): give the machine "
+                "more, or set FLUX_HOST_MEMORY_GB to what it has for weights"
+            ) from error
+
+
+def hold(module: nn.Module, *, page_locked: bool) -> bool:
+    """Copy a module's parameters from the memory map into slabs.
+
+    Returns:
+        whether there was memory for it; the parameters are left as they are where not.
+    """
+    try:
+        views = _copies(module, page_locked)
+    except BudgetError as error:
+        logger.warning("Weights stay in the memory map. %s", str(error))
+    else:
+        for parameter, view in zip(module.parameters(), views, strict=True):
+            parameter.data = view
+        return True
+    give_back()  # out of the except block, which holds on to the slabs that there was memory for
+    return False
+
+
+class PageLocked:
+    """Page-locked host memory for modules, under a budget; who asks first has it.
+
+    Args:
+        budget: in bytes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+
+    def hold(self, module: nn.Module) -> bool:
+        """`hold` a module in it, if it still has room for it."""
+        size = bytes_of(module)
+        if size > self._left or not hold(module, page_locked=True):
+            return False
+        self._left -= size
+        return True
+
+
+def give_back() -> None:
+    """Return page-locked memory that nothing uses to the system; torch would keep it."""
+    if torch.cuda.is_available():
+        torch.accelerator.empty_host_cache()
+
+
+def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:
+    slabs = Slabs(page_locked=page_locked)
+    values = [parameter.detach() for parameter in module.parameters()]
+    return [slabs.empty(value.shape, value.dtype).copy_(value) for value in values]

@@ -1,0 +1,111 @@
+"""Compiling the blocks or the whole transformer, with an empty and with a kept cache.
+
+Every case runs in a process of its own, as a server's start does. Seconds are those of the clock
+and of the processor (compilers included): the latter do not depend on who else is on the machine.
+"""
+
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import _full_depth as full_depth
+import torch
+from common import interleave, medians, report
+
+HEADS = 3
+BLOCKS = (4, 8)  # a fifth of FLUX.1's: the whole takes longer with every block
+TOKENS = (255, 63)  # of the image and the text: equal to no width, see flux/compile.py
+OTHERS = ((64, 64), (192, 32), (1024, 64), (99, 256))  # requests after the first
+KEY = ("dev", "bf16")
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compiled, with which cache."""
+
+    regional: bool
+    cache: Path
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        results = {}
+        for what, regional in (("blocks", True), ("whole", False)):
+            case = Case(regional, Path(directory) / what)
+            for state in ("empty cache", "kept cache"):
+                results[f"{what}, {state}"] = in_a_process_of_its_own(case)
+    report(
+        "compile",
+        {
+            "model": full_depth.describe(model()),
+            "tokens": TOKENS,
+            "dtype": "float32",
+            "rounds": ROUNDS,
+            "starts": results,
+        },
+    )
+
+
+def in_a_process_of_its_own(case: Case) -> dict[str, object]:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as process:
+        return process.submit(start, case).result()
+
+
+def model() -> torch.nn.Module:
+    return full_depth.transformer(torch.float32, HEADS, BLOCKS)
+
+
+def start(case: Case) -> dict[str, object]:
+    """The first step, then other sizes, then steps beside eager ones."""
+    os.environ |= {
+        "TORCHINDUCTOR_CACHE_DIR": str(case.cache),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # so that the compilers' seconds are counted
+    }
+    warnings.filterwarnings("ignore")
+    from flux.compile import Compilation, graphs
+
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    found = model()
+    compilation = Compilation({KEY: found} if case.regional else {})
+    if not case.regional:
+        found.compile(dynamic=True, fullgraph=True)
+
+    def step(tokens: tuple[int, int] = TOKENS) -> object:
+        inputs = full_depth.inputs(*tokens)
+        return compilation.run(KEY, tokens[0], lambda: found(**inputs))
+
+    clock, processor = time.perf_counter(), processor_seconds()
+    step()
+    clock, processor = time.perf_counter() - clock, processor_seconds() - processor
+    first = graphs()
+    for tokens in OTHERS:
+        step(tokens)
+    steps = {"compiled": step, "eager": torch.compiler.set_stance("force_eager")(lambda: step())}
+    median = medians(interleave(steps, ROUNDS))
+    return {
+        "seconds": round(clock, 1),
+        "processor_seconds": round(processor, 1),
+        "graphs": first,
+        "graphs_for_other_sizes": graphs() - first,
+        "step_times_eager": round(median["compiled"] / median["eager"], 3),
+    }
+
+
+def processor_seconds() -> float:
+    """Of this process and those it has waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What is where on which card: the README's tables, from FLUX.1's own configurations.
+
+Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
+what fits is decided by the code that serves (flux/residency.py). A card or host is taken to have
+its nominal GiB, and a card less what CUDA and the safety checkers take.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import _flux1 as flux1
+from common import report
+from torch import nn
+
+from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of
+from flux.offload import COMPONENTS
+from flux.quantize import float8_parameters
+from flux.residency import ORDER, BudgetError, Key, Residency
+from flux.transformers import size
+from flux.variants import VARIANTS
+from weights.inventory import GB
+from weights.settings import GIB
+
+CARDS = (16, 24, 32, 40, 48, 80, 96)
+HOSTS = (48, 64, 96, 128)
+CHECKERS = int(0.8 * GB)
+CUDA_CONTEXT = GIB // 2  # an estimate
+
+
+def transformers() -> dict[Key, int]:
+    """Bytes of each transformer."""
+    found = {variant: flux1.transformer(variant) for variant in VARIANTS}
+    return {
+        (variant, precision): size(
+            found[variant], float8_parameters(found[variant]) if precision == "fp8" else frozenset()
+        )
+        for variant, precision in ORDER
+    }
+
+
+def components() -> dict[str, nn.Module]:
+    """What dev and schnell share."""
+    return {
+        "vae": flux1.vae(),
+        "text_encoder": flux1.clip(),
+        "text_encoder_2": flux1.t5(),
+    }
+
+
+def largest_layer(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the largest layer; offloading has two of them on the device at a time."""
+    leaves = (leaf for module in modules for leaf in module.modules() if not any(leaf.children()))
+    return max(map(bytes_of, leaves))
+
+
+def at_start(sizes: Mapping[Key, int], budget: int) -> str:
+    """What is brought to a device or host with room for `budget` bytes, most wanted first."""
+    try:
+        found = Residency(sizes, budget).at_start()
+    except BudgetError:
+        return "none: setup fails"
+    return "all four" if len(found) == len(ORDER) else ", ".join(" ".join(k) for k in found[::-1])
+
+
+def cards(sizes: Mapping[Key, int], shared: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each card: what is on it at the start without offloading, and without T5."""
+    lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
+    for gibibytes in CARDS:
+        free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE
+        found = []
+        for setting in ("none", "t5"):
+            there = [part for name, part in shared.items() if name not in COMPONENTS[setting]]
+            found.append(at_start(sizes, free - sum(map(bytes_of, there))))
+        lines.append(f"| {gibibytes} GB | {' | '.join(found)} |")
+    return lines
+
+
+def hosts(sizes: Mapping[Key, int], shared: Mapping[str, nn.Module]) -> list[str]:
+    """A line for each size of host memory: what is ready there with `FLUX_OFFLOAD=all`."""
+    t5 = bytes_of(shared["text_encoder_2"])
+    lines = ["| host memory | `FLUX_OFFLOAD=all` |", "|---|---|"]
+    for gibibytes in HOSTS:
+        left = gibibytes * GIB - HOST_RESERVE - t5
+        lines.append(f"| {gibibytes} GB | {at_start(sizes, left)} |")
+    return lines
+
+
+def main() -> None:
+    """Print the tables."""
+    sizes, shared = transformers(), components()
+    for line in (*cards(sizes, shared), "", *hosts(sizes, shared), ""):
+        print(line)
+    visitors = [flux1.transformer("dev"), shared["text_encoder_2"]]
+    bytes_by_part = {" ".join(key): count for key, count in sizes.items()}
+    bytes_by_part |= {name: bytes_of(module) for name, module in shared.items()}
+    report("memory", {"bytes": bytes_by_part, "largest_layer": largest_layer(visitors)})
+
+
+if __name__ == "__main__":
+    main()

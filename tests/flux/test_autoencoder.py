@@ -1,0 +1,70 @@
+"""Decoding: whole where there is memory for it, in tiles where there is not."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from flux.autoencoder import TILE
+from flux.engine import Engine
+from flux.request import Inputs, resolve
+from flux.residency import BudgetError
+from flux.timing import Stopwatch
+from tests.flux.engines import parts
+from tests.support import difference, same
+from weights.settings import Settings
+
+WIDE = {"aspect_ratio": "custom", "width": 1440, "height": 256}  # 90 x 16 latents
+
+
+@pytest.fixture(scope="module")
+def engine_and_decoder() -> Iterator[tuple[Engine, nn.Module]]:
+    settings = Settings(checkpoint="nano", device="cpu")
+    pipelines, transformers = parts(settings)
+    with torch.no_grad():
+        yield Engine(pipelines, transformers, 2), pipelines["dev"].vae.decoder
+
+
+def draw(engine: Engine, **inputs: object) -> Image.Image:
+    request = resolve(Inputs("a hat", num_inference_steps=1, seed=1, **inputs), Settings())
+    (image,) = engine.generate(request, (), Stopwatch(), lambda: None)
+    return image
+
+
+class Memory:
+    """Of a device that holds the decoding of so many columns of latents."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.calls: list[int] = []
+
+    def __call__(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        self.calls.append(arguments[0].shape[-1])
+        if self.calls[-1] > self.columns:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+
+def test_tiles_where_memory_asks_for_them(engine_and_decoder, caplog) -> None:
+    engine, decoder = engine_and_decoder
+    whole = draw(engine, **WIDE)
+    memory = Memory(TILE)
+    handle = decoder.register_forward_pre_hook(memory)
+    tiled = draw(engine, **WIDE)
+    assert memory.calls[:2] == [90, 90]  # alone with its transformer, it is tried once more
+    assert max(memory.calls[2:]) <= TILE
+    assert "Decoding in tiles: CUDA out of memory" in caplog.text
+    assert tiled.size == whole.size
+    assert 0 < difference(tiled, whole) < 2
+    handle.remove()
+    assert same(draw(engine, **WIDE), whole)  # and not longer than that
+
+
+def test_no_memory_for_a_tile_either(engine_and_decoder) -> None:
+    engine, decoder = engine_and_decoder
+    handle = decoder.register_forward_pre_hook(Memory(8))
+    with pytest.raises(BudgetError, match="Out of memory on cpu"):
+        draw(engine, **WIDE)
+    handle.remove()
+    assert draw(engine, **WIDE).size == (1440, 256)
