@@ -195,16 +195,16 @@ def test_inpainting_puts_the_named_object_into_the_mask(paint, go_fast: bool) ->
 # --- go_fast
 
 
-@pytest.mark.parametrize(("model", "least"), [("dev", 25.0), ("schnell", 25.0)])
-def test_float8_draws_the_same(paint, gallery, model: str, least: float) -> None:
-    """The same colours and shapes, and a PSNR in dB."""
+@pytest.mark.parametrize("model", STEPS)
+def test_float8_draws_the_same(paint, gallery, model: str) -> None:
+    """The same colours and outlines, and a PSNR in dB: 39 to 48 were measured."""
     for seed, asked in list(enumerate(ASKED))[:4]:
         exact = gallery[model][seed]
         (fast,) = paint(asked.prompt, model=model, seed=seed, go_fast=True)
         one, other = measure(exact), measure(fast)
         assert (one.background, one.colour) == (other.background, other.colour)
-        assert one.shape == other.shape
-        assert least < psnr(fast, exact) < 99
+        assert (one.mask & other.mask).sum() > 0.9 * (one.mask | other.mask).sum()
+        assert 34 < psnr(fast, exact) < 99
 
 
 # --- adapters
