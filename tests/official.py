@@ -1,9 +1,9 @@
 """Miniature repositories laid out like the official ones, and what of them must not be fetched."""
 
 import json
+import shutil
 from pathlib import Path
 
-import miniature
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -17,6 +17,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from flux.load import NANO
 from weights.manifest import REPOSITORIES
 
 TOWER = {
@@ -39,7 +40,8 @@ Files = dict[str, bytes]
 
 def build(root: Path) -> dict[str, Files]:
     """The files of each official repository, by their part; FLUX.1 is the embedded miniature."""
-    miniature.build(root)
+    for variant in ("dev", "schnell"):
+        shutil.copytree(NANO / variant, root / variant)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         compvis(root / "safety/compvis")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from miniature import Dimensions
 from PIL import Image
 from safetensors.torch import save, save_file
 from server import Server, ServerError
@@ -131,7 +132,8 @@ def test_schnell_and_the_other_modes_take_adapters(server, references) -> None:
 
 
 def test_the_prompt_cache_knows_adapters_of_the_text_encoders(server, hub) -> None:
-    down, up = torch.randn(2, 64), torch.randn(128, 2)
+    clip = Dimensions()
+    down, up = torch.randn(2, clip.clip_width), torch.randn(clip.clip_feed_forward, 2)
     tensors = {f"{KOHYA}.lora_down.weight": down, f"{KOHYA}.lora_up.weight": up}
     url = hub.add_file("/files/clip.safetensors", save(tensors))
     base = server.draw(**RAW).image

