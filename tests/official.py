@@ -17,7 +17,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from flux.load import NANO
+from flux.deployment import NANO
 from weights.manifest import REPOSITORIES
 
 TOWER = {
