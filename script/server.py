@@ -20,6 +20,7 @@ SERVE = Path(__file__).resolve().parent / "serve"
 READY_SECONDS = 600  # loading an official checkpoint from a slow disk takes minutes
 STOP_SECONDS = 5
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
+LATE_LOG = "coglet::user"  # and what it had logged of setup when the server was ready already
 
 
 class ServerError(RuntimeError):
@@ -134,7 +135,8 @@ class Server:
             except (ValueError, LookupError, TypeError):
                 message, target = line.rstrip("\n"), ""
             self._tail.append(message)
-            if self._on_log and target in LOGS and "source" in record["fields"]:
+            ours = target in LOGS and "source" in record["fields"]
+            if self._on_log and (ours or target == LATE_LOG):
                 self._on_log(message)
 
 

@@ -47,7 +47,7 @@ def build(root: Path) -> dict[str, Files]:
         compvis(root / "safety/compvis")
         falconsai(root / "safety/falconsai")
     for variant in ("dev", "schnell"):
-        _shard(root / variant / "transformer", FluxTransformer2DModel, "1MB")
+        _shard(root / variant / "transformer", FluxTransformer2DModel, "1800KB")
     _shard(root / "dev" / "text_encoder_2", T5EncoderModel, "200KB")
     found = {part: _read(root / part) for part in REPOSITORIES}
     for part, names in UNWANTED.items():

@@ -91,7 +91,7 @@ def fast(start, quantized) -> Callable:
 def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
     directory, result = made
     assert result.returncode == 0, result.stderr
-    assert f"{directory}/dev.safetensors: 0.002 GB" in result.stderr
+    assert f"{directory}/dev.safetensors: 0.004 GB" in result.stderr
     assert f"FLUX_QUANTIZED_DIRECTORY={directory}" in result.stderr
     assert "torchao" not in result.stderr
     assert "torchvision" not in result.stderr
@@ -305,9 +305,9 @@ REFUSALS = {
     "was made from schnell of nano": lambda path: shutil.copy(
         path.with_name("schnell.safetensors"), path
     ),
-    r"x_embedder.bias is \[\(127,\)\], expected \[\(128,\)\]": lambda p: rewrite(p, another_shape),
+    r"x_embedder.bias is \[\(159,\)\], expected \[\(160,\)\]": lambda p: rewrite(p, another_shape),
     "x_embedder.bias is None": lambda path: rewrite(path, one_less),
-    r"to_q.weight is \[\(128, 128\)\], expected \[\(128, 128\), \(128, 1\)\]": (
+    r"to_q.weight is \[\(160, 160\)\], expected \[\(160, 160\), \(160, 1\)\]": (
         lambda path: rewrite(path, unquantized)
     ),
 }

@@ -3,6 +3,7 @@
 import mmap
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def copied(tmp_path) -> Path:
 
 
 def test_the_log_says_what_was_loaded_from_where_how_large_and_where_it_is(server) -> None:
+    deadline = time.monotonic() + 30
+    while not any(line.startswith("Ready after") for line in server.lines):
+        assert time.monotonic() < deadline, "the table's last line never came"
+        time.sleep(0.05)  # the log is read beside the server, which may answer before
     found = rows(server.lines)
     assert tuple(found) == LOADED
     assert {row["place"] for row in found.values()} == {"host memory"}

@@ -20,6 +20,13 @@ TINY = miniature.Dimensions(
 )
 
 
+@pytest.fixture(autouse=True)
+def gradients():
+    """On, whatever an engine in this thread has left."""
+    with torch.enable_grad():
+        yield
+
+
 @pytest.fixture(scope="module")
 def models() -> miniature.Models:
     built = miniature.models(TINY, seed=0)
