@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
@@ -39,14 +40,17 @@ def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[A
     raise, to give up.
     """
 
+    counting = threading.Lock()  # the hub's client fetches several files at a time
+
     class Bar(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **options: Any) -> None:  # noqa: ANN401
             self._counted = str(options.get("unit", "it"))
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            self.n += n or 0
-            report(int(self.n), None if self.total is None else int(self.total), self._counted)
+            with counting:
+                self.n += n or 0
+                report(int(self.n), None if self.total is None else int(self.total), self._counted)
             return None
 
     return Bar

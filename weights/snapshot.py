@@ -106,12 +106,13 @@ class _Progress:
     """Bytes of all repositories, as the log tells them."""
 
     def __init__(self, total: int) -> None:
-        self.total, self._before = total, 0
+        self.total, self._before, self._furthest = total, 0, 0
         self._log = LogProgress("official files")
 
     def __call__(self, done: int) -> None:
-        """Report the bytes that were fetched of the repository in hand."""
-        self._log(self._before + done, self.total)
+        """Report bytes of the repository in hand; the client counts them at two points."""
+        self._furthest = max(self._furthest, self._before + done)
+        self._log(self._furthest, self.total)
 
     def complete(self, size: int) -> None:
         """Go on to the next repository, after one of so many bytes."""
