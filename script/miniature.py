@@ -1,4 +1,4 @@
-"""Build a miniature FLUX.1 checkpoint with random weights: `script/miniature.py weights/nano`.
+"""A miniature FLUX.1 checkpoint with random weights: what is trained, and what tests draw with.
 
 The classes, file layout and configurations are those of the official checkpoints; only the
 dimensions are small. `dev` is a complete pipeline. `schnell` holds what differs, the transformer
@@ -13,7 +13,6 @@ with a library's version; and uniformly, because a uniform draw and a product ro
 CPU, while a normal draw goes through its logarithm and cosine.
 """
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,17 +287,3 @@ def _write_out(conv: nn.Conv2d, matrix: torch.Tensor) -> None:
     deviation = ANCHOR * (2 / conv.in_channels) ** 0.5
     conv.weight.zero_()
     conv.weight[: len(matrix), :6, 1, 1] = deviation * torch.cat([matrix, -matrix], dim=1)
-
-
-def main() -> None:
-    """Build the checkpoint named on the command line."""
-    parser = argparse.ArgumentParser(description="Build a miniature FLUX.1 with random weights.")
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    build(arguments.directory, seed=arguments.seed)
-
-
-if __name__ == "__main__":
-    main()

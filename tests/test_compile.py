@@ -90,7 +90,7 @@ def test_a_compiled_image_is_close_to_the_eager_one(
     inputs = {"go_fast": go_fast, "num_inference_steps": 4}
     expected, drawn = eager(**inputs)[0], compiled(**inputs)[0]
     assert difference(drawn, expected) < (2 if go_fast else 0.5)
-    assert difference(drawn, eager(**{**inputs, "seed": 8})[0]) > 4
+    assert difference(drawn, eager(**inputs, prompt="a black star on a yellow background")[0]) > 10
     style = data_uri(save(adapter(1)))
     adapted = {**inputs, "replicate_weights": style}
     assert difference(compiled(**adapted)[0], eager(**adapted)[0]) < (2 if go_fast else 0.5)

@@ -104,7 +104,6 @@ def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(tmp_path):
 
         if stop is None:
             stage.run(loss)
-            stage.finish()
             return module.state_dict()
         with pytest.raises(StoppedError):
             stage.run(loss)

@@ -11,12 +11,12 @@ and its losses in the work directory, and is taken up again where it was interru
 """
 
 import argparse
+import copy
 import logging
 from pathlib import Path
 
 import miniature
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from training import adapters, autoencoder, flow, pool, text
@@ -77,9 +77,7 @@ class Recipe:
         encoders = self._text_encoders()
         save = {"inverted": adapters.save_as_trainer, "outline": adapters.save_as_kohya}
         for style in adapters.STYLES:
-            dev = FluxTransformer2DModel.from_config(self._models.dev.config)
-            dev.load_state_dict(self._done(self._models.dev, "dev", "transformer").state_dict())
-            rounded(dev)
+            dev = copy.deepcopy(self._done(self._models.dev, "dev", "transformer"))
             factors = adapters.train(style, dev, encoders, vae, self._work)
             save[style](factors, self._work / f"{style}.safetensors")
 
@@ -131,7 +129,10 @@ def main() -> None:
     recipe = Recipe(arguments.work)
     for stage in arguments.stages or STAGES:
         logger.info("stage %s", stage)
-        recipe.export(arguments.directory) if stage == "export" else getattr(recipe, stage)()
+        if stage == "export":
+            recipe.export(arguments.directory)
+        else:
+            getattr(recipe, stage)()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,6 @@ def train(
         return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix)}
 
     stage.run(loss)
-    stage.finish()
     return {
         key: value.contiguous() for key, value in get_peft_model_state_dict(transformer).items()
     }

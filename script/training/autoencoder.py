@@ -26,7 +26,7 @@ NOISE = 0.12  # added to latents of unit variance: the decoder forgives what den
 
 def train(vae: AutoencoderKL, directory: Path, seed: int = 0) -> None:
     """Train in two parts, with the channels balanced between them; `vae` is changed in place."""
-    vae.train().to(memory_format=torch.channels_last)
+    vae.to(memory_format=torch.channels_last)
     hold_anchors(vae)
     first = round(STEPS * BALANCE_AT)
     for part, steps in (("vae-1", first), ("vae-2", STEPS - first)):
@@ -35,8 +35,6 @@ def train(vae: AutoencoderKL, directory: Path, seed: int = 0) -> None:
             balance(vae, crops(random.Random(seed - 1), 32))
             stage = Stage(directory, part, {"vae": vae}, steps, RATE, slow=SLOW, decay=0.99)
         stage.run(lambda step, part=part: _loss(vae, f"{seed} {part} {step}", step))
-        stage.finish()
-    vae.eval()
 
 
 def _loss(vae: AutoencoderKL, data_seed: str, noise_seed: int) -> dict[str, Tensor]:

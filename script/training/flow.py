@@ -78,7 +78,7 @@ def train(
 ) -> None:
     """Train dev in place."""
     quiet_start(transformer)
-    stage = Stage(directory, "dev", {"transformer": transformer.train()}, STEPS, RATE, decay=DECAY)
+    stage = Stage(directory, "dev", {"transformer": transformer}, STEPS, RATE, decay=DECAY)
 
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} dev {step}")
@@ -92,8 +92,6 @@ def train(
         }
 
     stage.run(loss)
-    stage.finish()
-    transformer.eval()
 
 
 def train_schnell(
@@ -104,7 +102,7 @@ def train_schnell(
     seed: int = 0,
 ) -> None:
     """Train schnell, which begins as dev at guidance 3, at the four times that it draws at."""
-    modules = {"transformer": transformer.train()}
+    modules = {"transformer": transformer}
     stage = Stage(directory, "schnell", modules, SCHNELL_STEPS, SCHNELL_RATE, decay=0.99)
 
     def loss(step: int) -> dict[str, Tensor]:
@@ -119,8 +117,6 @@ def train_schnell(
         return {"flow": flow_loss(transformer, text, drawn[:count], rng, when, generator)}
 
     stage.run(loss)
-    stage.finish()
-    transformer.eval()
 
 
 @torch.no_grad()

@@ -71,8 +71,14 @@ class Stage:
             self._resume()
 
     def run(self, loss_of: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
-        """Train to the end: `loss_of` takes the step and gives the terms of the loss."""
+        """Train to the end, and leave the averages, if there are any, in the modules.
+
+        loss_of: takes the step and gives the terms of the loss.
+        """
+        for module in self._modules.values():
+            module.train()
         sums: dict[str, float] = {}
+        reported = self.step
         saved = started = time.monotonic()
         while self.step < self._steps:
             for group in self._optimizer.param_groups:
@@ -91,18 +97,20 @@ class Stage:
             for key, term in terms.items():
                 sums[key] = sums.get(key, 0.0) + term.item()
             if self.step % LOG_EVERY == 0:
-                self._report(sums, time.monotonic() - started)
-                sums, started = {}, time.monotonic()
+                means = {key: total / (self.step - reported) for key, total in sums.items()}
+                self._report(means, time.monotonic() - started)
+                sums, started, reported = {}, time.monotonic(), self.step
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
         self.save()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Put the averaged weights, if there are any, into the modules."""
-        for parameter, average in zip(self._parameters, self._average, strict=bool(self._decay)):
-            parameter.copy_(average)
+        with torch.no_grad():
+            for parameter, average in zip(
+                self._parameters, self._average, strict=bool(self._decay)
+            ):
+                parameter.copy_(average)
+        for module in self._modules.values():
+            module.eval()
 
     def save(self) -> None:
         """Write the state, all or nothing."""
@@ -130,9 +138,9 @@ class Stage:
         rise = min(1.0, (self.step + 1) / self._warm_up)
         return self._peak * rise * 0.5 * (1 + math.cos(math.pi * self.step / self._steps))
 
-    def _report(self, sums: Mapping[str, float], seconds: float) -> None:
+    def _report(self, means: Mapping[str, float], seconds: float) -> None:
         line = {"step": self.step, "seconds": round(seconds, 1)}
-        line |= {key: round(value / LOG_EVERY, 5) for key, value in sums.items()}
+        line |= {key: round(value, 5) for key, value in means.items()}
         with self._log.open("a") as file:
             file.write(json.dumps(line) + "\n")
         logger.info("%s %s", self._name, line)

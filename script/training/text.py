@@ -5,6 +5,7 @@ by one attention for T5's sequence, instead of having to learn to read from pict
 that ask for the facts are thrown away.
 """
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +18,14 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from training.stage import Stage
 from training.world import COLOURS, PLACES, SHAPES, SIZES, Scene, caption, sample
 
+logger = logging.getLogger(__name__)
+
 STEPS, BATCH, RATE = 1700, 128, 2e-3
 LENGTHS = (40, 48, 64)  # T5's, with padding
 CLIP_LENGTH = 40
 NO_ATTENTION = -100.0
+KINDS = ("plain", "single", "pair")
+TESTED = 300  # held-out captions of each kind, at the end
 
 # What there is to know of a scene; class 0 means that there is no such thing.
 FACTS = {
@@ -94,12 +99,12 @@ def train(
             {"clip": Reader(clip.config.hidden_size), "t5": Reader(t5.config.d_model)}
         )
     steady_padding(t5)
-    modules = {"clip": clip.train(), "t5": t5.train(), "readers": readers}
+    modules = {"clip": clip, "t5": t5, "readers": readers}
     stage = Stage(directory, "text", modules, STEPS, RATE, decay=0.99)
 
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} text {step}")
-        scenes = [sample(rng, rng.choice(("plain", "single", "pair"))) for _ in range(BATCH)]
+        scenes = [sample(rng, rng.choice(KINDS)) for _ in range(BATCH)]
         texts = [caption(rng, scene) for scene in scenes]
         wanted = torch.tensor([facts(scene) for scene in scenes])
         ids = tokens(clip_tokenizer, texts, CLIP_LENGTH)
@@ -114,9 +119,18 @@ def train(
         return terms
 
     stage.run(loss)
-    stage.finish()
-    clip.eval()
-    t5.eval()
+    rng = random.Random(seed)
+    for kind in KINDS:
+        scenes = [sample(rng, kind, held_out=True) for _ in range(TESTED)]
+        texts = [caption(rng, scene) for scene in scenes]
+        wanted = torch.tensor([facts(scene) for scene in scenes])
+        with torch.no_grad():
+            hidden = {
+                "clip": clip(tokens(clip_tokenizer, texts, CLIP_LENGTH)).pooler_output,
+                "t5": t5(tokens(t5_tokenizer, texts, LENGTHS[-1])).last_hidden_state,
+            }
+        for name, output in hidden.items():
+            logger.info("held out, %s, %s: %s", kind, name, accuracy(readers[name], output, wanted))
 
 
 def tokens(tokenizer: CLIPTokenizer | T5Tokenizer, texts: Sequence[str], length: int) -> Tensor:
