@@ -2,6 +2,7 @@
 
 Every case runs in a process of its own, as a server's start does. Seconds are those of the clock
 and of the processor (compilers included): the latter do not depend on who else is on the machine.
+With `--json FILE` a plot goes beside it, as FILE with the suffix .png.
 """
 
 import multiprocessing
@@ -13,10 +14,11 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import _full_depth as full_depth
 import torch
-from common import interleave, medians, report
+from common import interleave, medians, report, report_file
 
 HEADS = 3
 BLOCKS = (4, 8)  # a fifth of FLUX.1's: the whole takes longer with every block
@@ -52,9 +54,10 @@ def main() -> None:
             "starts": results,
         },
     )
+    plot(results)
 
 
-def in_a_process_of_its_own(case: Case) -> dict[str, object]:
+def in_a_process_of_its_own(case: Case) -> dict[str, Any]:
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as process:
         return process.submit(start, case).result()
@@ -64,7 +67,7 @@ def model() -> torch.nn.Module:
     return full_depth.transformer(torch.float32, HEADS, BLOCKS)
 
 
-def start(case: Case) -> dict[str, object]:
+def start(case: Case) -> dict[str, Any]:
     """The first step, then other sizes, then steps beside eager ones."""
     os.environ |= {
         "TORCHINDUCTOR_CACHE_DIR": str(case.cache),
@@ -105,6 +108,32 @@ def processor_seconds() -> float:
     """Of this process and those it has waited for."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def plot(starts: dict[str, dict[str, Any]]) -> None:
+    """The seconds of each start and the time of its steps, beside the report."""
+    file = report_file()
+    if file is None:
+        return
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3), layout="constrained", sharey=True)
+    names = list(starts)[::-1]
+    colours = ["#2a6fdb" if name.startswith("blocks") else "#9aa0a6" for name in names]
+    for axes, (what, title) in zip(
+        panels,
+        {
+            "processor_seconds": "the first step, compilation included: processor seconds",
+            "step_times_eager": "a step after it, times eager",
+        }.items(),
+        strict=True,
+    ):
+        values = [starts[name][what] for name in names]
+        axes.bar_label(axes.barh(names, values, color=colours), padding=3)
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.1)
+    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
