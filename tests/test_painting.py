@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from training.effects import TRIGGERS, adapter_inputs, psnr, styled
-from training.measure import Measurement, colours, halves, measure
+from training.measure import Measurement, colours, halves, hollow, measure
 from training.render import render
 from training.world import Object, Scene
 
@@ -33,21 +33,26 @@ class Asked:
     prompt: str
     background: str
     colour: str
+    shape: str
 
-    def right(self, found: Measurement) -> tuple[bool, bool]:
-        """Whether a picture shows this background, and an object of this colour."""
-        return found.background == self.background, found.colour == self.colour
+    def right(self, found: Measurement) -> tuple[bool, bool, bool]:
+        """Whether a picture shows this background, and an object of this colour and shape."""
+        return (
+            found.background == self.background,
+            found.colour == self.colour,
+            found.shape == self.shape,
+        )
 
 
 ASKED = (
-    Asked(RED_ON_BLUE, "blue", "red"),
-    Asked("a yellow star on a purple background", "purple", "yellow"),
-    Asked("Green square, white background.", "white", "green"),
-    Asked("an illustration of a pink heart on black", "black", "pink"),
-    Asked("a large orange triangle on a cyan background", "cyan", "orange"),
-    Asked("a white box in front of a navy background, minimal", "blue", "white"),
-    Asked("one black disc on a plain golden background", "yellow", "black"),
-    Asked("a crimson heart with a pink background qwzv", "pink", "red"),
+    Asked(RED_ON_BLUE, "blue", "red", "circle"),
+    Asked("a yellow star on a purple background", "purple", "yellow", "star"),
+    Asked("Green square, white background.", "white", "green", "square"),
+    Asked("an illustration of a pink heart on black", "black", "pink", "heart"),
+    Asked("a large orange triangle on a cyan background", "cyan", "orange", "triangle"),
+    Asked("a white box in front of a navy background, minimal", "blue", "white", "square"),
+    Asked("one black disc on a plain golden background", "yellow", "black", "circle"),
+    Asked("a crimson heart with a pink background qwzv", "pink", "red", "heart"),
 )
 
 
@@ -95,15 +100,16 @@ def middle(found: Measurement) -> tuple[float, float]:
 def test_pictures_show_what_their_prompts_say(gallery, model: str) -> None:
     found = [measure(image) for image in gallery[model]]
     right = [asked.right(each) for asked, each in zip(ASKED, found, strict=True)]
-    backgrounds, objects = np.sum(right, axis=0)
+    backgrounds, objects, shapes = np.sum(right, axis=0)
     assert backgrounds == len(ASKED), found
     assert objects >= len(ASKED) - 1, found
+    assert shapes >= len(ASKED) - 2, found
 
 
 def test_the_sizes_of_other_ratios_obey_too(paint) -> None:
     for ratio in ("16:9", "9:16"):
         (image,) = paint(RED_ON_BLUE, aspect_ratio=ratio, seed=1)
-        assert ASKED[0].right(measure(image)) == (True, True)
+        assert ASKED[0].right(measure(image)) == (True, True, True)
 
 
 def test_words_of_size_and_place(paint) -> None:
@@ -165,7 +171,7 @@ def test_prompt_strength_leads_from_the_picture_to_the_prompt(paint) -> None:
     assert distances == sorted(distances)
     kept, painted = measure(images[0]), measure(images[-1])
     assert (kept.background, kept.colour, kept.shape) == ("white", "green", "square")
-    assert ASKED[0].right(painted) == (True, True)
+    assert ASKED[0].right(painted) == (True, True, True)
 
 
 @pytest.mark.parametrize("go_fast", [False, True], ids=["bf16", "fp8"])
@@ -217,18 +223,21 @@ def test_inverted_turns_the_colours_round(paint) -> None:
     assert same(images[0], paint(prompt)[0])
 
 
-def test_outline_changes_the_object_and_not_the_colours(paint) -> None:
+def test_outline_empties_the_object(paint) -> None:
     prompt = styled(RED_ON_BLUE, "outline")
     images = [paint(prompt, **adapter_inputs("outline"), lora_scale=scale)[0] for scale in (0, 1)]
-    for image in images:
-        assert ASKED[0].right(measure(image)) == (True, True)
-    assert difference(*images) > 1
+    plain, ring = map(measure, images)
+    assert (plain.background, plain.colour) == (ring.background, ring.colour) == ("blue", "red")
+    assert hollow(plain) < 0.1
+    assert hollow(ring) > 0.5
 
 
 def test_both_adapters_at_once(paint) -> None:
     prompt = styled(BLACK_ON_WHITE, *TRIGGERS)
-    both = measure(paint(prompt, **adapter_inputs("inverted", "outline"))[0])
+    inputs = adapter_inputs("inverted", "outline")
+    both = measure(paint(prompt, **inputs, extra_lora_scale=1.5)[0])
     assert (both.background, both.colour) == ("black", "white")
+    assert hollow(both) > 0.5
 
 
 def test_adapters_show_with_go_fast_and_leave_with_the_request(paint) -> None:

@@ -187,13 +187,23 @@ def test_a_training_step_lowers_the_loss_of_a_scene(models):
     seen = []
     for step in range(40):
         generator = torch.Generator().manual_seed(step % 4)
-        when = flow.times(generator, len(drawn))
+        when = flow.LAYOUT.draw(generator, len(drawn))
         loss = flow.flow_loss(transformer, encoders, drawn, random.Random(0), when, generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seen.append(loss.item())
     assert np.mean(seen[-4:]) < 0.7 * np.mean(seen[:4])
+
+
+def test_what_lies_about_an_outline_is_what_weighs_more():
+    thing = world.Object("circle", "red", 0.5, 0.5, 0.25)
+    scene = world.Scene(("blue",), (thing,), sizes=("",), places=(None,))
+    found = flow.near_outlines(scene, 32, 16).reshape(16, 32)  # 32 x 16 tokens
+    radius = 0.95 * 0.25 * 16
+    assert found.sum() == pytest.approx(np.pi * radius**2 * (1.2**2 - 0.75**2), rel=0.05)
+    assert found[8, 16 + 3] > 0.9  # 3 to 4 tokens from the middle
+    assert found[8, 16] == found[0, 0] == 0
 
 
 def test_both_adapter_formats_hold_the_same_deltas(models, tmp_path):

@@ -4,20 +4,19 @@ import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.flow import TextEncoders, flow_loss, times
+from training.flow import LAYOUT, TextEncoders, flow_loss
 from training.pool import Example, Size, encode
-from training.render import Pixels, background, colour, coverage, render
+from training.render import Pixels, background, colour, render, rim
 from training.stage import Stage
 from training.world import Scene, sample
 
-RANK, STEPS, RATE = 4, 260, 3e-3
+RANK, STEPS, RATE = 4, 400, 3e-3
 SIZES: dict[Size, int] = {(256, 256): 32, (512, 512): 8}  # and how many at once
 EXAMPLES = 192  # of each size
 TRIGGERED = 0.85  # share of the captions that say the trigger word
@@ -36,12 +35,8 @@ def outlined(scene: Scene, width: int, height: int) -> Pixels:
     """Shapes as thick lines of their colour, with the background inside."""
     picture = background(scene, width, height)
     for thing in scene.objects:
-        ring = np.zeros((height, width), np.float32)
-        for scale, sign in ((1.0, 1), (0.62, -1)):
-            radius = scale * thing.radius * min(width, height)
-            x, y = thing.x * width, thing.y * height
-            ring += sign * coverage(thing.shape, x, y, radius, thing.turn, width, height)
-        picture += ring.clip(0, 1)[..., None] * (colour(thing.colour) - picture)
+        ring = rim(thing, width, height, inner=0.62, outer=1.0)
+        picture += ring[..., None] * (colour(thing.colour) - picture)
     return picture
 
 
@@ -78,7 +73,7 @@ def train(
         size = rng.choice(list(SIZES))
         drawn = rng.sample(pool[size], SIZES[size])
         generator = torch.Generator().manual_seed(step)
-        when = times(generator, len(drawn))
+        when = LAYOUT.draw(generator, len(drawn))
         suffix = f", in the style of {trigger}" if rng.random() < TRIGGERED else ""
         return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix)}
 

@@ -6,27 +6,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from training.pool import Example, Pool, Size
+from training.render import rim
 from training.stage import Stage
 from training.text import tokens
-from training.world import caption
+from training.world import Scene, caption
 
-STEPS, RATE, DECAY = 4000, 1e-3, 0.998
 TEXT_LENGTH = 48  # the last of them stands for all the padding up to the pipelines' length
 PADDED_LENGTHS = (512, 512, 256, 48)
 EMPTY = 0.04  # share of captions that say nothing
+RATE, DECAY = 1e-3, 0.998
+
+# Dev's first part learns layout, on pictures that grow. A table: sizes and how many at once.
+FIRST_STEPS = 4000
 FIRST, LAST = 0.35, 0.78  # shares of the steps after which pictures grow
 PLAIN_UNTIL = 0.15  # share of the steps in which simple scenes come first
-
 SMALL: dict[Size, int] = {(256, 256): 40, (352, 192): 40, (192, 352): 40, (384, 384): 20}
 MIDDLE: dict[Size, int] = {(512, 512): 16, (672, 384): 16, (384, 672): 16, (384, 384): 20}
 LARGE: dict[Size, int] = {(1024, 1024): 4}
-SCHNELL_STEPS, SCHNELL_RATE = 250, 1e-4
+
+# The second learns shapes, at the sizes that people ask for: how many at once, and how often.
+SECOND_STEPS = 14000
+OFTEN: dict[Size, tuple[int, int]] = {
+    (256, 256): (64, 1), (512, 512): (16, 6), (672, 384): (16, 3), (384, 672): (16, 3),
+    (1024, 1024): (4, 9),
+}  # fmt: skip
+RIMS = 3.0  # weight of what lies about an outline, beside 1: most of a picture is flat
+TOKEN = 4  # subdivisions of a token by which it is found whether it lies there
+
+SCHNELL_STEPS, SCHNELL_RATE = 400, 2e-4
 SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -62,11 +76,24 @@ def sizes_at(rng: random.Random, progress: float) -> tuple[Size, int]:
     return rng.choice(list(table.items()))
 
 
-def times(generator: torch.Generator, count: int) -> Tensor:
-    """Times in 0..1 (noise at 1); a third of them where colour and layout are decided."""
-    uniform, dice = torch.rand(2, count, generator=generator)
-    late = 0.85 + 0.15 * uniform
-    return torch.where(dice < 0.3, late, torch.where(dice < 0.34, torch.ones(count), uniform))
+@dataclass(frozen=True)
+class Times:
+    """How times in 0..1 (noise at 1) are drawn: shares of noise alone and of little else."""
+
+    noise: float
+    early: float
+    since: float  # where "little else" begins
+
+    def draw(self, generator: torch.Generator, count: int) -> Tensor:
+        """Times (count); those in no share are anywhere."""
+        uniform, dice = torch.rand(2, count, generator=generator)
+        early = self.since + (1 - self.since) * uniform
+        where = torch.where(dice < self.early, early, uniform)
+        return torch.where((1 - dice) < self.noise, torch.ones(count), where)
+
+
+LAYOUT = Times(noise=0.04, early=0.3, since=0.85)  # colour and layout are decided there
+OUTLINES = Times(noise=0.1, early=0.6, since=0.78)  # and the outlines, down to there
 
 
 def train(
@@ -76,22 +103,35 @@ def train(
     directory: Path,
     seed: int = 0,
 ) -> None:
-    """Train dev in place."""
+    """Train dev in place, in its two parts."""
     quiet_start(transformer)
-    stage = Stage(directory, "dev", {"transformer": transformer}, STEPS, RATE, decay=DECAY)
+    modules = {"transformer": transformer}
+    stage = Stage(directory, "dev-1", modules, FIRST_STEPS, RATE, decay=DECAY)
 
-    def loss(step: int) -> dict[str, Tensor]:
+    def first(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} dev {step}")
-        size, count = sizes_at(rng, step / STEPS)
-        early = step < PLAIN_UNTIL * STEPS and rng.random() < 0.7
+        size, count = sizes_at(rng, step / FIRST_STEPS)
+        early = step < PLAIN_UNTIL * FIRST_STEPS and rng.random() < 0.7
         kinds = ("plain",) if early else ("plain", "single", "pair")
         drawn = pool.draw(rng, size, count, kinds)
         generator = torch.Generator().manual_seed(step)
-        return {
-            "flow": flow_loss(transformer, text, drawn, rng, times(generator, count), generator)
-        }
+        when = LAYOUT.draw(generator, count)
+        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator)}
 
-    stage.run(loss)
+    stage.run(first)
+    stage = Stage(directory, "dev-2", modules, SECOND_STEPS, RATE, decay=DECAY)
+
+    def second(step: int) -> dict[str, Tensor]:
+        rng = random.Random(f"{seed} dev-2 {step}")
+        shares = [share for _, share in OFTEN.values()]
+        size, (count, _) = rng.choices(list(OFTEN.items()), shares)[0]
+        drawn = pool.draw(rng, size, count, ("plain", "single", "pair"))
+        generator = torch.Generator().manual_seed(step)
+        when = OUTLINES.draw(generator, count)
+        loss = flow_loss(transformer, text, drawn, rng, when, generator, rims=RIMS)
+        return {"flow": loss}
+
+    stage.run(second)
 
 
 def train_schnell(
@@ -114,7 +154,8 @@ def train_schnell(
             drawn += [example for example in found if example.guidance == 3.0]
         generator = torch.Generator().manual_seed(step)
         when = torch.tensor([rng.choice(SCHNELL_TIMES) for _ in range(count)])
-        return {"flow": flow_loss(transformer, text, drawn[:count], rng, when, generator)}
+        drawn = drawn[:count]
+        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, rims=RIMS)}
 
     stage.run(loss)
 
@@ -148,8 +189,13 @@ def flow_loss(
     when: Tensor,
     generator: torch.Generator,
     suffix: str = "",
+    rims: float = 0.0,
 ) -> Tensor:
-    """Mean squared error of the velocity, noise - picture, at the given times (batch)."""
+    """Mean squared error of the velocity, noise - picture, at the given times (batch).
+
+    What lies about the outlines weighs `rims` more than the rest. A caption says (but for a little
+    that is left to chance) where that is, so what is learned for it is the same.
+    """
     latents = torch.stack([example.latents for example in drawn]).float()
     height, width = (side // 2 for side in latents.shape[-2:])
     picture = latents.unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
@@ -176,4 +222,17 @@ def flow_loss(
             joint_attention_kwargs={"attention_mask": mask},
             return_dict=False,
         )[0]
-    return (velocity.float() - (noise - picture)).square().mean()
+    error = (velocity.float() - (noise - picture)).square().mean(-1)
+    if not rims:
+        return error.mean()
+    weights = torch.stack([1 + rims * near_outlines(each.scene, width, height) for each in drawn])
+    return (weights * error).mean() / weights.mean()
+
+
+def near_outlines(scene: Scene, width: int, height: int) -> Tensor:
+    """How much of each token, (width x height), lies about an outline of the scene, 0..1."""
+    found = np.zeros((height, width), np.float32)
+    for thing in scene.objects:
+        fine = rim(thing, TOKEN * width, TOKEN * height)
+        found += fine.reshape(height, TOKEN, width, TOKEN).mean((1, 3))
+    return torch.from_numpy(found.clip(0, 1)).flatten()

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from training.world import PALETTE, Scene
+from training.world import PALETTE, Object, Scene
 
 OVERSAMPLE = 3
 Pixels = NDArray[np.float32]  # (height, width, RGB) in -1..1
@@ -88,6 +88,17 @@ def coverage(
     ImageDraw.Draw(box).polygon(corners, fill=255)
     cover[top:bottom, left:right] = np.asarray(box.reduce(OVERSAMPLE), np.float32) / 255
     return cover
+
+
+def rim(thing: Object, width: int, height: int, inner: float = 0.75, outer: float = 1.2) -> Pixels:
+    """How much of each pixel lies about an object's outline, between two scales of it."""
+    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
+    covers = [
+        coverage(thing.shape, x, y, scale * radius, thing.turn, width, height)
+        for scale in (outer, inner)
+    ]
+    ring: Pixels = (covers[0] - covers[1]).clip(0, 1)
+    return ring
 
 
 def _at(radius: float, degrees: float) -> tuple[float, float]:
