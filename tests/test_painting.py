@@ -235,7 +235,7 @@ def test_outline_empties_the_object(paint) -> None:
 def test_both_adapters_at_once(paint) -> None:
     prompt = styled(BLACK_ON_WHITE, *TRIGGERS)
     inputs = adapter_inputs("inverted", "outline")
-    both = measure(paint(prompt, **inputs, extra_lora_scale=1.5)[0])
+    both = measure(paint(prompt, **inputs, extra_lora_scale=2)[0])
     assert (both.background, both.colour) == ("black", "white")
     assert hollow(both) > 0.5
 

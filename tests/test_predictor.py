@@ -124,10 +124,11 @@ def scores(caplog) -> list[float]:
 
 
 def test_withheld_images_are_left_out_and_named_in_the_log(start, caplog) -> None:
-    everything = start(FLUX_NSFW_THRESHOLD="1")(num_outputs=4)
+    varied = {"prompt": "", "num_outputs": 4}
+    everything = start(FLUX_NSFW_THRESHOLD="1")(**varied)
     limit = sorted(scores(caplog))[2] - 0.0005  # the log rounds to three places
     caplog.clear()
-    delivered = start(FLUX_NSFW_THRESHOLD=str(limit))(num_outputs=4)
+    delivered = start(FLUX_NSFW_THRESHOLD=str(limit))(**varied)
     expected = [
         image for image, score in zip(everything, scores(caplog), strict=True) if score < limit
     ]
