@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".miniature"))
     parser.add_argument("--directory", type=Path, default=Path("weights/nano"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="dev: a step takes half its time")
+    parser.add_argument("--compile", action="store_true", help="compile dev, for faster steps")
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(STAGES):
         parser.error(f"no such stage: {', '.join(sorted(unknown))}; stages: {', '.join(STAGES)}")
