@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+BLUE, GREY = "#2a6fdb", "#9aa0a6"  # of charts: ours, and what it is measured against
+
 
 def interleave(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
@@ -60,6 +62,20 @@ def report_file() -> Path | None:
     """Where `--json FILE` on the command line says that the report goes."""
     file: Path | None = parser().parse_args().json
     return file
+
+
+def chart(size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """A chart beside the report, if there is one; `size` in inches, `draw` takes the figure."""
+    file = report_file()
+    if file is None:
+        return
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=size, layout="constrained")
+    draw(figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 def report(title: str, results: dict[str, Any]) -> None:

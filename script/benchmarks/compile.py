@@ -18,7 +18,7 @@ from typing import Any
 
 import _full_depth as full_depth
 import torch
-from common import interleave, medians, report, report_file
+from common import BLUE, GREY, chart, interleave, medians, report
 
 HEADS = 3
 BLOCKS = (4, 8)  # a fifth of FLUX.1's: the whole takes longer with every block
@@ -54,7 +54,7 @@ def main() -> None:
             "starts": results,
         },
     )
-    plot(results)
+    chart((11, 3), lambda figure: plot(figure, results))
 
 
 def in_a_process_of_its_own(case: Case) -> dict[str, Any]:
@@ -110,16 +110,11 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def plot(starts: dict[str, dict[str, Any]]) -> None:
-    """The seconds of each start and the time of its steps, beside the report."""
-    file = report_file()
-    if file is None:
-        return
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 3), layout="constrained", sharey=True)
+def plot(figure: Any, starts: dict[str, dict[str, Any]]) -> None:
+    """The seconds of each start, and the time of its steps."""
+    panels = figure.subplots(1, 2, sharey=True)
     names = list(starts)[::-1]
-    colours = ["#2a6fdb" if name.startswith("blocks") else "#9aa0a6" for name in names]
+    colours = [BLUE if name.startswith("blocks") else GREY for name in names]
     for axes, (what, title) in zip(
         panels,
         {
@@ -131,9 +126,7 @@ def plot(starts: dict[str, dict[str, Any]]) -> None:
         values = [starts[name][what] for name in names]
         axes.bar_label(axes.barh(names, values, color=colours), padding=3)
         axes.set_title(title)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.1)
-    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

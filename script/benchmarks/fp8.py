@@ -10,11 +10,12 @@ suffix .png.
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import _flux1 as flux1
 import _full_depth as full_depth
 import torch
-from common import report, report_file
+from common import BLUE, GREY, chart, report
 from step import inputs
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
@@ -45,7 +46,7 @@ def main() -> None:
         "output_error": output_errors(),
     }
     report("fp8", results)
-    plot(gains)
+    chart((7, 4), lambda figure: plot(figure, gains))
 
 
 def ours(weight: Tensor, *, dynamic: bool = False) -> Tensor:
@@ -180,17 +181,13 @@ def quantize_blocks_per_tensor(model: nn.Module) -> None:
         setattr(parent, leaf, Float8PerTensor(getattr(parent, leaf)))
 
 
-def plot(gains: dict[str, dict[str, dict[str, float]]]) -> None:
-    file = report_file()
-    if file is None:
-        return
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.axhline(1, color="#9aa0a6", linewidth=1)
+def plot(figure: Any, gains: dict[str, dict[str, dict[str, float]]]) -> None:
+    """What arrives of a delta, by its size, a line for each way of merging."""
+    axes = figure.subplots()
+    axes.axhline(1, color=GREY, linewidth=1)
     for name in MERGES:
         values = [gains[f"{percent:g} %"][name]["mean"] for percent in DELTAS]
-        style = {"linewidth": 3, "color": "#2a6fdb"} if name == "ours" else {"linestyle": "--"}
+        style = {"linewidth": 3, "color": BLUE} if name == "ours" else {"linestyle": "--"}
         axes.plot(DELTAS, values, marker="o", label=name, **style)
     axes.set_xscale("log")
     axes.set_xticks(DELTAS, [f"{percent:g} %" for percent in DELTAS])
@@ -198,9 +195,7 @@ def plot(gains: dict[str, dict[str, dict[str, float]]]) -> None:
     axes.set_xlabel("standard deviation of the adapter's delta, of the weights'")
     axes.set_ylabel("share of the delta that arrives")
     axes.set_ylim(0, 1.6)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(file.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import _flux1 as flux1
 import torch
-from common import report, report_file
+from common import BLUE, GREY, chart, report
 from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,17 +167,12 @@ def main() -> None:
         },
     }
     report("roofline", results)
-    plot(found)
+    chart((11, 3.4), lambda figure: plot(figure, found))
 
 
-def plot(found: list[dict[str, Any]]) -> None:
+def plot(figure: Any, found: list[dict[str, Any]]) -> None:
     """The bounds of each case as bars, a panel for each variant at 1024 x 1024."""
-    file = report_file()
-    if file is None:
-        return
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(STEPS), figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(STEPS))
     for axes, (variant, steps) in zip(panels, STEPS.items(), strict=True):
         for shift, precision in ((-0.2, "bf16"), (0.2, "fp8")):
             case = next(
@@ -191,16 +186,14 @@ def plot(found: list[dict[str, Any]]) -> None:
                 seconds,
                 height=0.38,
                 label=precision,
-                color="#9aa0a6" if precision == "bf16" else "#2a6fdb",
+                color=GREY if precision == "bf16" else BLUE,
             )
             axes.bar_label(bars, [f"{value:.2f} s" for value in seconds], padding=3)
         axes.set_yticks(range(len(CARDS)), [card.name for card in CARDS])
         axes.invert_yaxis()
         axes.set_title(f"{variant}, {steps} steps, 1024 x 1024: no less than")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.15)
         axes.legend(frameon=False)
-    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import _full_depth as full_depth
 import torch
-from common import interleave, medians, report, report_file
+from common import BLUE, GREY, chart, interleave, medians, report
 from safetensors.torch import load_file
 
 from flux.merge import WorkingWeights
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     widths = [at_width(heads) for heads in HEADS]
     report("swap", {"peft": version("peft"), "rounds": ROUNDS, "widths": widths})
-    plot(widths)
+    chart((12, 4), lambda figure: plot(figure, widths))
 
 
 def at_width(heads: int) -> dict[str, Any]:
@@ -145,24 +145,17 @@ def bare(path: Path, heads: int) -> Contenders:
     return {"bare: widen, addmm, round": three_operations, "bare: bf16 addmm": one_pass}
 
 
-def plot(widths: list[dict[str, Any]]) -> None:
-    """A chart for each width, beside the report."""
-    file = report_file()
-    if file is None:
-        return
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(widths), figsize=(12, 4), layout="constrained")
+def plot(figure: Any, widths: list[dict[str, Any]]) -> None:
+    """A panel for each width."""
+    panels = figure.subplots(1, len(widths))
     for axes, result in zip(panels, widths, strict=True):
         rows = {n: ms for n, ms in result["median_ms"].items() if n.startswith(SHOWN)}
         names = sorted(rows, key=rows.__getitem__, reverse=True)
-        colours = ["#2a6fdb" if name.startswith("ours") else "#9aa0a6" for name in names]
+        colours = [BLUE if name.startswith("ours") else GREY for name in names]
         bars = axes.barh(names, [rows[name] for name in names], color=colours)
         axes.bar_label(bars, [f"{rows[name]:.0f} ms" for name in names], padding=3)
         axes.set_title(f"width {result['model']['width']}: ms for one change of adapter")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.15)
-    figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":
