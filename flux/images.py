@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from flux.sampling import MEGAPIXEL
+from weights.redact import without_secrets
 
 FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 REFUSED_FORMATS = {"EPS"}  # Pillow has Ghostscript run the program that such a file is
@@ -65,8 +66,8 @@ def _read(
 ) -> Image.Image:
     if isinstance(source, str):  # the server delivers files as paths; a plain str is the caller's
         raise PictureError(
-            f"{name}: {source[:100]!r} is neither a URL (http://... or https://..., in lower case) "
-            "nor a data URI"
+            f"{name}: {without_secrets(source)[:100]!r} is neither a URL (http://... or "
+            "https://..., in lower case) nor a data URI"
         )
     try:
         with warnings.catch_warnings():
@@ -74,6 +75,7 @@ def _read(
             with Image.open(source, formats=_formats()) as picture:
                 _check_size(name, picture, max_pixels)
                 picture.load()
+                _check_size(name, picture, max_pixels)  # an icon's directory need not tell it
                 return _upright(_flatten(picture, background).convert(mode), picture)
     except PictureError:
         raise

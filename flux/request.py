@@ -164,7 +164,12 @@ def _size(inputs: Inputs, picture: Image.Image | None) -> tuple[int, int]:
     if picture is not None:
         if inputs.aspect_ratio != "1:1" or inputs.width or inputs.height:
             logger.info("aspect_ratio, width and height are ignored: the image sets the size")
-        return fit_size(*picture.size, quarter=quarter)
+        size = fit_size(*picture.size, quarter=quarter)
+        if size == fit_size(*picture.size, quarter=not quarter):
+            logger.info("megapixels has no say: the image is no larger than a quarter of one")
+        elif not quarter and size[0] * size[1] > 1.1 * MEGAPIXEL:
+            logger.info("megapixels is exceeded: the image sets the size, %d x %d", *size)
+        return size
     if custom:
         if not (inputs.width and inputs.height):
             raise RequestError(
@@ -191,6 +196,8 @@ def _precision(inputs: Inputs, picture: Image.Image | None) -> Precision:
 def _noise_levels(inputs: Inputs, mode: Mode) -> tuple[float, ...]:
     """Empty at strength 0, where the picture comes back as it is."""
     strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
+    if strength == 0:
+        logger.info("prompt_strength 0 keeps the image as it is: nothing is drawn")
     return tuple(sigmas(int(inputs.num_inference_steps), strength)) if strength > 0 else ()
 
 

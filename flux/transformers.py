@@ -99,8 +99,8 @@ class Transformers:
             start = time.perf_counter()
             for other in self._residency.admit(key):
                 self._evict(other)
-            fresh = key not in self._weights
-            if fresh:
+            fresh = key not in self._seconds  # or never finished: memory may have run out
+            if key not in self._weights:
                 logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
@@ -187,6 +187,7 @@ class Transformers:
 
     def _evict(self, key: Key) -> None:
         """Give back a transformer's memory; its records go with it."""
+        self._seconds.pop(key, None)
         if self._weights.pop(key, None):
             logger.info("%s %s leaves %s", *key, self._home.memory)
         self._residency.drop(key)

@@ -76,8 +76,10 @@ def take_weights(
         with tarfile.open(archive, "r|*", tarinfo=_Member) as members:
             for member in members:
                 reader.take(members, member)
-    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
+    except BaseException as error:
         target.unlink(missing_ok=True)
+        if not isinstance(error, tarfile.TarError | zlib.error | EOFError | OSError | ValueError):
+            raise
         if isinstance(error, InvalidFileError):
             raise InvalidFileError(f"{name}: {error}") from error
         if isinstance(error, OSError) and error.errno is not None:

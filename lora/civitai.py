@@ -4,6 +4,7 @@ A page has the number of a model, a download the number of one version of it; mi
 fetches somebody else's file.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,13 @@ from lora.artifact import Artifact
 from lora.reference import CivitaiReference
 from weights.errors import NotFoundError, SourceUnavailableError, WeightsError
 from weights.http import Credential, HttpClient, Remote
+from weights.redact import one_line
 from weights.retry import Patience
 
+logger = logging.getLogger(__name__)
+
 _BASE_MODEL = "Flux.1"
+_EXACT = (f"{_BASE_MODEL} D", f"{_BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
 _MAX_LISTED = 10
 
 Json = Mapping[str, Any]
@@ -42,9 +47,17 @@ def _newest(reference: CivitaiReference, model: Json) -> Json:
     """The newest version for FLUX.1 of a model that may also have versions for others."""
     _refuse_checkpoint(reference, model.get("type"))
     versions = list(_dicts(model.get("modelVersions")))
-    for version in versions:
-        if str(version.get("baseModel", "")).startswith(_BASE_MODEL):
+    kin = [v for v in versions if str(v.get("baseModel", "")).startswith(_BASE_MODEL)]
+    for version in kin:
+        if version["baseModel"] in _EXACT:
             return version
+    if kin:
+        logger.warning(
+            "%s is made for %s; it may not look as intended with FLUX.1 [dev] or [schnell].",
+            reference.display,
+            one_line(str(kin[0]["baseModel"])),
+        )
+        return kin[0]
     made_for = ", ".join(dict.fromkeys(str(v.get("baseModel")) for v in versions)) or "nothing"
     raise NotFoundError(
         f"{reference.display}: no version of this model is for {_BASE_MODEL}; it is made for "

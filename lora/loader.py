@@ -20,7 +20,7 @@ from lora.artifact import Artifact
 from lora.fetch import fetch
 from lora.reference import Reference, parse_reference
 from lora.settings import LoaderSettings
-from lora.sources import Sources
+from lora.sources import Sources, is_presigned
 from weights.cache import FileCache, Record
 from weights.download import check_size
 from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
@@ -160,7 +160,7 @@ class AdapterLoader(Generic[A]):
                 raise
             logger.warning("%s Using the file from before, which may be out of date.", error)
             return known, "disk"
-        self._cache.remember(key, record)
+        self._cache.remember(key, replace(record, lasting=not is_presigned(reference)))
         return record, hit
 
     def _obtain(self, artifact: Artifact, patience: Patience) -> tuple[Record, Hit]:

@@ -197,7 +197,8 @@ def parse_reference(text: str, *, allow_local_paths: bool = False) -> Reference:
 
 def _by_host(text: str, host: str, parts: SplitResult, *, named_scheme: bool) -> Reference:
     segments = [unquote(segment) for segment in parts.path.split("/") if segment]
-    if host in _HF_HOSTS:
+    downloaded = segments[:1] in (["datasets"], ["spaces"]) and "resolve" in segments
+    if host in _HF_HOSTS and not downloaded:
         return _hugging_face(text, segments)
     if host == "civitai.com":
         return _civitai(text, segments, parse_qs(parts.query))
@@ -228,7 +229,7 @@ def _replicate(text: str, segments: list[str]) -> ReplicateReference:
 
 def _hugging_face(text: str, segments: list[str]) -> HuggingFaceReference:
     if segments and segments[0] in _HF_OTHER:
-        raise _not_understood(text, "only model repositories hold adapters")
+        raise _not_understood(text, "of anything but a model, give the download link of a file")
     if len(segments) < 2 or not all(_SLUG.fullmatch(part) for part in segments[:2]):
         raise _not_understood(text, "a repository is written huggingface.co/owner/name")
     repo, rest = "/".join(segments[:2]), segments[2:]

@@ -123,6 +123,13 @@ def unsigned(url: str) -> str:
     return parts._replace(netloc=host, query=urlencode(kept), fragment="").geturl()
 
 
+def is_presigned(reference: Reference) -> bool:
+    """Whether a reference is a URL that carries its own permission: soon nobody sends it again."""
+    return isinstance(reference, UrlReference) and any(
+        _signs(name) for name, _ in parse_qsl(urlsplit(reference.url).query)
+    )
+
+
 def _signs(parameter: str) -> bool:
     name = parameter.lower()
     return name in _SIGNING or name.startswith(_SIGNING_PREFIXES)

@@ -8,6 +8,7 @@ import mimetypes
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,19 @@ def _value(name: str, text: str, schema: dict[str, Any]) -> Any:
         if kind == "boolean":
             return TRUTHS[text.lower()]
         if kind in ("integer", "number"):
-            number = float(text)
-            return int(number) if number.is_integer() else _finite(number, kind)
+            return _number(text, kind)
         text.encode()
     except (ValueError, KeyError, OverflowError):
         raise UsageError(f"-i {name}={text!r}: expected {kind}") from None
     return text
 
 
-def _finite(number: float, kind: str) -> float:
+def _number(text: str, kind: str) -> float:
+    with suppress(ValueError):
+        return int(text)  # a seed has more digits than a float keeps
+    number = float(text)
+    if number.is_integer():
+        return int(number)
     if kind == "integer" or not math.isfinite(number):
         raise ValueError
     return number

@@ -17,7 +17,7 @@ from typing import Any
 import requests
 
 SERVE = Path(__file__).resolve().parent / "serve"
-READY_SECONDS = 600  # loading an official checkpoint from a slow disk takes minutes
+SILENT_SECONDS = 600  # a first start downloads for an hour, but says so in its log
 STOP_SECONDS = 5
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
 LATE_LOG = "coglet::user"  # and what it had logged of setup when the server was ready already
@@ -43,6 +43,7 @@ class Server:
         self._environment = {**os.environ, **(environment or {})}
         self._on_log = on_log
         self._tail: deque[str] = deque(maxlen=20)
+        self._heard = 0.0  # when the log last had a line; monotonic
         self._session = requests.Session()
         self._session.trust_env = False  # loopback must not go through a proxy
 
@@ -111,8 +112,8 @@ class Server:
             self._process.stdout.close()
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + READY_SECONDS
-        while time.monotonic() < deadline:
+        self._heard = time.monotonic()
+        while time.monotonic() < self._heard + SILENT_SECONDS:
             if self._process.poll() is not None:
                 self._reader.join(1)
                 raise ServerError("the server ended:\n" + "\n".join(self._tail))
@@ -125,10 +126,14 @@ class Server:
             if health["status"] == "SETUP_FAILED":
                 raise ServerError(f"setup failed:\n{health['setup']['logs']}")
             time.sleep(0.1)
-        raise ServerError(f"the server was not ready after {READY_SECONDS} s")
+        raise ServerError(
+            f"the server is not ready, and has been silent for {SILENT_SECONDS} s:\n"
+            + "\n".join(self._tail)
+        )
 
     def _read_log(self) -> None:
         for line in self._process.stdout or ():
+            self._heard = time.monotonic()
             try:
                 record = json.loads(line)
                 message, target = record["fields"]["message"], record["target"]

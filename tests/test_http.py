@@ -144,6 +144,13 @@ def bomb() -> bytes:
     return bytes(content)
 
 
+def deceptive_icon() -> bytes:
+    """An icon of 16 x 16 pixels by its directory, with a PNG of 9000 x 9000 in it."""
+    content = encode(Image.new("1", (9000, 9000)))
+    entry = struct.pack("<4B2H2I", 16, 16, 0, 0, 1, 32, len(content), 22)
+    return struct.pack("<3H", 0, 1, 1) + entry + content
+
+
 @pytest.mark.parametrize("name", ["image", "mask"])
 @pytest.mark.parametrize(
     ("given", "message"),
@@ -157,7 +164,9 @@ def bomb() -> bytes:
         (data_uri(encode(colours(8, 8), "EPS")), "it is in no known format"),
         ("/etc/hostname", "'/etc/hostname' is neither a URL (http://"),
         ("file:///etc/hostname", "is neither a URL"),
+        ("HTTPS://u:p@host/a.png?X-Amz-Signature=s", "'HTTPS://host/a.png' is neither a URL"),
         ("", "'' is neither a URL"),
+        (data_uri(deceptive_icon()), "limit of 64 megapixels; send a smaller picture"),
     ],
     ids=[
         "html",
@@ -169,7 +178,9 @@ def bomb() -> bytes:
         "eps",
         "path",
         "file_url",
+        "signed",
         "blank",
+        "icon",
     ],
 )
 def test_unusable_pictures_give_a_clear_error(server, name, given, message) -> None:

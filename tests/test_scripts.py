@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from server import Server, ServerError
 
 from tests.support import colours
 
@@ -56,6 +57,16 @@ def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: in
     assert servers() == before
 
 
+def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypatch) -> None:
+    stand_in = tmp_path / "serve"
+    stand_in.write_text("#!/bin/sh\nfor i in 1 2 3 4 5; do echo line $i; sleep 1; done; sleep 60\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("server.SERVE", stand_in)
+    monkeypatch.setattr("server.SILENT_SECONDS", 3)
+    with pytest.raises(ServerError, match=r"silent for 3 s:\n(.*\n)*line 5"), Server():
+        pass
+
+
 def servers() -> list[str]:
     """The process ids of Cog servers that run in this checkout."""
     found = []
@@ -74,10 +85,11 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
     colours(96, 64).save(tmp_path / "photo.png")
     before = servers()
     inputs = ["prompt=a heart", "image=@photo.png", "num_inference_steps=3", "num_outputs=2"]
+    inputs += ["seed=9007199254740993"]  # 2**53 + 1, which no float is
     options = [o for i in [*inputs, "output_format=jpg", "prompt_strength=0.5"] for o in ("-i", i)]
     result = run(*options, "-o", "drawn", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Using seed: " in result.stderr
+    assert "Using seed: 9007199254740993\n" in result.stderr
     assert "torchao" not in result.stderr  # what the libraries miss is no user's business
     assert "torchvision" not in result.stderr
     assert "2/2 [" in result.stderr  # progress: half of three steps, rounded to even

@@ -56,6 +56,7 @@ class Record:
 
     path: relative to the cache, or absolute for a file that is kept elsewhere.
     evictable: whether the cache may remove it. source and revision: for the log; no secrets.
+    lasting: whether its key may come again after a day.
     """
 
     sha256: str
@@ -65,6 +66,7 @@ class Record:
     revision: str
     trigger_words: tuple[str, ...] = ()
     evictable: bool = True
+    lasting: bool = True
 
 
 class FileCache:
@@ -153,8 +155,8 @@ class FileCache:
 
     def _evictable(self) -> list[Record]:
         """Every file that may go, the least recently used first."""
-        by_path = {record.path: record for _, record in self._records()}
-        present = [r for r in by_path.values() if r.evictable and self._is_whole(r)]
+        ours = {record.path: record for _, record in self._records() if record.evictable}
+        present = [record for record in ours.values() if self._is_whole(record)]
         return sorted(present, key=lambda record: _modified(self._use_path(record.sha256)))
 
     def _evict(self, record: Record) -> bool:
@@ -179,10 +181,12 @@ class FileCache:
         return [(path, record) for path, record in entries if record is not None]
 
     def _drop_strays(self) -> None:
-        """Remove what a crash left: old parts, and files that no record leads to."""
-        known = {record.path for _, record in self._records()}
+        """Remove what a crash left, parts and files that no record leads to, and brief records."""
+        records = self._records()
+        known = {record.path for _, record in records}
         strays = [p for p in (self._root / "objects").iterdir() if f"objects/{p.name}" not in known]
-        for path in [*strays, *(self._root / "parts").iterdir()]:
+        brief = [path for path, record in records if not record.lasting]
+        for path in [*strays, *brief, *(self._root / "parts").iterdir()]:
             if time.time() - _modified(path) > _STRAY_SECONDS:
                 path.unlink(missing_ok=True)
 

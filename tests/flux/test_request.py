@@ -184,6 +184,25 @@ def test_inputs_without_effect_are_named_in_the_log(caplog, inputs, line: str) -
     assert line in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("size", "inputs", "line"),
+    [
+        ((512, 512), {}, "megapixels has no say"),
+        ((512, 512), {"megapixels": "0.25"}, "megapixels has no say"),
+        ((1440, 1440), {}, "megapixels is exceeded: the image sets the size, 1440 x 1440"),
+        ((1024, 1024), {}, None),
+        ((1440, 1440), {"megapixels": "0.25"}, None),
+        ((64, 64), {"prompt_strength": 0}, "prompt_strength 0 keeps the image as it is"),
+    ],
+)
+def test_what_an_image_leaves_without_effect_is_named_in_the_log(
+    picture, caplog, size, inputs, line
+) -> None:
+    with caplog.at_level(logging.INFO):
+        resolved(image=picture(*size), **inputs)
+    assert line in caplog.text if line else "megapixels" not in caplog.text
+
+
 def test_safety_can_only_be_skipped_where_the_operator_allows_it(caplog) -> None:
     inputs = Inputs(prompt="", disable_safety_checker=True)
     assert not resolve(inputs, Settings()).check_safety

@@ -204,6 +204,23 @@ def test_out_of_memory_makes_the_others_leave_and_is_tried_once_more(masters) ->
     assert transformers.resident == (DEV8, SCHNELL)
 
 
+def test_out_of_memory_while_the_first_adapters_come_is_recovered_from(
+    masters, monkeypatch
+) -> None:
+    transformers, real = make(masters), WorkingWeights.reconcile
+    full = Full(1)
+
+    def reconcile(*arguments):
+        full()
+        return real(*arguments)
+
+    monkeypatch.setattr(WorkingWeights, "reconcile", reconcile)
+    transformers.reconcile(DEV8, [])
+    rows = {entry.name: entry for entry in transformers.entries()}
+    assert rows["dev fp8"].cost
+    assert_bits(transformers.modules[DEV8], freshly_merged(masters["dev"], [], float8=True))
+
+
 def test_out_of_memory_while_it_comes_leaves_nothing_half_there(masters, monkeypatch) -> None:
     transformers = make(masters)
     with monkeypatch.context() as patch:

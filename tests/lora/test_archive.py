@@ -116,3 +116,20 @@ def test_damaged_archive_is_refused(take, compression):
     content = tar({"lora.safetensors": safetensors("x", 50_000)}, compression)
     with pytest.raises(InvalidFileError, match="damaged"):
         take(content[: len(content) // 2])
+
+
+class CancelledError(Exception):
+    pass
+
+
+def test_a_cancel_leaves_nothing_of_an_archive(tmp_path):
+    archive, target = tmp_path / "archive", tmp_path / "target"
+    archive.write_bytes(tar({"a.safetensors": WEIGHTS, "b.txt": b"caption"}))
+
+    def check() -> None:
+        if target.exists():
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        take_weights(archive, target, "a.tar", 1 << 20, check)
+    assert not target.exists()

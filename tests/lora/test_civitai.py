@@ -45,9 +45,18 @@ def test_newest_version_for_flux_is_chosen(loader, civitai):
     civitai.add(5, 50, OLD)
     civitai.add(5, 51, NEW, baseModel="SDXL 1.0")
     assert loader.load("civitai.com/models/5").adapter.content == "old"
+    civitai.add(5, 52, NEW, baseModel="Flux.1 Kontext")
+    assert loader.load("civitai.com/models/5").adapter.content == "old"
     civitai.add(6, 60, OLD, baseModel="Pony")
     with pytest.raises(NotFoundError, match="made for Pony"):
         loader.load("civitai.com/models/6")
+
+
+def test_kin_of_flux_is_taken_with_a_warning_where_there_is_nothing_else(loader, civitai, caplog):
+    civitai.add(5, 50, NEW, baseModel="SDXL 1.0")
+    civitai.add(5, 51, OLD, baseModel="Flux.1 Krea")
+    assert loader.load("civitai.com/models/5").adapter.content == "old"
+    assert "civitai.com/models/5 is made for Flux.1 Krea" in caplog.text
 
 
 def test_trained_words_are_reported(loader, civitai):

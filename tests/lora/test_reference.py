@@ -70,6 +70,9 @@ ACCEPTED = {
     "replicate.delivery/xezq/trained_model.tar": UrlReference(
         "https://replicate.delivery/xezq/trained_model.tar"
     ),
+    "huggingface.co/datasets/o/n/resolve/main/x.safetensors": UrlReference(
+        "https://huggingface.co/datasets/o/n/resolve/main/x.safetensors"
+    ),
     "http://host.example:8080/x.tar#top": UrlReference("http://host.example:8080/x.tar"),
 }
 
@@ -89,6 +92,8 @@ REFUSED = [
     "ftp://host.example/x.safetensors",
     "huggingface.co/name",
     "huggingface.co/datasets/o/n",
+    "huggingface.co/datasets/o/n/blob/main/x.safetensors",
+    "huggingface.co/datasets/o/n/resolve/main/x.bin",
     "huggingface.co/o/n/blob/main/pickle.bin",
     "huggingface.co/o/n/blob/main",
     "huggingface.co/o/n/resolve/main/../x.safetensors",

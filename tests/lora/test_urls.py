@@ -1,6 +1,7 @@
 """Adapters from Replicate, from any URL, from data URIs and from this machine."""
 
 import base64
+import json
 import traceback
 from dataclasses import replace
 
@@ -80,6 +81,16 @@ def test_url_signed_anew_is_not_fetched_again(hub, loader):
     url = hub.add_file("/files/x.safetensors", OLD)
     loader.load(f"{url}?X-Amz-Signature=one&X-Amz-Expires=9")
     assert loader.load(f"{url}?X-Amz-Signature=two&X-Amz-Expires=9").hit == "memory"
+
+
+def test_only_references_that_may_come_again_are_kept_for_good(hub, loader, settings):
+    url = hub.add_file("/files/x.safetensors", OLD)
+    for query in ("?X-Amz-Signature=one", "?X-Amz-Signature=two", ""):
+        loader.load(url + query)
+    records = (settings.cache.root / "records").glob("*.json")
+    assert sorted(json.loads(path.read_text())["lasting"] for path in records) == [
+        False, False, True, True,  # two signatures; the file itself and its plain URL
+    ]  # fmt: skip
 
 
 def test_what_one_signature_may_see_is_not_shown_to_another(hub, loader):

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,32 @@ def test_file_kept_elsewhere_is_removed_by_its_owner_if_at_all(make, tmp_path):
     assert removed == [tmp_path / "ours"]
     assert cache.find("ours") is None
     assert cache.find("theirs") is not None
+
+
+def test_file_kept_elsewhere_is_ours_by_whichever_name_we_fetched_it(make, tmp_path):
+    removed = []
+    cache = make(max_bytes=0, remove_external=removed.append)
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    for name, evictable in (("first", False), ("fetched", True), ("found again", False)):
+        cache.remember(name, Record("x", 1, str(file), "s", "r", evictable=evictable))
+    cache.make_room(0)
+    assert removed == [file]
+
+
+def test_brief_records_go_after_a_day(make, tmp_path):
+    cache = make()
+    record = add(cache, "pin", b"x")
+    for key, lasting in (("new", False), ("old", False), ("lasting", True)):
+        before = set((tmp_path / "cache" / "records").iterdir())
+        cache.remember(key, replace(record, lasting=lasting))
+        (entry,) = set((tmp_path / "cache" / "records").iterdir()) - before
+        age = 0 if key == "new" else 2 * DAY
+        os.utime(entry, (time.time() - age,) * 2)
+    cache.make_room(0)
+    assert [key for key in ("pin", "new", "old", "lasting") if cache.find(key)] == [
+        "pin", "new", "lasting",
+    ]  # fmt: skip
 
 
 def test_leftovers_of_a_crash_go_after_a_day(make, tmp_path):
