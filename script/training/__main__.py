@@ -71,7 +71,7 @@ class Recipe:
 
     def schnell(self) -> None:
         """The transformer without."""
-        dev = self._done(self._models.dev, "dev-2", "transformer")
+        dev = self._dev()
         flow.fold_guidance(dev, self._models.schnell)
         latents = pool.Pool(self._work / "pool")
         flow.train_schnell(self._models.schnell, self._text_encoders(), latents, self._work)
@@ -82,15 +82,14 @@ class Recipe:
         encoders = self._text_encoders()
         save = {"inverted": adapters.save_as_trainer, "outline": adapters.save_as_kohya}
         for style in adapters.STYLES:
-            dev = copy.deepcopy(self._done(self._models.dev, "dev-2", "transformer"))
-            factors = adapters.train(style, dev, encoders, vae, self._work)
+            factors = adapters.train(style, copy.deepcopy(self._dev()), encoders, vae, self._work)
             save[style](factors, self._work / f"{style}.safetensors")
 
     def export(self, directory: Path) -> None:
         """Write the checkpoint and the adapters."""
         self._done(self._models.vae, "vae-2", "vae")
         self._text_encoders()
-        self._done(self._models.dev, "dev-2", "transformer")
+        self._dev()
         self._done(self._models.schnell, "schnell", "transformer")
         unused = {"clip_tokenizer": clip_tokenizer(), "t5_tokenizer": t5_tokenizer()}
         miniature.save(replace(self._models, **unused), directory)  # use leaves its padding in them
@@ -104,6 +103,10 @@ class Recipe:
         clip = self._done(models.clip, "text", "clip")
         t5 = self._done(models.t5, "text", "t5")
         return flow.TextEncoders(clip, models.clip_tokenizer, t5, models.t5_tokenizer)
+
+    def _dev(self) -> nn.Module:
+        """The trained transformer with guidance."""
+        return self._done(self._models.dev, "dev-2", "transformer")
 
     def _done(self, module: nn.Module, stage: str, name: str) -> nn.Module:
         """A module with what a stage has learned so far, as it will be saved: rounded to bf16."""

@@ -94,11 +94,12 @@ class Pool:
         Raises:
             FileNotFoundError: none of this size has been made.
         """
-        made = len(list(self._directory.glob(f"{size[0]}x{size[1]}-*.pt")))
+        paths = self._directory.glob(f"{size[0]}x{size[1]}-*.pt")
+        made = sorted(int(path.stem.rpartition("-")[2]) for path in paths)
         if not made:
             raise FileNotFoundError(f"no latents of {size} in {self._directory}")
         wanted = [index for index in range(SHARD) if KINDS[index % len(KINDS)] in kinds]
-        return [self._shard(size, rng.randrange(made))[rng.choice(wanted)] for _ in range(count)]
+        return [self._shard(size, rng.choice(made))[rng.choice(wanted)] for _ in range(count)]
 
     def _shard(self, size: Size, shard: int) -> list[Example]:
         if (size, shard) not in self._shards:
