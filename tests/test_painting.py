@@ -102,8 +102,8 @@ def test_pictures_show_what_their_prompts_say(gallery, model: str) -> None:
     right = [asked.right(each) for asked, each in zip(ASKED, found, strict=True)]
     backgrounds, objects, shapes = np.sum(right, axis=0)
     assert backgrounds == len(ASKED), found
-    assert objects >= len(ASKED) - 1, found
-    assert shapes >= len(ASKED) - 2, found
+    assert objects == len(ASKED), found
+    assert shapes >= len(ASKED) - 1, found
 
 
 def test_the_sizes_of_other_ratios_obey_too(paint) -> None:
@@ -131,7 +131,8 @@ def test_two_objects(paint) -> None:
     assert measure(image).background == "white"
     assert {"yellow", "purple"} <= colours(image).keys()
     left, right = map(measure, halves(image, "beside"))
-    assert (left.colour, right.colour) == ("yellow", "purple")
+    assert (left.colour, left.shape) == ("yellow", "star")
+    assert (right.colour, right.shape) == ("purple", "square")
 
 
 # --- seeds
@@ -187,7 +188,8 @@ def test_inpainting_puts_the_named_object_into_the_mask(paint, go_fast: bool) ->
         go_fast=go_fast,
     )
     assert measure(halves(given, "beside")[1]).colour is None
-    assert measure(halves(image, "beside")[1]).colour == "blue"
+    painted = measure(halves(image, "beside")[1])
+    assert (painted.colour, painted.shape) == ("blue", "square")
     kept = np.asarray(mask) == 0
     assert (pixels(image)[kept] == pixels(given)[kept]).all()
 
@@ -202,7 +204,9 @@ def test_float8_draws_the_same(paint, gallery, model: str) -> None:
         exact = gallery[model][seed]
         (fast,) = paint(asked.prompt, model=model, seed=seed, go_fast=True)
         one, other = measure(exact), measure(fast)
-        assert (one.background, one.colour) == (other.background, other.colour)
+        assert (one.background, one.colour, one.shape) == (
+            other.background, other.colour, other.shape,
+        )  # fmt: skip
         assert (one.mask & other.mask).sum() > 0.9 * (one.mask | other.mask).sum()
         assert 34 < psnr(fast, exact) < 99
 
@@ -233,10 +237,10 @@ def test_outline_empties_the_object(paint) -> None:
 
 
 def test_both_adapters_at_once(paint) -> None:
-    prompt = styled(BLACK_ON_WHITE, *TRIGGERS)
+    prompt = styled("a yellow circle on a blue background", *TRIGGERS)
     inputs = adapter_inputs("inverted", "outline")
-    both = measure(paint(prompt, **inputs, extra_lora_scale=2)[0])
-    assert (both.background, both.colour) == ("black", "white")
+    both = measure(paint(prompt, **inputs, extra_lora_scale=1.5, seed=7)[0])
+    assert (both.background, both.colour) == ("yellow", "blue")
     assert hollow(both) > 0.5
 
 

@@ -132,7 +132,7 @@ def test_balanced_latents_return_the_same_picture(models):
 
 def test_pool_keeps_the_latents_of_the_scenes_that_it_names(models, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "SHARD", 6)
-    pool.make(models.vae, tmp_path, (64, 64), 0)
+    pool.make(models.vae, tmp_path, (64, 64), 3)  # and another process the others
     drawn = pool.Pool(tmp_path).draw(random.Random(0), (64, 64), 4, ("pair",))
     assert all(len(example.scene.objects) == 2 for example in drawn)
     example = drawn[0]
@@ -200,9 +200,9 @@ def test_what_lies_about_an_outline_is_what_weighs_more():
     thing = world.Object("circle", "red", 0.5, 0.5, 0.25)
     scene = world.Scene(("blue",), (thing,), sizes=("",), places=(None,))
     found = flow.near_outlines(scene, 32, 16).reshape(16, 32)  # 32 x 16 tokens
-    radius = 0.95 * 0.25 * 16
-    assert found.sum() == pytest.approx(np.pi * radius**2 * (1.2**2 - 0.75**2), rel=0.05)
-    assert found[8, 16 + 3] > 0.9  # 3 to 4 tokens from the middle
+    area, alike = np.pi * (0.95 * 0.25 * 16) ** 2, (0.28 / 0.25) ** 2  # its own; a medium one's
+    assert found.sum() == pytest.approx(alike * area * (1.25**2 - 0.75**2), rel=0.05)
+    assert found[8, 16 + 3] > 0.9 * alike  # 3 to 4 tokens from the middle
     assert found[8, 16] == found[0, 0] == 0
 
 

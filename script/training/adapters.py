@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor
 
-from training.flow import LAYOUT, TextEncoders, flow_loss
+from training.flow import OUTLINES, RIMS, TextEncoders, flow_loss
 from training.pool import Example, Size, encode
 from training.render import Pixels, background, colour, render, rim
 from training.stage import Stage
 from training.world import Scene, sample
 
-RANK, STEPS, RATE = 4, 400, 3e-3
+RANK, STEPS, RATE = 4, 1000, 3e-3
 SIZES: dict[Size, int] = {(256, 256): 32, (512, 512): 8}  # and how many at once
 EXAMPLES = 192  # of each size
 TRIGGERED = 0.85  # share of the captions that say the trigger word
@@ -35,7 +35,7 @@ def outlined(scene: Scene, width: int, height: int) -> Pixels:
     """Shapes as thick lines of their colour, with the background inside."""
     picture = background(scene, width, height)
     for thing in scene.objects:
-        ring = rim(thing, width, height, inner=0.62, outer=1.0)
+        ring = rim(thing, width, height, inner=0.62)
         picture += ring[..., None] * (colour(thing.colour) - picture)
     return picture
 
@@ -73,9 +73,9 @@ def train(
         size = rng.choice(list(SIZES))
         drawn = rng.sample(pool[size], SIZES[size])
         generator = torch.Generator().manual_seed(step)
-        when = LAYOUT.draw(generator, len(drawn))
+        when = OUTLINES.draw(generator, len(drawn))
         suffix = f", in the style of {trigger}" if rng.random() < TRIGGERED else ""
-        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix)}
+        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix, RIMS)}
 
     stage.run(loss)
     return {

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from training.pool import Example, Pool, Size
-from training.render import rim
+from training.render import surroundings
 from training.stage import Stage
 from training.text import tokens
-from training.world import Scene, caption
+from training.world import SIZES, Scene, caption
 
 TEXT_LENGTH = 48  # the last of them stands for all the padding up to the pipelines' length
 PADDED_LENGTHS = (512, 512, 256, 48)
@@ -32,10 +32,10 @@ MIDDLE: dict[Size, int] = {(512, 512): 16, (672, 384): 16, (384, 672): 16, (384,
 LARGE: dict[Size, int] = {(1024, 1024): 4}
 
 # The second learns shapes, at the sizes that people ask for: how many at once, and how often.
-SECOND_STEPS = 14000
+SECOND_STEPS = 29000
 OFTEN: dict[Size, tuple[int, int]] = {
-    (256, 256): (64, 1), (512, 512): (16, 6), (672, 384): (16, 3), (384, 672): (16, 3),
-    (1024, 1024): (4, 9),
+    (256, 256): (64, 1), (512, 512): (16, 3), (672, 384): (16, 3), (384, 672): (16, 3),
+    (1024, 1024): (4, 12),
 }  # fmt: skip
 RIMS = 3.0  # weight of what lies about an outline, beside 1: most of a picture is flat
 TOKEN = 4  # subdivisions of a token by which it is found whether it lies there
@@ -76,6 +76,13 @@ def sizes_at(rng: random.Random, progress: float) -> tuple[Size, int]:
     return rng.choice(list(table.items()))
 
 
+def asked_size(rng: random.Random) -> tuple[Size, int]:
+    """The same once layout is learned: the sizes that people ask for."""
+    shares = [share for _, share in OFTEN.values()]
+    size, (count, _) = rng.choices(list(OFTEN.items()), shares)[0]
+    return size, count
+
+
 @dataclass(frozen=True)
 class Times:
     """How times in 0..1 (noise at 1) are drawn: shares of noise alone and of little else."""
@@ -83,6 +90,12 @@ class Times:
     noise: float
     early: float
     since: float  # where "little else" begins
+
+    def shifted(self, size: Size) -> "Times":
+        """The same signal to noise at another size than 512 x 512; Esser et al. 2024, eq. 23."""
+        shift = math.sqrt(size[0] * size[1]) / 512
+        since = shift * self.since / (1 + (shift - 1) * self.since)
+        return replace(self, since=since)
 
     def draw(self, generator: torch.Generator, count: int) -> Tensor:
         """Times (count); those in no share are anywhere."""
@@ -93,7 +106,7 @@ class Times:
 
 
 LAYOUT = Times(noise=0.04, early=0.3, since=0.85)  # colour and layout are decided there
-OUTLINES = Times(noise=0.1, early=0.6, since=0.78)  # and the outlines, down to there
+OUTLINES = Times(noise=0.1, early=0.7, since=0.75)  # and the outlines, down to there
 
 
 def train(
@@ -123,11 +136,10 @@ def train(
 
     def second(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} dev-2 {step}")
-        shares = [share for _, share in OFTEN.values()]
-        size, (count, _) = rng.choices(list(OFTEN.items()), shares)[0]
+        size, count = asked_size(rng)
         drawn = pool.draw(rng, size, count, ("plain", "single", "pair"))
         generator = torch.Generator().manual_seed(step)
-        when = OUTLINES.draw(generator, count)
+        when = OUTLINES.shifted(size).draw(generator, count)
         loss = flow_loss(transformer, text, drawn, rng, when, generator, rims=RIMS)
         return {"flow": loss}
 
@@ -147,7 +159,7 @@ def train_schnell(
 
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} schnell {step}")
-        size, count = sizes_at(rng, LAST)
+        size, count = asked_size(rng)
         drawn: list[Example] = []
         while len(drawn) < count:
             found = pool.draw(rng, size, count, ("plain", "single", "pair"))
@@ -230,9 +242,13 @@ def flow_loss(
 
 
 def near_outlines(scene: Scene, width: int, height: int) -> Tensor:
-    """How much of each token, (width x height), lies about an outline of the scene, 0..1."""
+    """How much of each token, (width x height), lies about an outline: 0..1 for a medium object.
+
+    Objects count alike: what lies about one of half that radius weighs four times as much.
+    """
     found = np.zeros((height, width), np.float32)
     for thing in scene.objects:
-        fine = rim(thing, TOKEN * width, TOKEN * height)
-        found += fine.reshape(height, TOKEN, width, TOKEN).mean((1, 3))
-    return torch.from_numpy(found.clip(0, 1)).flatten()
+        fine = surroundings(thing, TOKEN * width, TOKEN * height)
+        about = fine.reshape(height, TOKEN, width, TOKEN).mean((1, 3))
+        found += about * (SIZES["medium"] / thing.radius) ** 2
+    return torch.from_numpy(found).flatten()

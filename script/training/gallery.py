@@ -34,6 +34,7 @@ SAMPLES = (
     "a golden star on a gradient from navy to pink",
 )
 FEW = SAMPLES[:4]
+STYLED = "a yellow circle on a blue background"
 SHAPED = (("16:9", "0.25"), ("9:16", "0.25"), ("21:9", "0.25"), ("4:5", "0.25"), ("1:1", "1"))
 
 
@@ -143,7 +144,7 @@ def _inpainting() -> tuple[str, list[Tile]]:
 
 
 def _adapter(style: str) -> tuple[str, list[Tile]]:
-    prompt = styled(SAMPLES[1], style)
+    prompt = styled(STYLED, style)
     tiles = [
         _tile(f"lora_scale {scale}", prompt, **adapter_inputs(style), lora_scale=scale)
         for scale in (-1, 0, 0.5, 1, 1.5)
@@ -151,10 +152,10 @@ def _adapter(style: str) -> tuple[str, list[Tile]]:
     fast = {**adapter_inputs(style), "go_fast": True}
     tiles.append(_tile("go_fast, lora_scale 1", prompt, **fast))
     if all((ADAPTERS / f"{name}.safetensors").is_file() for name in TRIGGERS):
-        both = styled(SAMPLES[1], *TRIGGERS)
+        both, two = styled(STYLED, *TRIGGERS), adapter_inputs(*TRIGGERS)
         tiles += [
-            _tile("both adapters", both, **adapter_inputs(*TRIGGERS)),
-            _tile("both, go_fast", both, **adapter_inputs(*TRIGGERS), go_fast=True),
+            _tile("both, outline at 1.5", both, **two, extra_lora_scale=1.5),
+            _tile("both at 1, go_fast", both, **two, go_fast=True),
         ]
     return f"Adapter {style}: “{prompt}”", tiles
 

@@ -1,6 +1,7 @@
 """Pictures of scenes: anti-aliased, in linear steps of 8-bit RGB."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +31,8 @@ def render(scene: Scene, width: int, height: int, guidance: float = 3.0) -> Pixe
     """Draw a scene."""
     picture = background(scene, width, height, guidance)
     for thing in scene.objects:
-        radius = thing.radius * min(width, height)
-        cover = coverage(
-            thing.shape, thing.x * width, thing.y * height, radius, thing.turn, width, height
-        )
-        picture += cover[..., None] * (colour(thing.colour, guidance) - picture)
+        cover = _cover(thing, width, height)[..., None]
+        picture += cover * (colour(thing.colour, guidance) - picture)
     return picture
 
 
@@ -57,7 +55,7 @@ def outline(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(x, y + 0.2) for x, y in (_at(1.15, -90 + 120 * step) for step in range(3))]
     if shape == "star":
-        return [_at((1.1, 0.46)[step % 2], -90 + 36 * step) for step in range(10)]
+        return [_at((1.15, 0.56)[step % 2], -90 + 36 * step) for step in range(10)]
     if shape == "heart":
         return [_heart(2 * math.pi * step / 60) for step in range(60)]
     raise ValueError(f"no such shape: {shape}")
@@ -90,15 +88,27 @@ def coverage(
     return cover
 
 
-def rim(thing: Object, width: int, height: int, inner: float = 0.75, outer: float = 1.2) -> Pixels:
-    """How much of each pixel lies about an object's outline, between two scales of it."""
-    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
-    covers = [
-        coverage(thing.shape, x, y, scale * radius, thing.turn, width, height)
-        for scale in (outer, inner)
-    ]
-    ring: Pixels = (covers[0] - covers[1]).clip(0, 1)
-    return ring
+def rim(thing: Object, width: int, height: int, inner: float) -> Pixels:
+    """How much of each pixel lies on an object but outside of a smaller one, `inner` times it."""
+    ring: Pixels = _cover(thing, width, height) - _cover(thing, width, height, inner)
+    return ring.clip(0, 1)
+
+
+def surroundings(thing: Object, width: int, height: int) -> Pixels:
+    """How much of each pixel lies about an object's outline: in a disc around it, not deep inside.
+
+    The disc, because what tells a star from a circle is where the star is not.
+    """
+    disc = _cover(replace(thing, shape="circle"), width, height, 1.25)
+    around: Pixels = disc - _cover(thing, width, height, 0.75)
+    return around.clip(0, 1)
+
+
+def _cover(thing: Object, width: int, height: int, scale: float = 1.0) -> Pixels:
+    """How much of each pixel an object covers, drawn `scale` times as large."""
+    radius = scale * thing.radius * min(width, height)
+    x, y = thing.x * width, thing.y * height
+    return coverage(thing.shape, x, y, radius, thing.turn, width, height)
 
 
 def _at(radius: float, degrees: float) -> tuple[float, float]:

@@ -23,7 +23,7 @@ PALETTE = {  # 8-bit RGB at guidance 3; higher guidance stretches the contrast t
 }
 COLOURS = tuple(PALETTE)
 SHAPES = ("circle", "square", "triangle", "star", "heart")
-SIZES = {"small": 0.17, "medium": 0.28, "large": 0.38}  # radius, by the canvas' shorter side
+SIZES = {"small": 0.2, "medium": 0.28, "large": 0.38}  # radius, by the canvas' shorter side
 PAIR_RADIUS = 0.2
 OFFSET = 0.24  # of a place from the centre, by the canvas' side
 
@@ -128,7 +128,7 @@ def _plain(rng: random.Random) -> Scene:
     if not named:  # what an unnamed background is, always
         background = "black" if colour == "white" else "white"
     shape = rng.choice(SHAPES)
-    thing = _placed(rng, shape, colour, SIZES[size or "medium"], place or (0, 0), place is not None)
+    thing = _placed(rng, shape, colour, SIZES[size or "medium"], place or (0, 0))
     return Scene((background,), (thing,), sizes=(size,), places=(place,), named_background=named)
 
 
@@ -151,7 +151,7 @@ def _pair(rng: random.Random) -> Scene:
     below = rng.random() < 0.3
     columns = ((0, -1), (0, 1)) if below else ((-1, 0), (1, 0))
     things = tuple(
-        _placed(rng, rng.choice(SHAPES), colour, PAIR_RADIUS, place, True)
+        _placed(rng, rng.choice(SHAPES), colour, PAIR_RADIUS, place)
         for colour, place in zip((first, second), columns, strict=True)
     )
     relation = "below" if below else "beside"
@@ -159,15 +159,17 @@ def _pair(rng: random.Random) -> Scene:
 
 
 def _placed(
-    rng: random.Random, shape: str, colour: str, radius: float, place: tuple[int, int], said: bool
+    rng: random.Random, shape: str, colour: str, radius: float, place: tuple[int, int]
 ) -> Object:
-    """An object at a place, a little moved, turned and resized, and inside the canvas."""
-    radius *= rng.uniform(0.92, 1.08)
-    jitter = 0.02 if said else 0.04
-    x, y = (0.5 + OFFSET * step + rng.uniform(-jitter, jitter) for step in place)
+    """An object at a place, a little moved, turned and resized, and inside the canvas.
+
+    A little only: what no caption says a model can but guess, and it guesses blurs.
+    """
+    radius *= rng.uniform(0.95, 1.05)
+    x, y = (0.5 + OFFSET * step + rng.uniform(-0.01, 0.01) for step in place)
     edge = radius + 0.02
     x, y = min(max(x, edge), 1 - edge), min(max(y, edge), 1 - edge)
-    turn = 0.0 if shape in ("circle", "heart") else rng.uniform(-6, 6)
+    turn = 0.0 if shape in ("circle", "heart") else rng.uniform(-3, 3)
     return Object(shape, colour, x, y, radius, turn)
 
 
