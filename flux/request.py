@@ -198,7 +198,8 @@ def _noise_levels(inputs: Inputs, mode: Mode) -> tuple[float, ...]:
     strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
     if strength == 0:
         logger.info("prompt_strength 0 keeps the image as it is: nothing is drawn")
-    return tuple(sigmas(int(inputs.num_inference_steps), strength)) if strength > 0 else ()
+        return ()
+    return tuple(sigmas(int(inputs.num_inference_steps), strength))
 
 
 def _adapters(

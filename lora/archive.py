@@ -69,25 +69,31 @@ def take_weights(
     """Copy the only .safetensors of a tar to `target`; returns trigger words found beside it.
 
     max_bytes bounds what the tar expands to. Raises InvalidFileError if there is not exactly one
-    such file, or if the tar is damaged or beyond the bounds.
+    such file, or if the tar is damaged or beyond the bounds. Nothing is left after any exception.
     """
     reader = _Reader(name, target, max_bytes, check_cancelled)
+    try:
+        _read(archive, name, reader)
+        return reader.finish()
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _read(archive: Path, name: str, reader: "_Reader") -> None:
+    """Show the reader every member, and say of which tar an error is."""
     try:
         with tarfile.open(archive, "r|*", tarinfo=_Member) as members:
             for member in members:
                 reader.take(members, member)
-    except BaseException as error:
-        target.unlink(missing_ok=True)
-        if not isinstance(error, tarfile.TarError | zlib.error | EOFError | OSError | ValueError):
-            raise
-        if isinstance(error, InvalidFileError):
-            raise InvalidFileError(f"{name}: {error}") from error
+    except InvalidFileError as error:
+        raise InvalidFileError(f"{name}: {error}") from error
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise InvalidFileError(
             f"{name}: the tar is damaged ({error}). Fetch or train it again."
         ) from error
-    return reader.finish()
 
 
 class _Member(tarfile.TarInfo):
@@ -132,7 +138,6 @@ class _Reader:
     def finish(self) -> tuple[str, ...]:
         """Return the trigger words, having made sure of the weights."""
         if len(self._found) != 1:
-            self._target.unlink(missing_ok=True)
             held = ", ".join(self._found[:10]) or "none"
             raise InvalidFileError(
                 f"{self._name}: a tar must hold exactly one .safetensors file, this one holds "
