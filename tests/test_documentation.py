@@ -1,0 +1,50 @@
+"""The documentation: every link leads somewhere, and what it names is there."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from weights.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "README.md"]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:flux|lora|safety|weights|script|tests)/[\w./-]*\w|predict\.py)`")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a Markdown page offers, one for each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    for name in FILE.findall(page.read_text()):
+        module = ROOT / f"{name}.py"
+        assert (ROOT / name).exists() or module.exists(), name
+
+
+def test_every_page_is_one_click_from_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"({page.relative_to(ROOT)})" in text
+
+
+def test_every_setting_is_documented() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text()
+    for setting in fields(Settings):
+        assert f"`{setting.metadata['variable']}`" in text
