@@ -14,6 +14,11 @@ from server import Server, ServerError
 from tests.support import colours
 
 ROOT = Path(__file__).parent.parent
+MARK = "STARTED_BY_TEST_IN"  # tells this test's servers from those of tests that run beside it
+
+
+def environment_of(cwd: Path, **environment: str) -> dict[str, str]:
+    return {**os.environ, "FLUX_CHECKPOINT": "nano", MARK: str(cwd), **environment}
 
 
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +26,7 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
     return subprocess.run(
         [ROOT / "script" / "predict", *arguments],
         cwd=cwd,
-        env={**os.environ, "FLUX_CHECKPOINT": "nano", **environment},
+        env=environment_of(cwd, **environment),
         capture_output=True,
         text=True,
         timeout=120,
@@ -32,14 +37,12 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
 @pytest.mark.parametrize("when", ["Running setup", "Using seed"])
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: int) -> None:
-    before = servers()
     inputs = ["prompt=x", "num_inference_steps=50", "num_outputs=4"]
     command = [ROOT / "script" / "predict", *(o for i in inputs for o in ("-i", i))]
-    environment = {**os.environ, "FLUX_CHECKPOINT": "nano"}
     with subprocess.Popen(
         command,
         cwd=tmp_path,
-        env=environment,
+        env=environment_of(tmp_path),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
@@ -48,13 +51,13 @@ def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: in
         if when == "Using seed":
             assert any(when in line for line in process.stderr)
         else:
-            while servers() == before:
+            while not servers(tmp_path):
                 time.sleep(0.05)
         process.send_signal(ending)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + ending
     assert "Traceback" not in log
-    assert servers() == before
+    assert servers(tmp_path) == []
 
 
 def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypatch) -> None:
@@ -67,14 +70,14 @@ def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypat
         pass
 
 
-def servers() -> list[str]:
-    """The process ids of Cog servers that run in this checkout."""
-    found = []
+def servers(cwd: Path) -> list[str]:
+    """The process ids of Cog servers that `environment_of(cwd)` was given to."""
+    found, mark = [], f"{MARK}={cwd}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
             ours = b"cog.server.http" in command or b"coglet" in command
-            if ours and (entry / "cwd").readlink() == ROOT:
+            if ours and mark in (entry / "environ").read_bytes().split(b"\0"):
                 found.append(entry.name)
         except OSError:
             continue
@@ -83,7 +86,6 @@ def servers() -> list[str]:
 
 def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
     colours(96, 64).save(tmp_path / "photo.png")
-    before = servers()
     inputs = ["prompt=a heart", "image=@photo.png", "num_inference_steps=3", "num_outputs=2"]
     inputs += ["seed=9007199254740993"]  # 2**53 + 1, which no float is
     options = [o for i in [*inputs, "output_format=jpg", "prompt_strength=0.5"] for o in ("-i", i)]
@@ -99,7 +101,7 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
         with Image.open(tmp_path / path) as image:
             assert (image.format, image.size) == ("JPEG", (96, 64))
     assert json.loads(metrics)["image_output_count"] == 2
-    assert servers() == before
+    assert servers(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -123,12 +125,11 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
 def test_predict_fails_with_the_reason_and_leaves_no_server(
     tmp_path, arguments, environment, message: str
 ) -> None:
-    before = servers()
     result = run(*arguments, cwd=tmp_path, **environment)
     assert result.returncode == 1
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
-    assert servers() == before
+    assert servers(tmp_path) == []
 
 
 def test_the_readme_has_the_tables_of_memory(monkeypatch) -> None:

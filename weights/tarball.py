@@ -12,7 +12,7 @@ import logging
 import shutil
 import tarfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urldefrag
 
 from filelock import FileLock
@@ -26,6 +26,7 @@ from weights.retry import Patience
 logger = logging.getLogger(__name__)
 
 _MAX_BYTES = 1 << 40
+_CHUNK = 1 << 20
 
 
 def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
@@ -76,9 +77,11 @@ def _fetched(url: str, name: str, target: Path, patience: Patience) -> Path:
 def _unpack(archive: Path, name: str, target: Path) -> None:
     """Unpack and remove the archive; only a whole directory takes the name `target`."""
     draft = target.with_suffix(".draft")
+    draft.mkdir()
     try:
         with tarfile.open(archive) as members:
-            members.extractall(draft, filter="data")
+            for member in members:
+                _extract(members, member, draft)
     except (tarfile.TarError, zlib.error, EOFError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         archive.unlink()
@@ -88,6 +91,36 @@ def _unpack(archive: Path, name: str, target: Path) -> None:
         ) from error
     archive.unlink()
     draft.replace(target)
+
+
+def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Path) -> None:
+    """Write one member below a directory; a link becomes a copy of the file that it names.
+
+    No link is ever made, so no member can lead out of the directory. (`extractall` with the filter
+    "data" does not exist in Python 3.11.0 to 3.11.3.)
+
+    Raises:
+        TarError: the member's name leads out of the directory, or it is neither a directory nor a
+            file, nor a link to a file in this archive.
+    """
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise tarfile.TarError(f"{member.name!r} leads out of the archive")
+    target = directory / path
+    try:
+        if member.isdir():
+            target.mkdir(parents=True, exist_ok=True)
+            return
+        content = archive.extractfile(member)
+        if content is None:
+            raise tarfile.TarError(f"{member.name!r} is neither a file nor a directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            shutil.copyfileobj(content, file, _CHUNK)
+    except (KeyError, RecursionError) as error:
+        raise tarfile.TarError(f"{member.name!r} links to no file of the archive") from error
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise tarfile.TarError(f"{member.name!r} is a file and a directory") from error
 
 
 def _inside(directory: Path) -> Path:

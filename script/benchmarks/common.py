@@ -47,7 +47,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "diffusers")},
+        "torch": str(torch.__version__),  # with its build, such as +cpu or +cu130
+        "diffusers": version("diffusers"),
     }
 
 

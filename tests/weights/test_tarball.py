@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import io
 import logging
+import re
 import tarfile
 
 import pytest
@@ -63,11 +65,57 @@ def test_what_is_no_tar_is_refused_and_not_kept(hub, tmp_path):
     assert contents(unpacked(url, tmp_path, QUICK)) == FILES
 
 
-def test_a_member_that_leads_outside_is_refused(hub, tmp_path):
-    url = hub.add_file("/store/flux.tar", tar({"../outside": b"x"}))
-    with pytest.raises(InvalidFileError):
+def links(*members: tuple[str, bytes, str]) -> bytes:
+    """A tar with FILES, then members of (name, tarfile type, link target)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in FILES.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, kind, target in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            archive.addfile(info)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "target"),
+    [
+        ("../outside", tarfile.REGTYPE, ""),
+        ("dev/../../outside", tarfile.REGTYPE, ""),
+        ("{tmp}/outside", tarfile.REGTYPE, ""),
+        ("dev/link", tarfile.SYMTYPE, "{tmp}/secret"),
+        ("dev/link", tarfile.SYMTYPE, "../../secret"),
+        ("dev/link", tarfile.LNKTYPE, "{tmp}/secret"),
+        ("dev/link", tarfile.SYMTYPE, "link"),
+        ("dev/directory", tarfile.SYMTYPE, ".."),
+        ("dev/pipe", tarfile.FIFOTYPE, ""),
+        ("dev/device", tarfile.CHRTYPE, ""),
+        ("dev/big", tarfile.DIRTYPE, ""),
+        ("dev/big/inside", tarfile.REGTYPE, ""),
+        ("dev", tarfile.REGTYPE, ""),
+    ],
+)
+def test_a_hostile_member_is_refused_by_name(hub, tmp_path, name, kind, target):
+    (tmp_path / "secret").write_text("x")
+    name, target = (text.format(tmp=tmp_path) for text in (name, target))
+    url = hub.add_file("/store/flux.tar", links((name, kind, target)))
+    with pytest.raises(InvalidFileError, match=re.escape(repr(name))):
         unpacked(url, tmp_path / "store", QUICK)
-    assert not (tmp_path / "outside").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "store"]
+    assert not [path for path in (tmp_path / "store").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [(tarfile.LNKTYPE, "dev/big"), (tarfile.SYMTYPE, "../dev/big")]
+)
+def test_a_link_to_a_file_of_the_archive_is_that_file(hub, tmp_path, kind, target):
+    url = hub.add_file("/store/flux.tar", links(("schnell/big", kind, target)))
+    directory = unpacked(url, tmp_path, QUICK)
+    assert contents(directory) == FILES | {"schnell/big": FILES["dev/big"]}
+    assert not any(path.is_symlink() for path in directory.rglob("*"))
 
 
 def test_a_missing_tar_is_named_without_its_secret(hub, tmp_path):
@@ -81,6 +129,6 @@ def test_a_full_disk_names_the_setting(hub, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     url = hub.add_file("/store/flux.tar", tar(FILES))
-    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    monkeypatch.setattr("weights.tarball.shutil.copyfileobj", full)
     with pytest.raises(DiskSpaceError, match="FLUX_CHECKPOINT_DIRECTORY"):
         unpacked(url, tmp_path, QUICK)
