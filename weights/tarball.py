@@ -119,6 +119,8 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Path)
             shutil.copyfileobj(content, file, _CHUNK)
     except (KeyError, RecursionError) as error:
         raise tarfile.TarError(f"{member.name!r} links to no file of the archive") from error
+    except ValueError as error:  # a NUL byte, which an extended header can carry
+        raise tarfile.TarError(f"{member.name!r} is no name of a file") from error
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise tarfile.TarError(f"{member.name!r} is a file and a directory") from error
 

@@ -108,6 +108,19 @@ def test_a_hostile_member_is_refused_by_name(hub, tmp_path, name, kind, target):
     assert not [path for path in (tmp_path / "store").iterdir() if path.suffix != ".lock"]
 
 
+def test_a_name_with_a_nul_byte_is_refused(hub, tmp_path):
+    """Only an extended header can carry one: a plain header's name ends there."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("dev/name")
+        member.pax_headers = {"path": "dev/na\0me"}
+        archive.addfile(member)
+    url = hub.add_file("/store/flux.tar", buffer.getvalue())
+    with pytest.raises(InvalidFileError, match=r"'dev/na\\x00me' is no name of a file"):
+        unpacked(url, tmp_path, QUICK)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
 @pytest.mark.parametrize(
     ("kind", "target"), [(tarfile.LNKTYPE, "dev/big"), (tarfile.SYMTYPE, "../dev/big")]
 )
