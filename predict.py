@@ -181,6 +181,15 @@ class Predictor(BaseRunner):
         )
         return self._thread.call(lambda check_cancelled: self._serve(inputs, check_cancelled))
 
+    def healthcheck(self) -> bool:
+        """Whether requests can be served. Cog calls it for every GET /health-check.
+
+        It does not wait for the engine thread, which may be busy with a request.
+        """
+        from flux.memory import answers
+
+        return self._thread.is_alive and answers(self._engine.device)
+
     def _load(self, check_cancelled: CheckCancelled) -> None:
         with without_remarks():
             import torch

@@ -21,11 +21,13 @@ kind reads memory that is laid out otherwise than what its like hand on.
 
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -39,6 +41,8 @@ from flux.residency import ORDER, BudgetError, Key
 from flux.transformers import COMPONENT
 from flux.variants import VARIANTS
 from flux.worker import Cancelled
+from weights.directories import usable
+from weights.errors import DirectoryError
 from weights.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ def compile_blocks(
     Transformers that live on the host are not compiled: in every layer, hooks move its weights.
 
     Raises:
-        SettingsError: the cache's directory cannot be made.
+        SettingsError: the cache's directory cannot be used.
     """
     by_itself = deployment.device.type == "cuda" and settings.compile == "auto"
     if not by_itself and settings.compile != "on":
@@ -65,16 +69,24 @@ def compile_blocks(
     if COMPONENT in deployment.offloaded:
         logger.info("Transformers that live on the host are not compiled (FLUX_OFFLOAD)")
         return None
-    directory = settings.compile_cache_directory.expanduser().absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(
-            f"{CACHE}={directory}: cannot be made ({error.strerror}); name a directory that can, "
-            "or set FLUX_COMPILE=off"
-        ) from error
+    directory = _cache_directory(settings.compile_cache_directory)
     os.environ[CACHE] = str(directory)  # torch documents no other way; Triton's goes beneath it
     return Compilation(modules)
+
+
+def _cache_directory(wanted: Path) -> Path:
+    """The directory for compiled kernels; one that is not kept, where the default cannot be used.
+
+    Raises:
+        SettingsError: the operator's own choice cannot be used.
+    """
+    try:
+        return usable(wanted, CACHE)
+    except DirectoryError as error:
+        if wanted != Settings.compile_cache_directory:
+            raise SettingsError(f"{error}, or set FLUX_COMPILE=off") from error
+        logger.warning("Compiled kernels are not kept for the next start: %s.", error)
+        return Path(tempfile.mkdtemp(prefix="flux-compiled-"))
 
 
 class Compilation:

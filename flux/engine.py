@@ -96,6 +96,11 @@ class Engine:
         }
 
     @property
+    def device(self) -> torch.device:
+        """The device that the engine computes on."""
+        return self._autoencoder.device
+
+    @property
     def at_start(self) -> Sequence[Key]:
         """The transformers to have on the device before the first request, in this order."""
         return self._transformers.at_start

@@ -1,5 +1,6 @@
 """How much memory weights may take: as the operator says, or as the machine has."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from torch import nn
 
 from weights.inventory import size_of
 from weights.settings import GIB
+
+logger = logging.getLogger(__name__)
 
 DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding
 HOST_RESERVE = 16 * GIB  # parsed adapters, Python, libraries, pictures
@@ -40,6 +43,22 @@ def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
     return max(0, (min(total, int(limit)) if limit.isdecimal() else total) - HOST_RESERVE)
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device can still be used.
+
+    A CUDA context in which a kernel has failed answers every later call with an error, until the
+    process ends. The call does not wait for kernels that run.
+    """
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        logger.error("%s cannot be used any more: %s", device, error)
+        return False
+    return True
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -3,7 +3,9 @@
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +13,10 @@ from PIL import Image
 
 from flux.images import save
 from flux.timing import Stopwatch
+from weights.directories import is_full, usable
+from weights.errors import DiskSpaceError
+
+_SETTING = "FLUX_OUTPUT_DIRECTORY"
 
 
 class Outputs:
@@ -22,17 +28,18 @@ class Outputs:
 
     def __init__(self, parent: Path | None = None) -> None:
         if parent is not None:
-            parent.mkdir(parents=True, exist_ok=True)
+            parent = usable(parent, _SETTING)
         self._root = Path(tempfile.mkdtemp(prefix="flux-", dir=parent))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)  # also at exit
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
 
     def begin(self, output_format: str, quality: int, stopwatch: Stopwatch) -> "RequestOutputs":
         """Remove the files of earlier requests and make room for those of a new one."""
-        self._root.mkdir(exist_ok=True)  # a cleaner of temporary files may have been here
-        for earlier in self._root.iterdir():
-            shutil.rmtree(earlier, ignore_errors=True)
-        directory = Path(tempfile.mkdtemp(dir=self._root))
+        with _disk_space(self._root.parent):
+            self._root.mkdir(exist_ok=True)  # a cleaner of temporary files may have been here
+            for earlier in self._root.iterdir():
+                shutil.rmtree(earlier, ignore_errors=True)
+            directory = Path(tempfile.mkdtemp(dir=self._root))
         return RequestOutputs(directory, output_format, quality, stopwatch, self._encoder)
 
 
@@ -66,11 +73,15 @@ class RequestOutputs:
         self._pending.append(self._encoder.submit(self._encode, image, path))
 
     def _encode(self, image: Image.Image, path: Path) -> None:
-        with self._stopwatch.stage("encoding"):
+        with self._stopwatch.stage("encoding"), _disk_space(self._directory.parent.parent):
             save(image, path, self._format, self._quality)
 
     def wait(self) -> None:
-        """Wait until everything is written; raise what an encoding raised."""
+        """Wait until everything is written.
+
+        Raises:
+            DiskSpaceError: the disk is full; and whatever else an encoding raised.
+        """
         for job in self._pending:
             job.result()
 
@@ -86,3 +97,17 @@ class RequestOutputs:
         if error:
             wait(self._pending)
             shutil.rmtree(self._directory)
+
+
+@contextmanager
+def _disk_space(directory: Path) -> Iterator[None]:
+    """Say of a full disk which directory it holds, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise DiskSpaceError(
+            f"The disk of the output directory {directory} is full: free some space, or set "
+            f"{_SETTING} to a directory on another disk"
+        ) from error

@@ -56,7 +56,13 @@ class EngineThread:
 
     def __init__(self) -> None:
         self._inbox: SimpleQueue[_Task[object]] = SimpleQueue()
-        threading.Thread(target=self._serve, name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread can still take work; it may be busy now."""
+        return self._thread.is_alive()
 
     def call(self, work: Callable[[CheckCancelled], T]) -> T:
         """Run `work(check_cancelled)` in the engine thread and return its result.

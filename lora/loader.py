@@ -5,7 +5,6 @@ noticed; if its source is down, the file from before is used and the log says so
 nothing behind: a file is recorded when it is whole, an adapter when it is parsed.
 """
 
-import errno
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from lora.reference import Reference, parse_reference
 from lora.settings import LoaderSettings
 from lora.sources import Sources, is_presigned
 from weights.cache import FileCache, Record
+from weights.directories import is_full
 from weights.download import check_size
 from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
 from weights.http import HttpClient
@@ -181,7 +181,7 @@ class AdapterLoader(Generic[A]):
         try:
             fetched = fetch(artifact, target, self._sources, patience)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not is_full(error):
                 raise
             raise DiskSpaceError(
                 f"{artifact.source}: the disk is full. Free some space, or lower the budget of the "

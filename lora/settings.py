@@ -46,7 +46,7 @@ class LoaderSettings:
         """The part of the deployment's settings that is about adapters."""
         return cls(
             cache=CacheSettings(
-                root=settings.lora_cache_directory.expanduser(),
+                root=settings.lora_cache_directory,
                 max_bytes=settings.lora_cache_bytes,
                 min_free_bytes=settings.lora_min_free_bytes,
             ),

@@ -3,6 +3,7 @@
 import re
 import shutil
 import struct
+import threading
 import time
 import zlib
 
@@ -402,6 +403,21 @@ def test_an_output_directory_that_vanishes_is_made_anew(server) -> None:
     for directory in server.outputs.iterdir():
         shutil.rmtree(directory)
     assert server.draw().image.size == (512, 512)
+
+
+def test_the_server_is_healthy_while_it_draws(server) -> None:
+    def look() -> None:
+        seen.append(server.server.request("GET", "/health-check").json())
+
+    seen: list[dict[str, object]] = []
+    draws = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 50})
+    draws.start()
+    while draws.is_alive():
+        look()
+    draws.join()
+    assert "BUSY" in {health["status"] for health in seen}
+    assert {health["status"] for health in seen} <= {"BUSY", "READY"}
+    assert not any("user_healthcheck_error" in health for health in seen)
 
 
 def test_the_server_survives_all_of_the_above(server) -> None:

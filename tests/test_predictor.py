@@ -1,16 +1,22 @@
 """The predictor itself, in this process: other deployments than the served default."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from PIL import Image
+from safetensors.torch import save
 
 from flux.deployment import NANO
+from predict import Predictor
 from safety.checker import Verdict
+from tests.adapters import adapter
 from tests.embedded import diffusers
 from tests.planted import plant_flags
-from tests.support import QUICK, colours, difference, pixels, same
+from tests.support import QUICK, colours, data_uri, difference, pixels, same
+from weights.errors import DirectoryError, DiskSpaceError
 
 
 def largest_difference(a: Image.Image, b: Image.Image) -> int:
@@ -196,17 +202,30 @@ def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> Non
 # --- failures
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError("broken"), OSError, "broken"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            DiskSpaceError,
+            "The disk of the output directory .*/outputs is full: free some space, or set "
+            "FLUX_OUTPUT_DIRECTORY to a directory on another disk$",
+        ),
+    ],
+    ids=["broken", "full"],
+)
 def test_a_failed_encoding_fails_the_request_and_leaves_no_files(
-    start, monkeypatch, tmp_path
+    start, monkeypatch, tmp_path, error, expected, message
 ) -> None:
     draw = start()
 
-    def full_disk(*_: object) -> None:
-        raise OSError("no space left on device")
+    def fail(*_: object) -> None:
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("flux.outputs.save", full_disk)
-        with pytest.raises(OSError, match="no space left"):
+        patch.setattr("flux.outputs.save", fail)
+        with pytest.raises(expected, match=message):
             draw(num_outputs=2)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
     assert draw()
@@ -218,3 +237,29 @@ def test_a_real_photograph_is_safe_in_the_eyes_of_the_real_model(photograph) -> 
     verdict = OpenNSFW(threshold=0.8).check(photograph)
     assert not verdict.flagged
     assert verdict.scores["open_nsfw"] < 0.1
+
+
+def test_an_adapter_cache_that_cannot_be_written_fails_requests_with_adapters_only(
+    start, caplog
+) -> None:
+    """As in a container with a read-only root, or with a user that has no home."""
+    draw = start(LORA_CACHE_DIRECTORY="/dev/null/adapters")
+    message = "LORA_CACHE_DIRECTORY=/dev/null/adapters: this directory cannot be written"
+    assert message in caplog.text
+    assert draw()
+    with pytest.raises(DirectoryError, match=message):
+        draw(replicate_weights=data_uri(save(adapter(1))))
+
+
+def test_an_output_directory_that_cannot_be_written_fails_setup(start) -> None:
+    with pytest.raises(DirectoryError, match="FLUX_OUTPUT_DIRECTORY=/dev/null/outputs: this"):
+        start(FLUX_OUTPUT_DIRECTORY="/dev/null/outputs")
+
+
+def test_the_healthcheck(start, monkeypatch) -> None:
+    start()
+    predictor = Predictor()
+    predictor.setup()
+    assert predictor.healthcheck()
+    monkeypatch.setattr("flux.memory.answers", lambda device: False)
+    assert not predictor.healthcheck()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -62,22 +63,48 @@ def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: in
 
 def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypatch) -> None:
     stand_in = tmp_path / "serve"
-    stand_in.write_text("#!/bin/sh\nfor i in 1 2 3 4 5; do echo line $i; sleep 1; done; sleep 60\n")
+    stand_in.write_text(
+        "#!/bin/sh\nfor i in 1 2 3 4 5; do echo line $i; sleep 0.5; done; sleep 60\n"
+    )
     stand_in.chmod(0o755)
     monkeypatch.setattr("server.SERVE", stand_in)
-    monkeypatch.setattr("server.SILENT_SECONDS", 3)
-    with pytest.raises(ServerError, match=r"silent for 3 s:\n(.*\n)*line 5"), Server():
+    monkeypatch.setattr("server.SILENT_SECONDS", 1.5)
+    monkeypatch.setattr("server.STOP_SECONDS", 1)
+    with pytest.raises(ServerError, match=r"silent for 1.5 s:\n(.*\n)*line 5"), Server():
         pass
 
 
-def servers(cwd: Path) -> list[str]:
-    """The process ids of Cog servers that `environment_of(cwd)` was given to."""
+def test_serve_ends_with_an_error_when_its_worker_is_gone(tmp_path) -> None:
+    """So that a supervisor starts it again; Cog's own server answers for ever."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with subprocess.Popen(
+        [ROOT / "script" / "serve", "--port", port],
+        env=environment_of(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert any("Setup complete" in line for line in process.stdout)
+        (worker,) = servers(tmp_path, program=b"coglet.server._run_worker")
+        os.kill(int(worker), signal.SIGKILL)
+        log, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "script/serve: the worker is gone, and no prediction can succeed" in log
+    assert servers(tmp_path) == []
+
+
+def servers(cwd: Path, program: bytes = b"cog") -> list[str]:
+    """The process ids of Cog servers and workers that `environment_of(cwd)` was given to."""
     found, mark = [], f"{MARK}={cwd}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
-            ours = b"cog.server.http" in command or b"coglet" in command
-            if ours and mark in (entry / "environ").read_bytes().split(b"\0"):
+            ours = b"cog.server.http" in command or b"coglet.server" in command
+            environment = (entry / "environ").read_bytes().split(b"\0")
+            if ours and program in command and mark in environment:
                 found.append(entry.name)
         except OSError:
             continue

@@ -29,11 +29,13 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from weights.errors import DiskSpaceError
+from weights.directories import usable
+from weights.errors import DirectoryError, DiskSpaceError
 from weights.retry import never_cancelled
 
 logger = logging.getLogger(__name__)
 
+_DIRECTORIES = ("records", "objects", "parts", "uses", "locks")
 _POLL_SECONDS = 0.1
 _STRAY_SECONDS = 24 * 3600.0
 
@@ -43,11 +45,13 @@ class CacheSettings:
     """Where files are kept, and how many.
 
     max_bytes: budget for all files together. min_free_bytes: what to leave free on the disk.
+    setting: the environment variable that names the root, for messages.
     """
 
     root: Path
     max_bytes: int = 50 << 30
     min_free_bytes: int = 5 << 30
+    setting: str = "LORA_CACHE_DIRECTORY"
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,24 @@ class FileCache:
         self._settings = settings
         self._remove_external = remove_external
         self._root = settings.root
-        for name in ("records", "objects", "parts", "uses", "locks"):
-            (self._root / name).mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except DirectoryError as error:  # a server without adapters needs no cache
+            logger.warning("Adapters cannot be loaded: %s.", error)
+
+    def _open(self) -> None:
+        """Make the directories; raises DirectoryError."""
+        self._root = usable(self._settings.root, self._settings.setting)
+        for name in _DIRECTORIES:
+            (self._root / name).mkdir(exist_ok=True)
 
     def find(self, key: str) -> Record | None:
-        """Return the record under a key if its file is there and whole, else None."""
+        """Return the record under a key if its file is there and whole, else None.
+
+        Raises DirectoryError if the cache's directory cannot be used.
+        """
+        if not all((self._root / name).is_dir() for name in _DIRECTORIES):
+            self._open()
         record = _read(self._record_path(key))
         return record if record is not None and self._is_whole(record) else None
 

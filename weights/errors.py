@@ -33,6 +33,10 @@ class DiskSpaceError(WeightsError):
     """The disk has no room for the file, even with everything unused evicted."""
 
 
+class DirectoryError(WeightsError):
+    """A directory that a setting names cannot be made or written."""
+
+
 class SourceUnavailableError(WeightsError):
     """The source does not answer properly now; the same request may succeed later.
 

@@ -6,7 +6,6 @@ whole. Over plain HTTP it checks the size of a file, not its hash, so the hashes
 announces are checked here, once per revision: a stamp says that it was done.
 """
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
+from weights.directories import is_full
 from weights.download import sha256_of
 from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
 from weights.hub import discreet, progress_bar, translated
@@ -119,7 +119,7 @@ class Fetching:
             with translated(self.wanted.name, self._hub.token), discreet():
                 self.path = self._download(report)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             raise too_full(self.wanted.name, "more bytes", self.place) from error
         self._verify(self.path)

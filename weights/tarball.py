@@ -6,7 +6,6 @@ disk holds it twice. Unlike an adapter's, this URL is the operator's: it may be 
 network, and of any size.
 """
 
-import errno
 import hashlib
 import logging
 import shutil
@@ -17,6 +16,7 @@ from urllib.parse import urldefrag
 
 from filelock import FileLock
 
+from weights.directories import is_full, usable
 from weights.download import Expected, LogProgress, download
 from weights.errors import DiskSpaceError, InvalidFileError
 from weights.http import HttpClient, HttpSettings, Remote
@@ -35,8 +35,7 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
     root: where checkpoints are kept, each in a directory named by the hash of its URL.
     Raises WeightsError with a message for the operator.
     """
-    root = root.expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    root = usable(root, "FLUX_CHECKPOINT_DIRECTORY")
     name = without_secrets(url)
     target = root / hashlib.sha256(url.encode()).hexdigest()[:16]
     with FileLock(target.with_suffix(".lock")):
@@ -48,7 +47,7 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
             _unpack(archive, name, target)
         except OSError as error:
             shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             raise DiskSpaceError(
                 f"{name}: the disk is full. Unpacking takes twice the size of the tar; free some, "

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import miniature
 import pytest
@@ -269,8 +270,17 @@ def test_who_compiles(tmp_path, monkeypatch, choice: str, device: str, compiles:
 def test_a_cache_that_cannot_be_made_fails_setup(tmp_path) -> None:
     (tmp_path / "file").touch()
     settings = Settings(compile="on", compile_cache_directory=tmp_path / "file" / "cache")
-    with pytest.raises(SettingsError, match=r"TORCHINDUCTOR_CACHE_DIR=.*/file/cache: cannot be"):
+    message = "TORCHINDUCTOR_CACHE_DIR=.*/file/cache: this directory .* or set FLUX_COMPILE=off"
+    with pytest.raises(SettingsError, match=message):
         compile_blocks({}, HERE, settings)
+
+
+def test_without_a_home_compiled_kernels_are_not_kept(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert compile_blocks({}, HERE, Settings(compile="on"))
+    assert "not kept for the next start: TORCHINDUCTOR_CACHE_DIR=~/.cache" in caplog.text
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
 
 
 def test_transformers_that_live_on_the_host_are_not_compiled(tmp_path, caplog) -> None:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -42,6 +43,16 @@ def test_record_survives_a_restart(make):
     record = add(make(), "key", b"x" * 10)
     assert make().find("key") == record
     assert make().find("other key") is None
+
+
+def test_directory_that_is_removed_is_made_again(make, tmp_path):
+    cache = make()
+    add(cache, "key", b"x" * 10)
+    shutil.rmtree(tmp_path / "cache")
+    assert cache.find("key") is None
+    assert cache.find("key") is None
+    record = add(cache, "key", b"x" * 10)
+    assert cache.find("key") == record
 
 
 def test_same_content_is_kept_once(make, tmp_path):
