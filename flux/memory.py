@@ -42,6 +42,12 @@ def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
     return max(0, (min(total, int(limit)) if limit.isdecimal() else total) - HOST_RESERVE)
 
 
+def empty_cache(device: torch.device) -> None:
+    """Return the memory of a device that torch keeps for later, and nothing uses, to its driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     return size_of([*module.parameters(), *module.buffers()])

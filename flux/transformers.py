@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.masters import Master
-from flux.memory import is_out_of_memory
+from flux.memory import empty_cache, is_out_of_memory
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
@@ -97,8 +97,7 @@ class Transformers:
 
         def write() -> Swap:
             start = time.perf_counter()
-            for other in self._residency.admit(key):
-                self._evict(other)
+            self._make_room(self._residency.admit(key))
             fresh = key not in self._seconds  # or never finished: memory may have run out
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
@@ -128,7 +127,7 @@ class Transformers:
         for other in self.resident:  # out of the except block, which holds on to tensors
             if other != key and self._home.shares_device:
                 self._evict(other)
-        _empty_cache(self._device)
+        empty_cache(self._device)
         try:
             return work()
         except RuntimeError as error:
@@ -185,6 +184,16 @@ class Transformers:
         )
         return weight
 
+    def _make_room(self, leaving: Sequence[Key]) -> None:
+        """Evict, and return the memory before anything else is allocated.
+
+        torch keeps the blocks of what left, and would split them for smaller weights.
+        """
+        for key in leaving:
+            self._evict(key)
+        if leaving:
+            empty_cache(self._home.memory)
+
     def _evict(self, key: Key) -> None:
         """Give back a transformer's memory; its records go with it."""
         self._seconds.pop(key, None)
@@ -228,8 +237,3 @@ def size(module: nn.Module, float8: frozenset[str]) -> int:
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
