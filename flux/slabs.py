@@ -2,9 +2,16 @@
 
 A piece of page-locked memory for every weight would take half as much again: the allocator rounds
 each one up to a power of two.
+
+By default torch page-locks with cudaHostAlloc, which maps all pages of a slab in one thread, under
+a lock of the driver. Told otherwise, it maps them in several threads and has CUDA lock what is
+mapped (`pinned_use_cuda_host_register` and `pinned_num_register_threads`, in torch's notes on CUDA
+under PYTORCH_ALLOC_CONF). It looks at these settings at every allocation, so they are given when
+the first page-locked slab is wanted.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
 ALIGNMENT = 256
+REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
+REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
+OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one that is set counts
 
 
 class Slabs:
@@ -28,6 +38,8 @@ class Slabs:
     """
 
     def __init__(self, *, page_locked: bool) -> None:
+        if page_locked and torch.cuda.is_available():
+            _register_in_parallel()
         self._page_locked = page_locked
         self._slab = torch.zeros(0, dtype=torch.uint8)
         self._start = 0
@@ -96,8 +108,27 @@ class PageLocked:
 
 def give_back() -> None:
     """Return page-locked memory that nothing uses to the system; torch would keep it."""
-    if torch.cuda.is_available():
-        torch.accelerator.empty_host_cache()
+    if not torch.cuda.is_available():
+        return
+    # public since torch 2.12 or 2.13; before, CUDA graphs of torch itself called the other
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
+    empty()
+
+
+def _register_in_parallel() -> None:
+    """Have torch page-lock with several threads, unless the operator has said how.
+
+    Settings that are not repeated fall back to torch's defaults, so the operator's are repeated.
+    """
+    set_by_operator = next(filter(None, map(os.environ.get, OPERATORS)), "")
+    if REGISTER in set_by_operator or THREADS in set_by_operator:
+        return
+    threads = min(REGISTER_THREADS, 1 << ((os.cpu_count() or 1).bit_length() - 1))
+    ours = f"{REGISTER}:True,{THREADS}:{threads}"  # their number has to be a power of two
+    try:
+        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (set_by_operator, ours))))
+    except (AttributeError, RuntimeError, ValueError) as error:
+        logger.warning("Page-locking with one thread: torch does not take %s (%s)", ours, error)
 
 
 def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:
