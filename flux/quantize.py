@@ -11,6 +11,8 @@ taken in fp32, from the exact sum of the pristine weight and the deltas, where t
 to the weight's dtype, so that the largest value of a row may be clipped. And a row of zeros has
 scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
 
+`flux/scaled.py` multiplies where activations are quantized too: not every shape has a kernel.
+
 Refused: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
 fifth of its strength), per-tensor e5m2 activations, and choosing layers by parts of their names
 ("proj_out" is also in every single block).
@@ -27,6 +29,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from flux.merge import store_rounded
+from flux.scaled import Float8Weight
 from weights.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +113,7 @@ def empty_float8(
     activations = QuantizeTensorToFloat8Kwargs(
         FLOAT8, PerRow(), hp_value_lb=QUIET, kernel_preference=kernels
     )
-    return Float8Tensor(
+    return (Float8Weight if dynamic else Float8Tensor)(
         torch.empty(shape, dtype=FLOAT8, device=device) if values is None else values,
         torch.empty(rows, 1, dtype=torch.float32, device=device),
         block_size=[1, columns],
