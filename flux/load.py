@@ -1,6 +1,6 @@
 """Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,9 @@ def _masters(
         model, prequantized = template(variant, directory, dtype), None
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)
-        load: Callable[[], nn.Module] = partial(_open, variant, directory, dtype, page_locked)
-        masters[variant] = Master(variant, model, load, directory, prequantized)
+        load = partial(load_transformer, variant, directory, dtype)
+        hold = page_locked.hold if page_locked else None
+        masters[variant] = Master(variant, model, load, directory, prequantized, hold)
         if not prequantized:
             masters[variant].open()
     return masters
-
-
-def _open(
-    variant: str, directory: Path, dtype: torch.dtype, page_locked: PageLocked | None
-) -> nn.Module:
-    """A pristine transformer, in page-locked memory where that is wanted and has room for it."""
-    transformer = load_transformer(variant, directory, dtype)
-    if page_locked:
-        page_locked.hold(transformer)
-    return transformer

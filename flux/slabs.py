@@ -12,6 +12,7 @@ the first page-locked slab is wanted.
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +89,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
 
 
 class PageLocked:
-    """Page-locked host memory for modules, under a budget; who asks first has it.
+    """Page-locked host memory for modules, under a budget; who asks first has it, in any thread.
 
     Args:
         budget: in bytes.
@@ -96,14 +97,16 @@ class PageLocked:
 
     def __init__(self, budget: int) -> None:
         self._left = budget
+        self._one_at_a_time = threading.Lock()
 
     def hold(self, module: nn.Module) -> bool:
         """`hold` a module in it, if it still has room for it."""
         size = bytes_of(module)
-        if size > self._left or not hold(module, page_locked=True):
-            return False
-        self._left -= size
-        return True
+        with self._one_at_a_time:
+            if size > self._left or not hold(module, page_locked=True):
+                return False
+            self._left -= size
+            return True
 
 
 def give_back() -> None:

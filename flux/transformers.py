@@ -1,6 +1,7 @@
 """The transformers that serve: dev and schnell, each in bf16 and in fp8.
 
-Each variant has one pristine copy on the host (flux/masters.py), which nobody writes. What serves
+Each variant has one pristine copy on the host (flux/masters.py), which nobody writes, and another
+on the device if there is room for it (flux/residency.py). What serves
 is made from it in working weights of its own: memory on the device, every record UNKNOWN, and a
 reconciliation, which writes pristine values and adapters in one pass, fp8 weight by weight. For a
 small card, that memory is on the host (flux/offload.py), where all else is the same. While the
@@ -14,18 +15,19 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from flux.copies import DeviceCopies
 from flux.masters import Master
 from flux.memory import empty_cache, is_out_of_memory
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.request import Precision
-from flux.residency import ORDER, BudgetError, Key, Place, Residency
+from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Place, Residency
 from flux.staging import Staging
 from weights.inventory import Entry, size_of
 
@@ -73,15 +75,23 @@ class Transformers:
         self._weights: dict[Key, WorkingWeights] = {}
         self._seconds: dict[Key, float] = {}  # that making them took
         self._sources: dict[Key, str] = {}  # what they were made from
-        sizes = {key: size(self.modules[key], self._float8[key]) for key in ORDER}
+        self._copies = DeviceCopies(self._home.memory, self._staging)
+        sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
+        if self._home.stream and self._home.shares_device:  # the host's are not at hand there
+            sizes |= {(name, PRISTINE): sizes[name, "bf16"] for name in masters}
         place: Place = "device" if self._home.shares_device else "host"
         self._residency = Residency(sizes, budget, place)
-        self.at_start: Sequence[Key] = self._residency.at_start(precisions)
+        at_start = self._residency.at_start(precisions)
+        self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
+        self._to_copy = {name for name, form in at_start if form == PRISTINE}
+        for name, master in masters.items():
+            if master.is_open and name not in self._to_copy:
+                master.begin()
 
     @property
     def resident(self) -> tuple[Key, ...]:
-        """What is on the device, the least recently used first."""
-        return self._residency.resident
+        """The transformers on the device, the least recently used first."""
+        return tuple(k for k in self._residency.resident if is_transformer(k))
 
     def reconcile(
         self,
@@ -102,6 +112,8 @@ class Transformers:
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
+            if self._wants_copy(key, adapters, fresh=fresh):
+                self._copy_pristine(key[0], check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
@@ -124,7 +136,7 @@ class Transformers:
                 raise
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
-        for other in self.resident:  # out of the except block, which holds on to tensors
+        for other in self._residency.resident:  # after the except block, which holds on to tensors
             if other != key and self._home.shares_device:
                 self._evict(other)
         empty_cache(self._device)
@@ -141,7 +153,7 @@ class Transformers:
     def entries(self) -> list[Entry]:
         """Rows for the table of setup: the pristine transformers, and those that serve."""
         found = [master.entry() for master in self._masters.values()]
-        return found + [self._entry(key) for key in ORDER]
+        return found + self._copies.entries() + [self._entry(key) for key in ORDER]
 
     def _entry(self, key: Key) -> Entry:
         name, size = " ".join(key), self._residency.sizes[key]
@@ -184,7 +196,47 @@ class Transformers:
         )
         return weight
 
-    def _make_room(self, leaving: Sequence[Key]) -> None:
+    def _wants_copy(
+        self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool
+    ) -> bool:
+        """Whether the pristine weights should be on the device before a reconciliation.
+
+        They come with the first transformer that is made of them in setup, and later when adapters
+        change. Where the bf16 transformer holds no adapter, it does as well.
+        """
+        variant = key[0]
+        item: Item = (variant, PRISTINE)
+        if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
+            return False
+        if variant in self._to_copy:
+            return self._weights[key].differs(())  # what comes from a file is pristine already
+        plain = self._weights.get((variant, "bf16"))
+        if fresh or (plain and not plain.differs(())):
+            return False
+        return self._weights[key].differs(adapters)
+
+    def _copy_pristine(self, variant: str, check_cancelled: Callable[[], None]) -> None:
+        """Have a variant's pristine weights on the device, unless its memory does not suffice."""
+        item: Item = (variant, PRISTINE)
+        self._make_room(self._residency.admit(item))
+        if self._copies.get(variant):
+            return
+        master = self._masters[variant]
+        # what is read once is not worth page-locking; what left, and comes again, may leave again
+        host = master.open if variant in self._to_copy else master.at_hand
+        self._to_copy.discard(variant)
+        try:
+            read = self._pristine(variant, host)
+            sources = {name: read(COMPONENT, name) for name in host()}
+            self._copies.fill(variant, sources, check_cancelled)
+        except BaseException as error:
+            self._evict(item)
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("The pristine weights of %s stay on the host: %s", variant, error)
+            self._residency.exclude(item)
+
+    def _make_room(self, leaving: Sequence[Item]) -> None:
         """Evict, and return the memory before anything else is allocated.
 
         torch keeps the blocks of what left, and would split them for smaller weights.
@@ -194,27 +246,45 @@ class Transformers:
         if leaving:
             empty_cache(self._home.memory)
 
-    def _evict(self, key: Key) -> None:
-        """Give back a transformer's memory; its records go with it."""
-        self._seconds.pop(key, None)
-        if self._weights.pop(key, None):
-            logger.info("%s %s leaves %s", *key, self._home.memory)
-        self._residency.drop(key)
-        module = self.modules[key]
+    def _evict(self, item: Item) -> None:
+        """Give back the memory of a transformer, with its records, or of pristine weights."""
+        self._residency.drop(item)
+        if not is_transformer(item):
+            if self._copies.drop(item[0]):
+                logger.info("%s %s leaves %s", *item, self._home.memory)
+            return
+        self._seconds.pop(item, None)
+        if self._weights.pop(item, None):
+            logger.info("%s %s leaves %s", *item, self._home.memory)
+        module = self.modules[item]
         self._home.leave(module)
         for name, parameter in list(module.named_parameters()):
             _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
 
-    def _pristine(self, variant: str) -> Pristine:
-        """A variant's pristine values: working ones where they are pristine, else the host's."""
+    def _pristine(
+        self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> Pristine:
+        """A variant's pristine values from where they are nearest.
+
+        That is the copy on the device, the bf16 transformer's weights without adapters, or `host`,
+        by default the master in the memory that is fastest to read again.
+        """
+        on_host = host or self._masters[variant].at_hand
         key: Key = (variant, "bf16")
 
         def read(component: str, name: str) -> Tensor:
+            if copy := self._copies.get(variant):
+                return copy[name]
             weights = self._weights.get(key)
             clean = weights.clean(component, name) if weights else None
-            return self._masters[variant].open()[name] if clean is None else clean
+            return on_host()[name] if clean is None else clean
 
         return read
+
+
+def is_transformer(item: Item) -> TypeGuard[Key]:
+    """Whether an item is a transformer that serves."""
+    return item[1] != PRISTINE
 
 
 def skeleton(master: nn.Module) -> nn.Module:

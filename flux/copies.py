@@ -1,0 +1,73 @@
+"""Pristine weights on the device, beside those that serve.
+
+`flux/residency.py` decides which variants have a copy there. It is filled in one pass, from what
+is nearest, and then read instead of the host's whenever adapters are merged.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from flux.staging import Staging
+from weights.inventory import Entry
+
+
+class DeviceCopies:
+    """Pristine weights of variants on a device.
+
+    Args:
+        device: whose memory they take.
+        staging: brings weights there.
+    """
+
+    def __init__(self, device: torch.device, staging: Staging) -> None:
+        self._device = device
+        self._staging = staging
+        self._copies: dict[str, dict[str, Tensor]] = {}
+        self._seconds: dict[str, float] = {}
+
+    def get(self, variant: str) -> Mapping[str, Tensor] | None:
+        """The weights of a variant by name, if they are there."""
+        return self._copies.get(variant)
+
+    def fill(
+        self,
+        variant: str,
+        sources: Mapping[str, Tensor],
+        check_cancelled: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the weights of a variant, all or none.
+
+        Args:
+            variant: its name.
+            sources: each weight where it is nearest, on the device or the host.
+            check_cancelled: called before each weight is copied; raises to stop.
+        """
+        start = time.perf_counter()
+        found = {
+            name: torch.empty(source.shape, dtype=source.dtype, device=self._device)
+            for name, source in sources.items()
+        }
+        try:
+            for copy, near in zip(
+                found.values(), self._staging.bring(sources.values()), strict=True
+            ):
+                check_cancelled()
+                copy.copy_(near)
+        finally:
+            self._staging.wait()
+        self._copies[variant] = found
+        self._seconds[variant] = time.perf_counter() - start
+
+    def drop(self, variant: str) -> bool:
+        """Give back the memory of a variant's weights; return whether there were any."""
+        return self._copies.pop(variant, None) is not None
+
+    def entries(self) -> list[Entry]:
+        """Rows for the table of setup."""
+        return [
+            Entry.of(f"{name} pristine, again", held.values(), name, self._seconds[name])
+            for name, held in self._copies.items()
+        ]
