@@ -173,7 +173,7 @@ class Transformers:
             for name, parameter in list(module.named_parameters()):
                 _set(module, name, self._empty(key, name, parameter, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
-                ready_made.fill(module, check_cancelled)
+                ready_made.fill(module, self._staging, check_cancelled)
             self._home.enter(module)
             self._sources[key] = str(ready_made.path) if ready_made else f"{key[0]} pristine"
             self._weights[key] = WorkingWeights(

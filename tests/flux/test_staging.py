@@ -16,9 +16,14 @@ from tests.flux.streams import Early, Late
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[Late, Early])
-def stream(request) -> Late:
-    return request.param()
+@pytest.fixture(
+    params=[(Late, False), (Early, False), (Late, True), (Early, True)],
+    ids=["late", "early", "late, from a map", "early, from a map"],
+)
+def stream(request, monkeypatch) -> Late:
+    kind, pageable = request.param
+    monkeypatch.setattr("flux.staging.PIECE", 1 << 10)  # most weights are several pieces
+    return kind(pageable=pageable)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,39 @@ def test_what_is_on_the_device_already_is_not_copied(masters) -> None:
         assert (near is weight) == (weight.dim() == 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_what_is_in_a_map_passes_through_few_pieces_of_memory(monkeypatch, dtype) -> None:
+    monkeypatch.setattr("flux.staging.PIECE", 100)
+    stream = Late(pageable=True)
+    sizes = [(1,), (50,), (51, 7), (0,), (4, 5, 60), (100,)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    weights.append(torch.randn(30, 20, generator=generator).to(dtype).T)  # not in order
+    for near, weight in zip(Staging(CPU, stream).bring(weights), weights, strict=True):
+        assert torch.equal(near.float(), weight.float())
+    assert [piece.numel() for piece in stream.pieces] == [100] * 4
+
+
+def test_what_is_page_locked_needs_no_such_memory(masters) -> None:
+    stream = Late()
+    for _ in Staging(CPU, stream).bring(p.detach() for p in masters["dev"].parameters()):
+        pass
+    assert stream.pieces == []
+
+
+def test_without_memory_to_lock_copies_hold_the_host_up(masters, caplog) -> None:
+    class Poor(Late):
+        def piece(self, size: int) -> Tensor:
+            raise RuntimeError("CUDA error: out of memory (pretended)")
+
+    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
+    staging = Staging(CPU, Poor(pageable=True))
+    for _ in range(2):
+        for near, weight in zip(staging.bring(weights), weights, strict=True):
+            assert torch.equal(near, weight)
+    assert caplog.text.count("without a buffer: CUDA error: out of memory") == 1
+
+
 class CancelledError(Exception):
     pass
 
@@ -141,10 +179,11 @@ def test_copies_on_a_gpu_come_between_what_is_computed() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    sources = [torch.full((1 << 22,), float(k)).pin_memory() for k in range(8)]
+    sources = [torch.full((1 << 24,), float(k)) for k in range(8)]
+    sources = [source.pin_memory() if k % 2 else source for k, source in enumerate(sources)]
     busy, sums = torch.eye(4096, device=device), []
     for near in Staging(device, CudaCopyStream(device)).bring(sources):
         for _ in range(10):  # some milliseconds, before it is read
             busy = busy @ busy
         sums.append(near.double().sum())
-    assert [float(total) for total in sums] == [float(k << 22) for k in range(8)]
+    assert [float(total) for total in sums] == [float(k << 24) for k in range(8)]
