@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.attention import set_attention_backend
+from flux.attention import attend, build_plans, builds_plans, set_attention_backend
 from flux.components import load_component, load_module, load_tokenizer
 from flux.deployment import Deployment
 from flux.masters import PART, Master, load_transformer, template
@@ -111,9 +111,11 @@ def working_transformers(
         home=home,
         precisions=PRECISIONS[settings.at_start],
     )
-    set_attention_backend(
-        transformers.modules.values(), settings.attention_backend, device, deployment.dtype
-    )
+    modules = list(transformers.modules.values())
+    backend = set_attention_backend(modules, settings.attention_backend, device, deployment.dtype)
+    if builds_plans(backend, device):
+        over = partial(attend, modules[0], backend, device=device, dtype=deployment.dtype)
+        build_plans(over, 2 * shared.vae_scale_factor)
     return transformers
 
 
