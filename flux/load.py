@@ -22,6 +22,7 @@ from flux.quiet import without_progress_bars
 from flux.request import Precision
 from flux.residency import BudgetError
 from flux.slabs import PageLocked, hold
+from flux.staging import move
 from flux.transformers import COMPONENT, Transformers
 from weights.inventory import Inventory
 from weights.settings import Settings
@@ -71,7 +72,7 @@ def load_pipelines(
 def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
     """Have a component run on the device, with its weights there or, if offloaded, on the host."""
     if name not in deployment.offloaded:
-        module.to(deployment.device)
+        move(module, deployment.device)
         return
     if deployment.device.type == "cuda" and not hold(module, page_locked=True):
         raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")

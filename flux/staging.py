@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -184,3 +184,17 @@ class Staging:
         else:
             stream.copy(target, source)
         return target
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Bring a module's parameters and buffers to a device, through `Staging` if it has streams."""
+    stream = copy_stream(device)
+    staging, tensors = Staging(device, stream), [*module.parameters(), *module.buffers()]
+    if stream is None:
+        module.to(device)
+        return
+    try:
+        for tensor, near in zip(tensors, staging.bring(t.detach() for t in tensors), strict=True):
+            tensor.data = near.clone()
+    finally:
+        staging.wait()

@@ -22,6 +22,7 @@ class Late:
     def __init__(self, *, pageable: bool = False) -> None:
         self.pageable = pageable
         self.pieces: list[Tensor] = []
+        self.sent = 0  # bytes
         self.under_way: list[tuple[Tensor, Tensor]] = []
         self.targets: set[int] = set()
         self.fail_at = -1  # the number of meetings until one fails
@@ -51,6 +52,7 @@ class Late:
         if target.is_floating_point():
             target.fill_(torch.nan)  # whoever reads it now will show it
         self.targets.add(target.data_ptr())
+        self.sent += source.nbytes
         self.under_way.append((target, source))
 
     def meet(self) -> None:
@@ -68,6 +70,7 @@ class Early(Late):
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
         self.targets.add(target.data_ptr())
+        self.sent += source.nbytes
 
 
 class Streams:

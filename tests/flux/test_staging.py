@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flux.memory import bytes_of
 from flux.merge import UNKNOWN, WorkingWeights
 from flux.offload import OnDevice
 from flux.residency import ORDER
-from flux.staging import CudaCopyStream, Staging
+from flux.staging import CudaCopyStream, Staging, move
 from flux.transformers import Transformers
 from tests import tiny
 from tests.flux.merging import SIZE
@@ -74,6 +75,19 @@ def test_one_copy_is_under_way_while_the_weight_before_is_used(masters) -> None:
     weights = [parameter.detach() for parameter in masters["dev"].parameters()]
     under_way = [len(stream.under_way) for _ in Staging(CPU, stream).bring(weights)]
     assert under_way == [1] * (len(weights) - 1) + [0]
+
+
+def test_a_module_moves_with_its_buffers_and_its_ties(stream, monkeypatch) -> None:
+    monkeypatch.setattr("flux.staging.copy_stream", lambda _: stream)
+    module = nn.Sequential(nn.Linear(30, 40), nn.BatchNorm1d(40), nn.Linear(30, 40))
+    module[2].weight = module[0].weight
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    pointer = module[0].weight.data_ptr()
+    move(module, CPU)
+    assert_same(module.state_dict(), before)
+    assert module[0].weight is module[2].weight
+    assert module[0].weight.data_ptr() != pointer
+    assert stream.sent == bytes_of(module)
 
 
 def test_what_is_on_the_device_already_is_not_copied(masters) -> None:
