@@ -68,6 +68,8 @@ class DeviceCopies:
     def entries(self) -> list[Entry]:
         """Rows for the table of setup."""
         return [
-            Entry.of(f"{name} pristine, again", held.values(), name, self._seconds[name])
+            Entry.of(
+                f"{name} pristine copy", held.values(), f"{name} pristine", self._seconds[name]
+            )
             for name, held in self._copies.items()
         ]

@@ -134,8 +134,10 @@ def _masters(
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)
         load = partial(load_transformer, variant, directory, dtype)
-        hold = page_locked.hold if page_locked else None
-        masters[variant] = Master(variant, model, load, directory, prequantized, hold)
+        masters[variant] = Master(
+            *(variant, model, load, directory, prequantized),
+            hold=page_locked.hold if page_locked else None,
+        )
         if not prequantized:
             masters[variant].open()
     return masters

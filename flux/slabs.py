@@ -113,7 +113,7 @@ def give_back() -> None:
     """Return page-locked memory that nothing uses to the system; torch would keep it."""
     if not torch.cuda.is_available():
         return
-    # public since torch 2.12 or 2.13; before, CUDA graphs of torch itself called the other
+    # torch 2.11 lacks the public name; its own CUDA graphs call the other
     empty = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
     empty()
 

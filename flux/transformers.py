@@ -1,21 +1,21 @@
 """The transformers that serve: dev and schnell, each in bf16 and in fp8.
 
 Each variant has one pristine copy on the host (flux/masters.py), which nobody writes, and another
-on the device if there is room for it (flux/residency.py). What serves
-is made from it in working weights of its own: memory on the device, every record UNKNOWN, and a
-reconciliation, which writes pristine values and adapters in one pass, fp8 weight by weight. For a
-small card, that memory is on the host (flux/offload.py), where all else is the same. While the
-pristine copy is not open, fp8 comes from its file instead (flux/prequantized.py), every record
-pristine, and the reconciliation opens the copy for what adapters touch, and only then. Leaving
-the device drops the working weights together with their records, so no record can outlive what it
-describes. The module objects stay, and with them the pipelines.
+on the device if there is room for it (flux/copies.py). What serves is made from it in working
+weights of its own: memory on the device, every record UNKNOWN, and a reconciliation, which writes
+pristine values and adapters in one pass, fp8 weight by weight. For a small card, that memory is on
+the host (flux/offload.py), where all else is the same. While the pristine copy is not open, fp8
+comes from its file instead (flux/prequantized.py), every record pristine, and the reconciliation
+opens the copy for what adapters touch, and only then. Leaving the device drops the working weights
+together with their records, so no record can outlive what it describes. The module objects stay,
+and with them the pipelines.
 """
 
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeGuard, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,16 @@ from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.request import Precision
-from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Place, Residency
+from flux.residency import (
+    ORDER,
+    PRISTINE,
+    BudgetError,
+    Item,
+    Key,
+    Place,
+    Residency,
+    is_transformer,
+)
 from flux.staging import Staging
 from weights.inventory import Entry, size_of
 
@@ -280,11 +289,6 @@ class Transformers:
             return on_host()[name] if clean is None else clean
 
         return read
-
-
-def is_transformer(item: Item) -> TypeGuard[Key]:
-    """Whether an item is a transformer that serves."""
-    return item[1] != PRISTINE
 
 
 def skeleton(master: nn.Module) -> nn.Module:

@@ -71,7 +71,7 @@ def assert_same(one, other) -> None:
 def copied(found: Transformers) -> set[str]:
     """The variants whose pristine weights are on the device."""
     names = [entry.name for entry in found.entries()]
-    return {name.split()[0] for name in names if name.endswith("pristine, again")}
+    return {name.split()[0] for name in names if name.endswith("pristine copy")}
 
 
 def spoil(master: nn.Module) -> None:
@@ -230,3 +230,24 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
 def test_pristine_items_are_no_transformers(masters) -> None:
     found = make(masters)
     assert all(form != PRISTINE for _, form in found.at_start)
+
+
+@pytest.mark.gpu
+def test_swaps_on_a_gpu_read_the_copy(masters, adapters) -> None:
+    """The host's weights are spoilt; what is restored is what was brought in the beginning."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    opened = tiny.opened(masters)
+    for master in opened.values():
+        master.open()
+    found = Transformers(opened, torch.device("cuda"), dynamic=False, budget=None)
+    for key in found.at_start:
+        found.reconcile(key, [])
+    before = {key: bits(found, key) for key in ORDER}
+    assert copied(found) == {"dev", "schnell"}
+    for module in masters.values():
+        spoil(module)
+    for key in ORDER:
+        for desired in ([(adapters["a"], 1.0)], [(adapters["b"], 1.0)], []):
+            found.reconcile(key, desired)
+        assert_same(bits(found, key), before[key])
