@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from flux.merge import Pristine, WorkingWeights
 from flux.staging import Staging
 from weights.inventory import Entry
 
@@ -28,9 +29,32 @@ class DeviceCopies:
         self._copies: dict[str, dict[str, Tensor]] = {}
         self._seconds: dict[str, float] = {}
 
-    def get(self, variant: str) -> Mapping[str, Tensor] | None:
-        """The weights of a variant by name, if they are there."""
-        return self._copies.get(variant)
+    def __contains__(self, variant: str) -> bool:
+        """Whether the weights of a variant are there."""
+        return variant in self._copies
+
+    def nearest(
+        self,
+        variant: str,
+        plain: Callable[[], WorkingWeights | None],
+        host: Callable[[], Mapping[str, Tensor]],
+    ) -> Pristine:
+        """Reads a variant's pristine values: the copy, else a weight that holds no adapter.
+
+        Args:
+            variant: its name.
+            plain: gives the weights of the bf16 transformer, if that is on the device.
+            host: gives those on the host by name; asked where there is neither.
+        """
+
+        def read(component: str, name: str) -> Tensor:
+            if copy := self._copies.get(variant):
+                return copy[name]
+            weights = plain()
+            clean = weights.clean(component, name) if weights else None
+            return host()[name] if clean is None else clean
+
+        return read
 
     def fill(
         self,

@@ -226,11 +226,10 @@ class Transformers:
 
     def _copy_pristine(self, variant: str, check_cancelled: Callable[[], None]) -> None:
         """Have a variant's pristine weights on the device, unless its memory does not suffice."""
-        item: Item = (variant, PRISTINE)
+        item, master = (variant, PRISTINE), self._masters[variant]
         self._make_room(self._residency.admit(item))
-        if self._copies.get(variant):
+        if variant in self._copies:
             return
-        master = self._masters[variant]
         # what is read once is not worth page-locking; what left, and comes again, may leave again
         host = master.open if variant in self._to_copy else master.at_hand
         self._to_copy.discard(variant)
@@ -273,22 +272,10 @@ class Transformers:
     def _pristine(
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> Pristine:
-        """A variant's pristine values from where they are nearest.
-
-        That is the copy on the device, the bf16 transformer's weights without adapters, or `host`,
-        by default the master in the memory that is fastest to read again.
-        """
+        """Where a variant's pristine values are nearest; see `DeviceCopies.nearest`."""
+        plain: Key = (variant, "bf16")
         on_host = host or self._masters[variant].at_hand
-        key: Key = (variant, "bf16")
-
-        def read(component: str, name: str) -> Tensor:
-            if copy := self._copies.get(variant):
-                return copy[name]
-            weights = self._weights.get(key)
-            clean = weights.clean(component, name) if weights else None
-            return on_host()[name] if clean is None else clean
-
-        return read
+        return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
 
 
 def skeleton(master: nn.Module) -> nn.Module:
