@@ -27,16 +27,7 @@ from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.request import Precision
-from flux.residency import (
-    ORDER,
-    PRISTINE,
-    BudgetError,
-    Item,
-    Key,
-    Place,
-    Residency,
-    is_transformer,
-)
+from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Residency, is_transformer
 from flux.staging import Staging
 from weights.inventory import Entry, size_of
 
@@ -88,14 +79,12 @@ class Transformers:
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
         if self._home.stream and self._home.shares_device:  # the host's are not at hand there
             sizes |= {(name, PRISTINE): sizes[name, "bf16"] for name in masters}
-        place: Place = "device" if self._home.shares_device else "host"
-        self._residency = Residency(sizes, budget, place)
+        shares = self._home.shares_device
+        self._residency = Residency(sizes, budget, "device" if shares else "host")
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
         self._to_copy = {name for name, form in at_start if form == PRISTINE}
-        for name, master in masters.items():
-            if master.is_open and name not in self._to_copy:
-                master.begin()
+        self._hold_masters()
 
     @property
     def resident(self) -> tuple[Key, ...]:
@@ -232,7 +221,6 @@ class Transformers:
             return
         # what is read once is not worth page-locking; what left, and comes again, may leave again
         host = master.open if variant in self._to_copy else master.at_hand
-        self._to_copy.discard(variant)
         try:
             read = self._pristine(variant, host)
             sources = {name: read(COMPONENT, name) for name in host()}
@@ -243,6 +231,16 @@ class Transformers:
                 raise
             logger.warning("The pristine weights of %s stay on the host: %s", variant, error)
             self._residency.exclude(item)
+        finally:
+            if variant in self._to_copy:
+                self._to_copy.discard(variant)
+                self._hold_masters()
+
+    def _hold_masters(self) -> None:
+        """Start to page-lock what will be read from the host; not beside the copies of setup."""
+        for name, master in self._masters.items():
+            if master.is_open and name not in self._copies and not self._to_copy:
+                master.begin()
 
     def _make_room(self, leaving: Sequence[Item]) -> None:
         """Evict, and return the memory before anything else is allocated.

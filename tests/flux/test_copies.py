@@ -203,8 +203,9 @@ def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(masters)
         return go.wait(60)
 
     found = make(masters, room_for(masters, *AT_START), hold)
+    assert threading.active_count() == threads  # not beside what is wanted first
     for key in found.at_start:
-        found.reconcile(key, [])  # dev, beside it
+        found.reconcile(key, [])  # in float8, with the copy, and in bf16 beside the thread
     threading.Timer(0.05, go.set).start()
     rows = {entry.name: entry for entry in found.entries()}
     assert go.is_set()
