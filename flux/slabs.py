@@ -10,6 +10,7 @@ under PYTORCH_ALLOC_CONF). It looks at these settings at every allocation, so th
 the first page-locked slab is wanted.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -28,6 +29,7 @@ SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up t
 ALIGNMENT = 256
 REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
 REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
+TRIAL = 4 << 20  # bytes
 OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one that is set counts
 
 
@@ -122,16 +124,24 @@ def _register_in_parallel() -> None:
     """Have torch page-lock with several threads, unless the operator has said how.
 
     Settings that are not repeated fall back to torch's defaults, so the operator's are repeated.
+    Some sandboxes lock what CUDA allocates and refuse what is allocated already, so it is tried.
     """
     set_by_operator = next(filter(None, map(os.environ.get, OPERATORS)), "")
     if REGISTER in set_by_operator or THREADS in set_by_operator:
         return
     threads = min(REGISTER_THREADS, 1 << ((os.cpu_count() or 1).bit_length() - 1))
-    ours = f"{REGISTER}:True,{THREADS}:{threads}"  # their number has to be a power of two
+    how = f"{REGISTER}:True,{THREADS}:{threads}"  # their number has to be a power of two
     try:
-        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (set_by_operator, ours))))
+        _tell_allocator(set_by_operator, how)
+        torch.empty(TRIAL, dtype=torch.uint8, pin_memory=True)
     except (AttributeError, RuntimeError, ValueError) as error:
-        logger.warning("Page-locking with one thread: torch does not take %s (%s)", ours, error)
+        logger.warning("Page-locking with one thread, as %s fails: %s", how, error)
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+            _tell_allocator(set_by_operator, f"{REGISTER}:False")
+
+
+def _tell_allocator(*settings: str) -> None:
+    torch._C._accelerator_setAllocatorSettings(",".join(filter(None, settings)))
 
 
 def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:

@@ -64,6 +64,7 @@ def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> 
 
 def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
     """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:False")
     slabs, empty, kept = [], torch.empty, []
 
     def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
@@ -107,6 +108,8 @@ def allocator(monkeypatch) -> list[str]:
     monkeypatch.setattr("flux.slabs.os.cpu_count", lambda: 6)
     monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("flux.slabs.torch._C._accelerator_setAllocatorSettings", told.append)
+    empty = torch.empty
+    monkeypatch.setattr("flux.slabs.torch.empty", lambda size, **_: empty(size))
     return told
 
 
@@ -129,6 +132,18 @@ def test_what_the_operator_has_told_the_allocator_stays(allocator, monkeypatch, 
     assert len(allocator) == 1
 
 
+def test_where_memory_cannot_be_registered_it_is_locked_as_before(
+    allocator, monkeypatch, caplog
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr("flux.slabs.torch.empty", refuse)
+    Slabs(page_locked=True)
+    assert allocator == [f"{REGISTER}4", "pinned_use_cuda_host_register:False"]
+    assert "with one thread, as pinned_use_cuda_host_register:True" in caplog.text
+
+
 def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
     allocator, monkeypatch, caplog
 ) -> None:
@@ -137,7 +152,7 @@ def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
 
     monkeypatch.setattr("flux.slabs.torch._C._accelerator_setAllocatorSettings", refuse)
     Slabs(page_locked=True)
-    assert "one thread: torch does not take pinned_use_cuda_host_register" in caplog.text
+    assert "Unrecognized key" in caplog.text
 
 
 def test_this_torch_takes_the_settings() -> None:
@@ -145,6 +160,7 @@ def test_this_torch_takes_the_settings() -> None:
     command = """
 import torch
 torch.cuda.is_available = lambda: True
+empty, torch.empty = torch.empty, lambda *shape, **_: empty(*shape)
 from flux.slabs import Slabs
 Slabs(page_locked=True)
 print(torch._C._accelerator_getAllocatorSettings())
@@ -153,7 +169,7 @@ print(torch._C._accelerator_getAllocatorSettings())
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert REGISTER in done.stdout
-    assert "does not take" not in done.stderr
+    assert "one thread" not in done.stderr
 
 
 def test_budgets_as_set_and_as_measured(tmp_path) -> None:
