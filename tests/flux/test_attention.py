@@ -102,19 +102,18 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
     draw = start()
     assert "numbers of tokens tried in" in caplog.text
     in_setup = set(seen)
-    with monkeypatch.context() as patch:
-        drawn: list[int] = []
-        forward = FluxTransformer2DModel.forward
+    drawn: list[int] = []
+    forward = FluxTransformer2DModel.forward
 
-        def step(module: object, *args: object, **options: object) -> object:
-            drawn.append(options["hidden_states"].shape[1] + options["txt_ids"].shape[0])
-            return forward(module, *args, **options)
+    def step(module: object, *args: object, **options: object) -> object:
+        drawn.append(options["hidden_states"].shape[1] + options["txt_ids"].shape[0])
+        return forward(module, *args, **options)
 
-        patch.setattr(FluxTransformer2DModel, "forward", step)
-        for model in ("dev", "schnell"):
-            for ratio in ASPECT_RATIOS:
-                draw(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
-        draw(aspect_ratio="21:9", num_inference_steps=1)
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
+    for model in ("dev", "schnell"):
+        for ratio in ASPECT_RATIOS:
+            draw(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
+    draw(aspect_ratio="21:9", num_inference_steps=1)
     assert len(drawn) == 23
     assert set(drawn) <= in_setup
 
