@@ -7,8 +7,8 @@ the text of schnell is 256 tokens, which the second linear of a feed-forward mul
 12288 values, small input pictures have few tokens, and the modulations (`norm*.linear`) have one
 row. Cards of capability 12 refuse all of them (https://github.com/pytorch/pytorch/issues/192707).
 
-So every shape is tried once, when it first comes: as it is, then with rows of zeros up to a number
-that is taken, and if no number is, it is computed from widened values, in the output's dtype.
+So every shape is tried once, when it first comes: as it is, then with rows of zeros, up to a number
+that is taken. If none is, the product is computed from widened values, in the output's dtype.
 
 The product is an operator of its own, which a compiled graph calls without looking inside. A
 condition on the number of rows in Python would be a guard, and small pictures would compile anew.
@@ -30,7 +30,7 @@ from flux.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-ENOUGH_ROWS = 272  # the least multiple of 16 that is taken whatever the length of the rows
+MORE_ROWS = (272, 528, 1040)  # to try where fewer are refused: 257 are enough for rows of 9216
 SHAPES = 4096  # whose outcome is remembered; a size of picture has about ten
 
 
@@ -71,7 +71,7 @@ def rows_taken(
     device: torch.device, rows: int, inner: int, columns: int, dtype: torch.dtype, bias: bool
 ) -> int | None:
     """How many rows make a product that the device's library computes; None: no number does."""
-    for count in (rows, ENOUGH_ROWS) if rows < ENOUGH_ROWS else (rows,):
+    for count in (rows, *(more for more in MORE_ROWS if more > rows)):
         left, right = (
             torch.zeros(n, inner, dtype=torch.float8_e4m3fn, device=device)
             for n in (count, columns)

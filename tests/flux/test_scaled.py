@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from flux.quantize import empty_float8, quantize_into
-from flux.scaled import ENOUGH_ROWS, multiply, rows_taken
+from flux.scaled import MORE_ROWS, multiply, rows_taken
 
 CPU = torch.device("cpu")
 FEW, SHORT = 256, 3072  # up to so many rows are refused where they are longer than that
@@ -27,15 +27,15 @@ def forgotten() -> Iterator[None]:
 class Library:
     """`torch._scaled_mm`, which refuses what an H100's library does, or all."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, least: int = 0) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, least: int = 0, few: int = FEW) -> None:
         self.rows: list[int] = []
-        self._least = least
+        self._least, self._few = least, few
         self._real = torch._scaled_mm
         monkeypatch.setattr(torch, "_scaled_mm", self)
 
     def __call__(self, left: Tensor, right: Tensor, **options: object) -> Tensor:
         rows, inner = left.shape
-        if rows < self._least or (rows <= FEW and inner > SHORT):
+        if rows < self._least or (rows <= self._few and inner > SHORT):
             raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling ...")
         self.rows.append(rows)
         return self._real(left, right, **options)
@@ -59,8 +59,8 @@ def exact(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) 
     [
         (1, 3072, 1),
         (127, 3072, 127),
-        (1, 9216, ENOUGH_ROWS),
-        (256, 9216, ENOUGH_ROWS),
+        (1, 9216, MORE_ROWS[0]),
+        (256, 9216, MORE_ROWS[0]),
         (257, 9216, 257),
     ],
 )
@@ -78,6 +78,16 @@ def test_refused_shapes_are_given_more_rows(monkeypatch, rows, inner, given, bia
         assert product.dtype == dtype
         error = (product.double() - expected).abs().amax() / expected.abs().amax()
         assert error < (2**-7 if dtype == torch.bfloat16 else 2**-18)
+
+
+@pytest.mark.parametrize(("few", "given"), [(511, 512), (512, 528), (600, 1040)])
+def test_a_library_may_refuse_more_than_is_known(monkeypatch, few, given) -> None:
+    *found, bias = matrices(512, 4096, 32)
+    library = Library(monkeypatch, few=few)
+    product = multiply(*found, bias, torch.bfloat16)
+    assert library.rows == [given] * 2
+    expected = exact(*found) + bias.double()
+    assert (product.double() - expected).abs().amax() / expected.abs().amax() < 2**-7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -124,7 +134,7 @@ def test_a_compiled_linear_takes_few_rows_and_many_in_one_graph(monkeypatch) -> 
         inputs = torch.randn(1, rows, 4096).bfloat16()
         assert torch.equal(compiled(inputs), linear(inputs))
     assert graphs.frame_count == 1
-    assert set(library.rows) == {ENOUGH_ROWS, 300}
+    assert set(library.rows) == {MORE_ROWS[0], 300}
 
 
 @pytest.mark.gpu
