@@ -1,6 +1,6 @@
 """Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.attention import set_attention_backend
+from flux.attention import attend, build_plans, builds_plans, set_attention_backend
 from flux.components import load_component, load_module, load_tokenizer
 from flux.deployment import Deployment
 from flux.masters import PART, Master, load_transformer, template
@@ -22,6 +22,7 @@ from flux.quiet import without_progress_bars
 from flux.request import Precision
 from flux.residency import BudgetError
 from flux.slabs import PageLocked, hold
+from flux.staging import move
 from flux.transformers import COMPONENT, Transformers
 from weights.inventory import Inventory
 from weights.settings import Settings
@@ -71,7 +72,7 @@ def load_pipelines(
 def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
     """Have a component run on the device, with its weights there or, if offloaded, on the host."""
     if name not in deployment.offloaded:
-        module.to(deployment.device)
+        move(module, deployment.device)
         return
     if deployment.device.type == "cuda" and not hold(module, page_locked=True):
         raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")
@@ -111,9 +112,11 @@ def working_transformers(
         home=home,
         precisions=PRECISIONS[settings.at_start],
     )
-    set_attention_backend(
-        transformers.modules.values(), settings.attention_backend, device, deployment.dtype
-    )
+    modules = list(transformers.modules.values())
+    backend = set_attention_backend(modules, settings.attention_backend, device, deployment.dtype)
+    if builds_plans(backend, device):
+        over = partial(attend, modules[0], backend, device=device, dtype=deployment.dtype)
+        build_plans(over, 2 * shared.vae_scale_factor)
     return transformers
 
 
@@ -130,18 +133,11 @@ def _masters(
         model, prequantized = template(variant, directory, dtype), None
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)
-        load: Callable[[], nn.Module] = partial(_open, variant, directory, dtype, page_locked)
-        masters[variant] = Master(variant, model, load, directory, prequantized)
+        load = partial(load_transformer, variant, directory, dtype)
+        masters[variant] = Master(
+            *(variant, model, load, directory, prequantized),
+            hold=page_locked.hold if page_locked else None,
+        )
         if not prequantized:
             masters[variant].open()
     return masters
-
-
-def _open(
-    variant: str, directory: Path, dtype: torch.dtype, page_locked: PageLocked | None
-) -> nn.Module:
-    """A pristine transformer, in page-locked memory where that is wanted and has room for it."""
-    transformer = load_transformer(variant, directory, dtype)
-    if page_locked:
-        page_locked.hold(transformer)
-    return transformer

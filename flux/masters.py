@@ -3,11 +3,17 @@
 Nobody writes them: they are what `flux/transformers.py` makes working weights from. A variant
 whose float8 weights are on disk needs its pristine copy only for adapters and for bf16, so that one
 is opened when its first weight is asked for; the others are opened in setup.
+
+Opening maps the files into memory. With CUDA, weights that are read again and again are then copied
+into page-locked memory, if there is room: beside the rest of setup where it is known that they will
+be read from the host, else when the first one is. Those with a copy on the device are not.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +39,7 @@ class Master:
         load: opens the pristine transformer.
         source: where that comes from, as the log shows it.
         prequantized: its float8 weights from disk, if there are any.
+        hold: copies a module's weights into memory that is faster to read, and says whether it did.
     """
 
     def __init__(
@@ -42,19 +49,23 @@ class Master:
         load: Callable[[], nn.Module],
         source: Path,
         prequantized: Prequantized | None = None,
+        hold: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         self.template = template
         self.prequantized = prequantized
         self._name = f"{variant} pristine"
         self._load = load
         self._source = source
-        self._parameters: dict[str, Tensor] | None = None
+        self._hold = hold
+        self._holding: Future[float] | None = None  # the seconds that it takes
+        self._module: nn.Module | None = None
+        self._values: Mapping[str, Tensor] = {}
         self._seconds = 0.0
 
     @property
     def is_open(self) -> bool:
         """Whether there is more than the template."""
-        return self._parameters is not None
+        return self._module is not None
 
     def open(self) -> Mapping[str, Tensor]:
         """Return the pristine values by parameter name; the first call opens the files.
@@ -62,21 +73,63 @@ class Master:
         Raises:
             CheckpointError: they cannot be opened.
         """
-        if self._parameters is None:
+        if self._module is None:
             logger.info("Loading %s", self._name)
             start = time.perf_counter()
-            self._parameters = dict(self._load().named_parameters())
+            self._module = self._load()
+            self._values = dict(self._module.named_parameters())
             self._seconds = time.perf_counter() - start
-            held = self.entry()
-            logger.info("%s is in %s: %s", self._name, held.place, held.cost)
-        return self._parameters
+            self._say()
+        return self._values
+
+    def begin(self) -> None:
+        """Start a thread that copies the values into memory that is faster to read.
+
+        Until `at_hand` or `entry` has returned, nobody else may read them.
+        """
+        self.open()
+        if self._module is not None and self._hold and not self._holding:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="hold")
+            self._holding = thread.submit(_timed, partial(self._hold, self._module))
+            thread.shutdown(wait=False)  # it ends with its work
+
+    def at_hand(self) -> Mapping[str, Tensor]:
+        """Return the pristine values, in memory that is faster to read where there is some.
+
+        Raises:
+            CheckpointError: the files cannot be opened.
+        """
+        if self._hold or not self.is_open:
+            self.begin()
+            self._join()
+        return self._values
 
     def entry(self) -> Entry:
-        """A row for the table of setup."""
-        if self._parameters is None:
+        """A row for the table of setup; it waits for what `begin` has begun."""
+        if self._module is None:
             later = f"{self._source}, with the first adapter or bf16 request"
             return Entry.later(self._name, bytes_of(self.template), later)
-        return Entry.of(self._name, self._parameters.values(), self._source, self._seconds)
+        self._join()
+        return Entry.of(self._name, self._values.values(), self._source, self._seconds)
+
+    def _join(self) -> None:
+        """Wait for the thread, and raise what it raised; the next call would begin anew."""
+        if holding := self._holding:
+            self._holding = None
+            self._seconds += holding.result()
+            self._hold = None  # done, or without room for it
+            self._say()
+
+    def _say(self) -> None:
+        held = Entry.of(self._name, self._values.values(), self._source, self._seconds)
+        logger.info("%s is in %s: %s", held.name, held.place, held.cost)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Do some work; return its seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def template(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:

@@ -32,6 +32,7 @@ def device_budget(setting: int | None, device: torch.device, loaded: int) -> int
         return setting - loaded
     if device.type != "cuda":
         return None
+    empty_cache(device)  # which would count as taken
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, int(free) - DEVICE_RESERVE)
 
@@ -59,6 +60,12 @@ def answers(device: torch.device) -> bool:
         logger.error("%s cannot be used any more: %s", device, error)
         return False
     return True
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return the memory of a device that torch keeps for later, and nothing uses, to its driver."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -150,6 +150,11 @@ class WorkingWeights:
                 found.append((name, record))
         return tuple(sorted(found))
 
+    def differs(self, desired: Sequence[tuple[AdapterLike, float]]) -> bool:
+        """Whether `reconcile` would write anything."""
+        _, wanted = _wanted(desired)
+        return any(self.record(*key) != wanted.get(key, ()) for key in self._parameters)
+
     @torch.no_grad()
     def reconcile(
         self,

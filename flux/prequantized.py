@@ -26,6 +26,7 @@ from torchao.prototype.safetensors.safetensors_support import (
 
 from flux.components import ADVICE, CheckpointError
 from flux.quantize import empty_float8, float8_parameters, quantize_into, storage
+from flux.staging import Staging
 from weights.errors import InvalidFileError
 from weights.fingerprint import fingerprint, stored_tensors
 
@@ -169,18 +170,27 @@ class Prequantized:
                 f"{first} is {found.get(first)}, expected {wanted.get(first)}"
             )
 
-    def fill(self, module: nn.Module, check_cancelled: Callable[[], None]) -> None:
+    def fill(
+        self, module: nn.Module, staging: Staging, check_cancelled: Callable[[], None]
+    ) -> None:
         """Copy the weights into the same storage of a float8 transformer, which is pristine then.
 
         Args:
             module: of the template's shapes; float8 parameters as `quantize.empty_float8` has them.
-            check_cancelled: called before each weight is written; raises to stop.
+            staging: brings the values to where the weights are.
+            check_cancelled: called before each tensor is written; raises to stop.
         """
+        working: list[Tensor] = []
+        stored: list[Tensor] = []
         for name, parameter in module.named_parameters():
-            check_cancelled()
-            stored = storage(self._values[name])
-            for working, value in zip(storage(parameter), stored, strict=True):
-                working.copy_(value)
+            working += storage(parameter)
+            stored += storage(self._values[name])
+        try:
+            for target, near in zip(working, staging.bring(stored), strict=True):
+                check_cancelled()
+                target.copy_(near)
+        finally:
+            staging.wait()
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not self.path.is_file():

@@ -11,6 +11,8 @@ taken in fp32, from the exact sum of the pristine weight and the deltas, where t
 to the weight's dtype, so that the largest value of a row may be clipped. And a row of zeros has
 scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
 
+`flux/scaled.py` multiplies where activations are quantized too: not every shape has a kernel.
+
 Refused: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
 fifth of its strength), per-tensor e5m2 activations, and choosing layers by parts of their names
 ("proj_out" is also in every single block).
@@ -27,6 +29,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
 from flux.merge import store_rounded
+from flux.scaled import Float8Weight, rows_taken
 from weights.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ LARGEST = torch.finfo(FLOAT8).max  # 448
 TINY = torch.finfo(torch.float32).tiny  # the least scale: a row of zeros is zeros
 QUIET = 1e-12  # the least amplitude of a token that its scale is taken from
 FLOAT8_CAPABILITY = (8, 9)  # CUDA cards from this on multiply in float8
+USUAL = (512, 3072, 3072)  # rows, and both sides of a weight: FLUX.1's text, in its attention
 MULTIPLE = 16  # both sides of a matrix, for float8 multiplication on CUDA
 
 
@@ -44,7 +48,8 @@ def quantizes_activations(choice: str, device: torch.device, dtype: torch.dtype)
 
     Args:
         choice: `fp8`, `bf16` (inputs stay as they are), or `auto`, which is fp8 where that is
-            faster: on CUDA cards of capability 8.9 and up, computing in bfloat16.
+            faster: on CUDA cards of capability 8.9 and up, computing in bfloat16, whose library
+            multiplies with a scale for each row.
         device: where the transformer computes.
         dtype: of its activations.
     """
@@ -52,10 +57,12 @@ def quantizes_activations(choice: str, device: torch.device, dtype: torch.dtype)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         capable = capability >= FLOAT8_CAPABILITY and dtype == torch.bfloat16
+        capable = capable and rows_taken(device, *USUAL, dtype, bias=True) is not None
     if choice == "fp8" and not capable:
         raise SettingsError(
             f"FLUX_FP8_ACTIVATIONS=fp8: {device} computing in {dtype} cannot multiply in float8; "
-            "that takes a CUDA card of capability 8.9 or more, and bfloat16. Use auto or bf16"
+            "that takes bfloat16, and a CUDA card of capability 8.9 or more, whose library "
+            "multiplies with a scale for each row. Use auto or bf16"
         )
     dynamic = capable and device.type == "cuda" if choice == "auto" else choice == "fp8"
     if dynamic and device.type == "cuda":
@@ -110,7 +117,7 @@ def empty_float8(
     activations = QuantizeTensorToFloat8Kwargs(
         FLOAT8, PerRow(), hp_value_lb=QUIET, kernel_preference=kernels
     )
-    return Float8Tensor(
+    return (Float8Weight if dynamic else Float8Tensor)(
         torch.empty(shape, dtype=FLOAT8, device=device) if values is None else values,
         torch.empty(rows, 1, dtype=torch.float32, device=device),
         block_size=[1, columns],

@@ -2,9 +2,18 @@
 
 A piece of page-locked memory for every weight would take half as much again: the allocator rounds
 each one up to a power of two.
+
+By default torch page-locks with cudaHostAlloc, which maps all pages of a slab in one thread, under
+a lock of the driver. Told otherwise, it maps them in several threads and has CUDA lock what is
+mapped (`pinned_use_cuda_host_register` and `pinned_num_register_threads`, in torch's notes on CUDA
+under PYTORCH_ALLOC_CONF). It looks at these settings at every allocation, so they are given when
+the first page-locked slab is wanted.
 """
 
+import contextlib
 import logging
+import os
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
 ALIGNMENT = 256
+REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
+REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
+TRIAL = 4 << 20  # bytes
+OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one that is set counts
 
 
 class Slabs:
@@ -28,6 +41,8 @@ class Slabs:
     """
 
     def __init__(self, *, page_locked: bool) -> None:
+        if page_locked and torch.cuda.is_available():
+            _register_in_parallel()
         self._page_locked = page_locked
         self._slab = torch.zeros(0, dtype=torch.uint8)
         self._start = 0
@@ -76,7 +91,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
 
 
 class PageLocked:
-    """Page-locked host memory for modules, under a budget; who asks first has it.
+    """Page-locked host memory for modules, under a budget; who asks first has it, in any thread.
 
     Args:
         budget: in bytes.
@@ -84,20 +99,49 @@ class PageLocked:
 
     def __init__(self, budget: int) -> None:
         self._left = budget
+        self._one_at_a_time = threading.Lock()
 
     def hold(self, module: nn.Module) -> bool:
         """`hold` a module in it, if it still has room for it."""
         size = bytes_of(module)
-        if size > self._left or not hold(module, page_locked=True):
-            return False
-        self._left -= size
-        return True
+        with self._one_at_a_time:
+            if size > self._left or not hold(module, page_locked=True):
+                return False
+            self._left -= size
+            return True
 
 
 def give_back() -> None:
     """Return page-locked memory that nothing uses to the system; torch would keep it."""
-    if torch.cuda.is_available():
-        torch.accelerator.empty_host_cache()
+    if not torch.cuda.is_available():
+        return
+    # torch 2.11 lacks the public name; its own CUDA graphs call the other
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
+    empty()
+
+
+def _register_in_parallel() -> None:
+    """Have torch page-lock with several threads, unless the operator has said how.
+
+    Settings that are not repeated fall back to torch's defaults, so the operator's are repeated.
+    Some sandboxes lock what CUDA allocates and refuse what is allocated already, so it is tried.
+    """
+    set_by_operator = next(filter(None, map(os.environ.get, OPERATORS)), "")
+    if REGISTER in set_by_operator or THREADS in set_by_operator:
+        return
+    threads = min(REGISTER_THREADS, 1 << ((os.cpu_count() or 1).bit_length() - 1))
+    how = f"{REGISTER}:True,{THREADS}:{threads}"  # their number has to be a power of two
+    try:
+        _tell_allocator(set_by_operator, how)
+        torch.empty(TRIAL, dtype=torch.uint8, pin_memory=True)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        logger.warning("Page-locking with one thread, as %s fails: %s", how, error)
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+            _tell_allocator(set_by_operator, f"{REGISTER}:False")
+
+
+def _tell_allocator(*settings: str) -> None:
+    torch._C._accelerator_setAllocatorSettings(",".join(filter(None, settings)))
 
 
 def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:

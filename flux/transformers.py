@@ -1,13 +1,14 @@
 """The transformers that serve: dev and schnell, each in bf16 and in fp8.
 
-Each variant has one pristine copy on the host (flux/masters.py), which nobody writes. What serves
-is made from it in working weights of its own: memory on the device, every record UNKNOWN, and a
-reconciliation, which writes pristine values and adapters in one pass, fp8 weight by weight. For a
-small card, that memory is on the host (flux/offload.py), where all else is the same. While the
-pristine copy is not open, fp8 comes from its file instead (flux/prequantized.py), every record
-pristine, and the reconciliation opens the copy for what adapters touch, and only then. Leaving
-the device drops the working weights together with their records, so no record can outlive what it
-describes. The module objects stay, and with them the pipelines.
+Each variant has one pristine copy on the host (flux/masters.py), which nobody writes, and another
+on the device if there is room for it (flux/copies.py). What serves is made from it in working
+weights of its own: memory on the device, every record UNKNOWN, and a reconciliation, which writes
+pristine values and adapters in one pass, fp8 weight by weight. For a small card, that memory is on
+the host (flux/offload.py), where all else is the same. While the pristine copy is not open, fp8
+comes from its file instead (flux/prequantized.py), every record pristine, and the reconciliation
+opens the copy for what adapters touch, and only then. Leaving the device drops the working weights
+together with their records, so no record can outlive what it describes. The module objects stay,
+and with them the pipelines.
 """
 
 import logging
@@ -19,13 +20,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from flux.copies import DeviceCopies
 from flux.masters import Master
-from flux.memory import is_out_of_memory
+from flux.memory import empty_cache, is_out_of_memory
 from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.request import Precision
-from flux.residency import ORDER, BudgetError, Key, Place, Residency
+from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Residency, is_transformer
 from flux.staging import Staging
 from weights.inventory import Entry, size_of
 
@@ -73,15 +75,21 @@ class Transformers:
         self._weights: dict[Key, WorkingWeights] = {}
         self._seconds: dict[Key, float] = {}  # that making them took
         self._sources: dict[Key, str] = {}  # what they were made from
-        sizes = {key: size(self.modules[key], self._float8[key]) for key in ORDER}
-        place: Place = "device" if self._home.shares_device else "host"
-        self._residency = Residency(sizes, budget, place)
-        self.at_start: Sequence[Key] = self._residency.at_start(precisions)
+        self._copies = DeviceCopies(self._home.memory, self._staging)
+        sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
+        if self._home.stream and self._home.shares_device:  # the host's are not at hand there
+            sizes |= {(name, PRISTINE): sizes[name, "bf16"] for name in masters}
+        shares = self._home.shares_device
+        self._residency = Residency(sizes, budget, "device" if shares else "host")
+        at_start = self._residency.at_start(precisions)
+        self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
+        self._to_copy = {name for name, form in at_start if form == PRISTINE}
+        self._hold_masters()
 
     @property
     def resident(self) -> tuple[Key, ...]:
-        """What is on the device, the least recently used first."""
-        return self._residency.resident
+        """The transformers on the device, the least recently used first."""
+        return tuple(k for k in self._residency.resident if is_transformer(k))
 
     def reconcile(
         self,
@@ -97,12 +105,13 @@ class Transformers:
 
         def write() -> Swap:
             start = time.perf_counter()
-            for other in self._residency.admit(key):
-                self._evict(other)
+            self._make_room(self._residency.admit(key))
             fresh = key not in self._seconds  # or never finished: memory may have run out
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
+            if self._wants_copy(key, adapters, fresh=fresh):
+                self._copy_pristine(key[0], check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
@@ -125,10 +134,10 @@ class Transformers:
                 raise
             logger.warning("Out of memory on %s, trying again with less there", self._device)
             logger.warning("%s", error)
-        for other in self.resident:  # out of the except block, which holds on to tensors
+        for other in self._residency.resident:  # after the except block, which holds on to tensors
             if other != key and self._home.shares_device:
                 self._evict(other)
-        _empty_cache(self._device)
+        empty_cache(self._device)
         try:
             return work()
         except RuntimeError as error:
@@ -142,7 +151,7 @@ class Transformers:
     def entries(self) -> list[Entry]:
         """Rows for the table of setup: the pristine transformers, and those that serve."""
         found = [master.entry() for master in self._masters.values()]
-        return found + [self._entry(key) for key in ORDER]
+        return found + self._copies.entries() + [self._entry(key) for key in ORDER]
 
     def _entry(self, key: Key) -> Entry:
         name, size = " ".join(key), self._residency.sizes[key]
@@ -162,7 +171,7 @@ class Transformers:
             for name, parameter in list(module.named_parameters()):
                 _set(module, name, self._empty(key, name, parameter, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
-                ready_made.fill(module, check_cancelled)
+                ready_made.fill(module, self._staging, check_cancelled)
             self._home.enter(module)
             self._sources[key] = str(ready_made.path) if ready_made else f"{key[0]} pristine"
             self._weights[key] = WorkingWeights(
@@ -185,27 +194,86 @@ class Transformers:
         )
         return weight
 
-    def _evict(self, key: Key) -> None:
-        """Give back a transformer's memory; its records go with it."""
-        self._seconds.pop(key, None)
-        if self._weights.pop(key, None):
-            logger.info("%s %s leaves %s", *key, self._home.memory)
-        self._residency.drop(key)
-        module = self.modules[key]
+    def _wants_copy(
+        self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool
+    ) -> bool:
+        """Whether the pristine weights should be on the device before a reconciliation.
+
+        They come with the first transformer that is made of them in setup, and later when adapters
+        change. Where the bf16 transformer holds no adapter, it does as well.
+        """
+        variant = key[0]
+        item: Item = (variant, PRISTINE)
+        if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
+            return False
+        if variant in self._to_copy:
+            return self._weights[key].differs(())  # what comes from a file is pristine already
+        plain = self._weights.get((variant, "bf16"))
+        if fresh or (plain and not plain.differs(())):
+            return False
+        return self._weights[key].differs(adapters)
+
+    def _copy_pristine(self, variant: str, check_cancelled: Callable[[], None]) -> None:
+        """Have a variant's pristine weights on the device, unless its memory does not suffice."""
+        item, master = (variant, PRISTINE), self._masters[variant]
+        self._make_room(self._residency.admit(item))
+        if variant in self._copies:
+            return
+        # what is read once is not worth page-locking; what left, and comes again, may leave again
+        host = master.open if variant in self._to_copy else master.at_hand
+        try:
+            read = self._pristine(variant, host)
+            sources = {name: read(COMPONENT, name) for name in host()}
+            self._copies.fill(variant, sources, check_cancelled)
+        except BaseException as error:
+            self._evict(item)
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("The pristine weights of %s stay on the host: %s", variant, error)
+            self._residency.exclude(item)
+        finally:
+            if variant in self._to_copy:
+                self._to_copy.discard(variant)
+                self._hold_masters()
+
+    def _hold_masters(self) -> None:
+        """Start to page-lock what will be read from the host; not beside the copies of setup."""
+        for name, master in self._masters.items():
+            if master.is_open and name not in self._copies and not self._to_copy:
+                master.begin()
+
+    def _make_room(self, leaving: Sequence[Item]) -> None:
+        """Evict, and return the memory before anything else is allocated.
+
+        torch keeps the blocks of what left, and would split them for smaller weights.
+        """
+        for key in leaving:
+            self._evict(key)
+        if leaving:
+            empty_cache(self._home.memory)
+
+    def _evict(self, item: Item) -> None:
+        """Give back the memory of a transformer, with its records, or of pristine weights."""
+        self._residency.drop(item)
+        if not is_transformer(item):
+            if self._copies.drop(item[0]):
+                logger.info("%s %s leaves %s", *item, self._home.memory)
+            return
+        self._seconds.pop(item, None)
+        if self._weights.pop(item, None):
+            logger.info("%s %s leaves %s", *item, self._home.memory)
+        module = self.modules[item]
         self._home.leave(module)
         for name, parameter in list(module.named_parameters()):
             _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
 
-    def _pristine(self, variant: str) -> Pristine:
-        """A variant's pristine values: working ones where they are pristine, else the host's."""
-        key: Key = (variant, "bf16")
-
-        def read(component: str, name: str) -> Tensor:
-            weights = self._weights.get(key)
-            clean = weights.clean(component, name) if weights else None
-            return self._masters[variant].open()[name] if clean is None else clean
-
-        return read
+    def _pristine(
+        self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> Pristine:
+        """Where a variant's pristine values are nearest; see `DeviceCopies.nearest`."""
+        plain: Key = (variant, "bf16")
+        on_host = host or self._masters[variant].at_hand
+        return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
 
 
 def skeleton(master: nn.Module) -> nn.Module:
@@ -228,8 +296,3 @@ def size(module: nn.Module, float8: frozenset[str]) -> int:
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

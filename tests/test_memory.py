@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
@@ -132,6 +133,32 @@ def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
     assert same(draw(model="schnell")[0], expected[0])
     assert same(draw(model="dev")[0], expected[1])
     assert stream.targets
+
+
+class FromFiles(Late):
+    """Carries what a checkpoint's own module holds; all else is on the device."""
+
+    def carries(self, source: Tensor) -> bool:
+        return isinstance(source, nn.Parameter)
+
+
+def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeypatch) -> None:
+    """As on a card of 80 GB: dev in both precisions, and its pristine weights."""
+    expected = start()()[0]
+    shared, weights = Late(pageable=True), FromFiles(pageable=True)
+    monkeypatch.setattr("flux.staging.copy_stream", lambda _: shared)
+    monkeypatch.setattr("flux.offload.copy_stream", lambda _: weights)
+    pipeline = diffusers()["dev"]
+    dev = bytes_of(pipeline.transformer)
+    parts = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    room = (2.5 * dev + sum(map(bytes_of, parts))) / 2**30
+    draw = start(FLUX_DEVICE_MEMORY_GB=str(room))
+    assert shared.sent == sum(map(bytes_of, parts))
+    assert weights.sent == dev
+    assert same(draw()[0], expected)
+    assert draw(replicate_weights=data_uri(save(adapter(1))))
+    assert same(draw()[0], expected)
+    assert weights.sent == dev  # swaps read the device
 
 
 @pytest.mark.parametrize("offload", ["t5", "all"])

@@ -159,13 +159,13 @@ def test_predict_fails_with_the_reason_and_leaves_no_server(
     assert servers(tmp_path) == []
 
 
-def test_the_readme_has_the_tables_of_memory(monkeypatch) -> None:
+def test_the_page_on_memory_has_its_tables(monkeypatch) -> None:
     """What fits where, from FLUX.1's own dimensions and the code that decides it."""
     monkeypatch.syspath_prepend(ROOT / "script" / "benchmarks")
     import memory
 
     sizes, shared = memory.transformers(), memory.components()
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/memory.md").read_text()
     for table in (memory.cards(sizes, shared), memory.hosts(sizes, shared)):
-        assert "\n".join(table) in readme
-    assert all(f"{size / 1e9:.2f}" in readme for size in sizes.values())
+        assert "\n".join(table) in page
+    assert all(f"{size / 1e9:.2f}" in page for size in sizes.values())

@@ -1,4 +1,4 @@
-"""What is where on which card: the README's tables, from FLUX.1's own configurations.
+"""What is where on which card: the tables of docs/memory.md, from FLUX.1's own configurations.
 
 Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
 what fits is decided by the code that serves (flux/residency.py). A card or host is taken to have
@@ -14,19 +14,19 @@ from torch import nn
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.offload import COMPONENTS
 from flux.quantize import float8_parameters
-from flux.residency import ORDER, BudgetError, Key, Residency
+from flux.residency import ORDER, PRISTINE, BudgetError, Item, Residency
 from flux.transformers import size
 from flux.variants import VARIANTS
 from weights.inventory import GB
 from weights.settings import GIB
 
-CARDS = (16, 24, 32, 40, 48, 80, 96)
+CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
 HOSTS = (48, 64, 96, 128)
 CHECKERS = int(0.8 * GB)
 CUDA_CONTEXT = GIB // 2  # an estimate
 
 
-def transformers() -> dict[Key, int]:
+def transformers() -> dict[Item, int]:
     """Bytes of each transformer."""
     found = {variant: flux1.transformer(variant) for variant in VARIANTS}
     return {
@@ -52,29 +52,33 @@ def largest_layer(modules: Iterable[nn.Module]) -> int:
     return max(map(bytes_of, leaves))
 
 
-def at_start(sizes: Mapping[Key, int], budget: int) -> str:
+def at_start(sizes: Mapping[Item, int], budget: int) -> str:
     """What is brought to a device or host with room for `budget` bytes, most wanted first."""
     try:
-        found = Residency(sizes, budget).at_start()
+        found = Residency(sizes, budget).at_start()[::-1]
     except BudgetError:
         return "none: setup fails"
-    return "all four" if len(found) == len(ORDER) else ", ".join(" ".join(k) for k in found[::-1])
+    names = [" ".join(item) for item in found]
+    if set(ORDER) <= set(found):
+        names = ["all four", *(name for name in names if name.endswith(PRISTINE))]
+    return ", ".join(names)
 
 
-def cards(sizes: Mapping[Key, int], shared: Mapping[str, nn.Module]) -> list[str]:
+def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[str]:
     """A line for each card: what is on it at the start without offloading, and without T5."""
     lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
+    items = {**sizes, **{(variant, PRISTINE): sizes[variant, "bf16"] for variant in VARIANTS}}
     for gibibytes in CARDS:
         free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE
         found = []
         for setting in ("none", "t5"):
             there = [part for name, part in shared.items() if name not in COMPONENTS[setting]]
-            found.append(at_start(sizes, free - sum(map(bytes_of, there))))
+            found.append(at_start(items, free - sum(map(bytes_of, there))))
         lines.append(f"| {gibibytes} GB | {' | '.join(found)} |")
     return lines
 
 
-def hosts(sizes: Mapping[Key, int], shared: Mapping[str, nn.Module]) -> list[str]:
+def hosts(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[str]:
     """A line for each size of host memory: what is ready there with `FLUX_OFFLOAD=all`."""
     t5 = bytes_of(shared["text_encoder_2"])
     lines = ["| host memory | `FLUX_OFFLOAD=all` |", "|---|---|"]

@@ -1,5 +1,6 @@
 """CUDA's part, played by the CPU: streams that copy when they may, page-locked memory, a device."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +13,16 @@ from flux.slabs import Slabs
 
 
 class Late:
-    """A copy stream that copies as late as its promise allows: when the streams meet."""
+    """A copy stream that copies as late as its promise allows: when the streams meet.
 
-    def __init__(self) -> None:
+    Args:
+        pageable: whether all sources are in memory from which copies would hold the host up.
+    """
+
+    def __init__(self, *, pageable: bool = False) -> None:
+        self.pageable = pageable
+        self.pieces: list[Tensor] = []
+        self.sent = 0  # bytes
         self.under_way: list[tuple[Tensor, Tensor]] = []
         self.targets: set[int] = set()
         self.fail_at = -1  # the number of meetings until one fails
@@ -22,10 +30,29 @@ class Late:
     def carries(self, source: Tensor) -> bool:
         return True
 
+    def holds_up(self, source: Tensor) -> bool:
+        return self.pageable
+
+    def piece(self, size: int) -> Tensor:
+        self.pieces.append(torch.empty(size, dtype=torch.uint8))
+        return self.pieces[-1]
+
+    def mark(self) -> Callable[[], None]:
+        before = list(self.under_way)
+
+        def wait() -> None:
+            for copy in before:
+                if any(copy is other for other in self.under_way):
+                    copy[0].copy_(copy[1])
+            self.under_way = [c for c in self.under_way if not any(c is b for b in before)]
+
+        return wait
+
     def copy(self, target: Tensor, source: Tensor) -> None:
         if target.is_floating_point():
             target.fill_(torch.nan)  # whoever reads it now will show it
         self.targets.add(target.data_ptr())
+        self.sent += source.nbytes
         self.under_way.append((target, source))
 
     def meet(self) -> None:
@@ -43,6 +70,7 @@ class Early(Late):
     def copy(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
         self.targets.add(target.data_ptr())
+        self.sent += source.nbytes
 
 
 class Streams:

@@ -1,10 +1,14 @@
 """The attention backend: diffusers' names, tried before they serve."""
 
+import itertools
+
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from flux.attention import set_attention_backend
+from flux.attention import build_plans, builds_plans, set_attention_backend
+from flux.sampling import ASPECT_RATIOS
 from tests import tiny
 from weights.settings import SettingsError
 
@@ -70,3 +74,52 @@ def test_one_that_is_not_here_says_what_to_do(model, name: str, reason: str) -> 
     with pytest.raises(SettingsError, match=rf"={name}: cannot be used here, on cpu.*{reason}"):
         set_attention_backend([model], name, CPU, torch.float32)
     assert torch.equal(step(model), expected)
+
+
+def test_a_device_without_cudnn_builds_no_plans(monkeypatch) -> None:
+    cuda, native = torch.device("cuda"), AttentionBackendName.NATIVE
+    assert not builds_plans(native, CPU)
+    for capability, expected in [((9, 0), True), ((8, 9), False)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert builds_plans(native, cuda) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not builds_plans(AttentionBackendName.FLASH, cuda)
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+    assert not builds_plans(native, cuda)
+
+
+def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch, caplog) -> None:
+    """What is attended over in setup, by what the blocks attend over in requests."""
+    seen: list[int] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+        seen.append(query.shape[-2])
+        return real(query, *others, **options)
+
+    monkeypatch.setattr("flux.load.builds_plans", lambda *_: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    draw = start()
+    assert "numbers of tokens tried in" in caplog.text
+    in_setup = set(seen)
+    drawn: list[int] = []
+    forward = FluxTransformer2DModel.forward
+
+    def step(module: object, *args: object, **options: object) -> object:
+        drawn.append(options["hidden_states"].shape[1] + options["txt_ids"].shape[0])
+        return forward(module, *args, **options)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
+    for model in ("dev", "schnell"):
+        for ratio in ASPECT_RATIOS:
+            draw(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
+    draw(aspect_ratio="21:9", num_inference_steps=1)
+    assert len(drawn) == 23
+    assert set(drawn) <= in_setup
+
+
+def test_plans_take_no_longer_than_the_time_for_them(caplog) -> None:
+    clock, tried = itertools.count(step=10), []
+    build_plans(tried.append, 16, lambda: float(next(clock)))
+    assert tried == [4096 + 512]  # the default size
+    assert "plans for 1 of 19 numbers of tokens took 20.0 s" in caplog.text

@@ -18,6 +18,7 @@ from flux.quantize import (
     storage,
 )
 from tests import tiny
+from weights.settings import SettingsError
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 96, 64
@@ -152,6 +153,23 @@ def test_a_cpu_is_told_what_it_gains(caplog, choice, dynamic) -> None:
     caplog.set_level(logging.INFO, "flux")
     assert quantizes_activations(choice, CPU, torch.float32) is dynamic
     assert "saves memory, not time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken", "dynamic"),
+    [((9, 0), 512, True), ((8, 9), 512, True), ((8, 6), 512, False), ((12, 0), None, False)],
+)
+def test_activations_are_quantized_where_the_card_multiplies_them(
+    monkeypatch, capability, taken, dynamic
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("flux.quantize.rows_taken", lambda *_, **__: taken)
+    cuda = torch.device("cuda")
+    assert quantizes_activations("auto", cuda, torch.bfloat16) is dynamic
+    assert not quantizes_activations("auto", cuda, torch.float32)
+    if not dynamic:
+        with pytest.raises(SettingsError, match="cannot multiply in float8"):
+            quantizes_activations("fp8", cuda, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -4,10 +4,12 @@ import random
 
 import pytest
 
-from flux.residency import ORDER, BudgetError, Residency
+from flux.residency import ORDER, PRISTINE, BudgetError, Residency
 
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 FLUX = {DEV: 238, DEV8: 120, SCHNELL8: 120, SCHNELL: 238}  # tenths of a gigabyte
+OF_DEV, OF_SCHNELL = ("dev", PRISTINE), ("schnell", PRISTINE)
+WITH_PRISTINE = {**FLUX, OF_DEV: 238, OF_SCHNELL: 238}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,46 @@ def test_what_is_there_at_the_start(budget, expected) -> None:
 )
 def test_the_operator_may_want_one_precision_at_the_start(precision, budget, expected) -> None:
     assert Residency(FLUX, budget).at_start((precision,)) == expected
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (None, [OF_SCHNELL, SCHNELL, SCHNELL8, OF_DEV, DEV8, DEV]),
+        (1191, [SCHNELL, SCHNELL8, OF_DEV, DEV8, DEV]),
+        (716, [SCHNELL8, OF_DEV, DEV8, DEV]),
+        (682, [OF_DEV, DEV8, DEV]),  # an 80 GB card
+        (595, [SCHNELL8, DEV8, DEV]),
+        (400, [DEV8, DEV]),
+        (238, [DEV]),
+        (120, [DEV8]),
+    ],
+)
+def test_pristine_weights_of_dev_come_before_schnell(budget, expected) -> None:
+    assert Residency(WITH_PRISTINE, budget).at_start() == expected
+
+
+def test_a_start_in_float8_alone_brings_no_pristine_weights() -> None:
+    assert Residency(WITH_PRISTINE, None).at_start(("fp8",)) == [SCHNELL8, DEV8]
+
+
+def test_pristine_weights_leave_for_a_transformer_and_return_by_use() -> None:
+    residency = Residency(WITH_PRISTINE, 600)
+    for item in (OF_DEV, DEV8, DEV):
+        residency.admit(item)
+    assert residency.admit(SCHNELL) == [OF_DEV]
+    assert residency.fits_beside(OF_DEV, DEV)
+    assert residency.admit(OF_DEV) == [DEV8, DEV]
+    assert residency.resident == (SCHNELL, OF_DEV)
+    assert not Residency(WITH_PRISTINE, 475).fits_beside(OF_DEV, DEV)
+
+
+def test_what_is_excluded_is_never_counted_again() -> None:
+    residency = Residency(WITH_PRISTINE, 600)
+    residency.admit(OF_DEV)
+    residency.exclude(OF_DEV)
+    assert residency.resident == ()
+    assert residency.at_start() == [SCHNELL8, DEV8, DEV]
 
 
 def test_a_device_too_small_for_the_precision_that_is_wanted_says_so() -> None:

@@ -1,16 +1,21 @@
 """Memory for weights: how much there is, and the slabs on the host that hold them."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
-from flux.slabs import PageLocked, Slabs, hold
+from flux.slabs import PageLocked, Slabs, give_back, hold
 from tests import tiny
 from weights.inventory import PAGE_LOCKED, place_of
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -59,6 +64,7 @@ def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> 
 
 def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
     """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:False")
     slabs, empty, kept = [], torch.empty, []
 
     def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
@@ -77,6 +83,93 @@ def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch
     monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go)
     assert not hold(masters["dev"], page_locked=True)
     assert (len(slabs), kept) == (2, [[]])
+
+
+def test_an_older_torch_gives_page_locked_memory_back_as_well(monkeypatch) -> None:
+    """torch 2.11 has no torch.accelerator.empty_host_cache."""
+    calls: list[str] = []
+    monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
+    monkeypatch.delattr("flux.slabs.torch.accelerator.empty_host_cache", raising=False)
+    old = "flux.slabs.torch._C._host_emptyCache"
+    monkeypatch.setattr(old, lambda: calls.append("empty"), raising=False)
+    give_back()
+    assert calls == ["empty"]
+
+
+REGISTER = "pinned_use_cuda_host_register:True,pinned_num_register_threads:"
+
+
+@pytest.fixture
+def allocator(monkeypatch) -> list[str]:
+    """What torch's allocator is told, on a machine with CUDA and 6 cores."""
+    told: list[str] = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("flux.slabs.os.cpu_count", lambda: 6)
+    monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("flux.slabs.torch._C._accelerator_setAllocatorSettings", told.append)
+    empty = torch.empty
+    monkeypatch.setattr("flux.slabs.torch.empty", lambda size, **_: empty(size))
+    return told
+
+
+def test_page_locking_takes_several_threads(allocator, monkeypatch) -> None:
+    Slabs(page_locked=False)
+    assert allocator == []
+    Slabs(page_locked=True)
+    monkeypatch.setattr("flux.slabs.os.cpu_count", lambda: 64)
+    Slabs(page_locked=True)
+    assert allocator == [f"{REGISTER}4", f"{REGISTER}8"]
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_what_the_operator_has_told_the_allocator_stays(allocator, monkeypatch, variable) -> None:
+    monkeypatch.setenv(variable, "expandable_segments:True")
+    Slabs(page_locked=True)
+    assert allocator == [f"expandable_segments:True,{REGISTER}4"]
+    monkeypatch.setenv(variable, "pinned_use_cuda_host_register:False")
+    Slabs(page_locked=True)
+    assert len(allocator) == 1
+
+
+def test_where_memory_cannot_be_registered_it_is_locked_as_before(
+    allocator, monkeypatch, caplog
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr("flux.slabs.torch.empty", refuse)
+    Slabs(page_locked=True)
+    assert allocator == [f"{REGISTER}4", "pinned_use_cuda_host_register:False"]
+    assert "with one thread, as pinned_use_cuda_host_register:True" in caplog.text
+
+
+def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
+    allocator, monkeypatch, caplog
+) -> None:
+    def refuse(_: str) -> None:
+        raise RuntimeError("Unrecognized key")
+
+    monkeypatch.setattr("flux.slabs.torch._C._accelerator_setAllocatorSettings", refuse)
+    Slabs(page_locked=True)
+    assert "Unrecognized key" in caplog.text
+
+
+def test_this_torch_takes_the_settings() -> None:
+    """In a process of its own, for they stay; CUDA's own parser is asked where there is CUDA."""
+    command = """
+import torch
+torch.cuda.is_available = lambda: True
+empty, torch.empty = torch.empty, lambda *shape, **_: empty(*shape)
+from flux.slabs import Slabs
+Slabs(page_locked=True)
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert REGISTER in done.stdout
+    assert "one thread" not in done.stderr
 
 
 def test_budgets_as_set_and_as_measured(tmp_path) -> None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from flux.memory import bytes_of
 from flux.merge import UNKNOWN, WorkingWeights
 from flux.offload import OnDevice
 from flux.residency import ORDER
-from flux.staging import CudaCopyStream, Staging
+from flux.staging import CudaCopyStream, Staging, move
 from flux.transformers import Transformers
 from tests import tiny
 from tests.flux.merging import SIZE
@@ -16,9 +17,14 @@ from tests.flux.streams import Early, Late
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[Late, Early])
-def stream(request) -> Late:
-    return request.param()
+@pytest.fixture(
+    params=[(Late, False), (Early, False), (Late, True), (Early, True)],
+    ids=["late", "early", "late, from a map", "early, from a map"],
+)
+def stream(request, monkeypatch) -> Late:
+    kind, pageable = request.param
+    monkeypatch.setattr("flux.staging.PIECE", 1 << 10)  # most weights are several pieces
+    return kind(pageable=pageable)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,19 @@ def test_one_copy_is_under_way_while_the_weight_before_is_used(masters) -> None:
     assert under_way == [1] * (len(weights) - 1) + [0]
 
 
+def test_a_module_moves_with_its_buffers_and_its_ties(stream, monkeypatch) -> None:
+    monkeypatch.setattr("flux.staging.copy_stream", lambda _: stream)
+    module = nn.Sequential(nn.Linear(30, 40), nn.BatchNorm1d(40), nn.Linear(30, 40))
+    module[2].weight = module[0].weight
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    pointer = module[0].weight.data_ptr()
+    move(module, CPU)
+    assert_same(module.state_dict(), before)
+    assert module[0].weight is module[2].weight
+    assert module[0].weight.data_ptr() != pointer
+    assert stream.sent == bytes_of(module)
+
+
 def test_what_is_on_the_device_already_is_not_copied(masters) -> None:
     class Mixed(Late):
         def carries(self, source: Tensor) -> bool:
@@ -81,6 +100,39 @@ def test_what_is_on_the_device_already_is_not_copied(masters) -> None:
     for near, weight in zip(Staging(CPU, stream).bring(weights), weights, strict=True):
         assert torch.equal(near, weight)
         assert (near is weight) == (weight.dim() == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_what_is_in_a_map_passes_through_few_pieces_of_memory(monkeypatch, dtype) -> None:
+    monkeypatch.setattr("flux.staging.PIECE", 100)
+    stream = Late(pageable=True)
+    sizes = [(1,), (50,), (51, 7), (0,), (4, 5, 60), (100,)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    weights.append(torch.randn(30, 20, generator=generator).to(dtype).T)  # not in order
+    for near, weight in zip(Staging(CPU, stream).bring(weights), weights, strict=True):
+        assert torch.equal(near.float(), weight.float())
+    assert [piece.numel() for piece in stream.pieces] == [100] * 4
+
+
+def test_what_is_page_locked_needs_no_such_memory(masters) -> None:
+    stream = Late()
+    for _ in Staging(CPU, stream).bring(p.detach() for p in masters["dev"].parameters()):
+        pass
+    assert stream.pieces == []
+
+
+def test_without_memory_to_lock_copies_hold_the_host_up(masters, caplog) -> None:
+    class Poor(Late):
+        def piece(self, size: int) -> Tensor:
+            raise RuntimeError("CUDA error: out of memory (pretended)")
+
+    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
+    staging = Staging(CPU, Poor(pageable=True))
+    for _ in range(2):
+        for near, weight in zip(staging.bring(weights), weights, strict=True):
+            assert torch.equal(near, weight)
+    assert caplog.text.count("without a buffer: CUDA error: out of memory") == 1
 
 
 class CancelledError(Exception):
@@ -141,10 +193,11 @@ def test_copies_on_a_gpu_come_between_what_is_computed() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    sources = [torch.full((1 << 22,), float(k)).pin_memory() for k in range(8)]
+    sources = [torch.full((1 << 24,), float(k)) for k in range(8)]
+    sources = [source.pin_memory() if k % 2 else source for k, source in enumerate(sources)]
     busy, sums = torch.eye(4096, device=device), []
     for near in Staging(device, CudaCopyStream(device)).bring(sources):
         for _ in range(10):  # some milliseconds, before it is read
             busy = busy @ busy
         sums.append(near.double().sum())
-    assert [float(total) for total in sums] == [float(k << 22) for k in range(8)]
+    assert [float(total) for total in sums] == [float(k << 24) for k in range(8)]

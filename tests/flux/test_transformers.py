@@ -9,6 +9,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.merge import WorkingWeights
+from flux.offload import Empty, OnDevice
 from flux.quantize import float8_parameters, storage
 from flux.residency import ORDER, BudgetError
 from flux.slabs import hold
@@ -133,6 +134,44 @@ def test_leaving_drops_weights_and_records_together(masters, adapters) -> None:
         transformers.reconcile(DEV, desired)
         expected = freshly_merged(masters["dev"], desired, float8=False)
         assert_bits(transformers.modules[DEV], expected)
+
+
+class Watched(OnDevice):
+    """A device that tells when memory is taken."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(CPU)
+        self._events = events
+
+    def allocator(self) -> Empty:
+        taken = super().allocator()
+        self._events.append("allocate")
+        return taken
+
+    def leave(self, module: nn.Module) -> None:
+        self._events.append("leave")
+
+
+def test_memory_of_what_leaves_is_given_back_once_before_the_next_comes(
+    masters, monkeypatch
+) -> None:
+    events: list[str] = []
+    room = size(masters["dev"], frozenset())
+    transformers = Transformers(
+        tiny.opened(masters), CPU, dynamic=False, budget=room, home=Watched(events)
+    )
+    monkeypatch.setattr("flux.transformers.empty_cache", lambda _: events.append("give back"))
+    for key in (DEV8, SCHNELL8):
+        transformers.reconcile(key, [])
+    events.clear()
+    transformers.reconcile(DEV, [])
+    assert transformers.resident == (DEV,)
+    leaving = events.count("leave")
+    assert leaving >= 1
+    assert events == ["leave"] * leaving + ["give back", "allocate"]
+    events.clear()
+    transformers.reconcile(DEV, [])
+    assert events == []
 
 
 def test_the_least_recently_used_leaves(masters) -> None:
