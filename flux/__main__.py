@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """Write the files of the variants named on the command line; returns the exit code."""
+    name = os.environ.get("COMMAND", "python -m flux")  # script/quantize calls it by its own
     parser = argparse.ArgumentParser(
-        prog="script/quantize",
+        prog=name,
         description="Write the float8 weights of a checkpoint's transformers to files that a "
         "server starts from. Needs no GPU. Settings are environment variables: FLUX_CHECKPOINT, "
         "FLUX_QUANTIZED_DIRECTORY, HF_TOKEN, ...",
@@ -43,7 +45,7 @@ def main() -> int:
             parser.error("name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY")
         _quantize(arguments.variants or list(VARIANTS), directory, settings)
     except (CheckpointError, SettingsError, WeightsError) as error:
-        logger.error("script/quantize: %s", error)
+        logger.error("%s: %s", name, error)
         return 1
     return 0
 

@@ -105,7 +105,7 @@ def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--directory", "files"], {"FLUX_CHECKPOINT": "/absent"}, "script/quantize: FLUX_CHECKPO"),
+        (["--directory", "files"], {"FLUX_CHECKPOINT": "/absent"}, "python -m flux: FLUX_CHECKPO"),
         (["--directory", "files"], {"FLUX_CHECKPOINT": "float32"}, "holds F32; only a checkpoint"),
         (["--directory", "files", "pro"], {}, "no such variant: pro"),
         ([], {}, "name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY"),

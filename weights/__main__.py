@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from weights.snapshot import fetch
 
 def main() -> int:
     """Fetch the parts named on the command line; returns the exit code."""
+    name = os.environ.get("COMMAND", "python -m weights")  # script/download calls it by its own
     parser = argparse.ArgumentParser(
-        prog="script/download",
+        prog=name,
         description="Fetch and verify the official checkpoints and safety checkers. Settings are "
         "environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, FLUX_DEV_REVISION, ...",
     )
@@ -35,7 +37,7 @@ def main() -> int:
     try:
         _fetch(arguments.parts or list(REPOSITORIES), arguments.directory)
     except (WeightsError, SettingsError) as error:
-        logging.getLogger(__name__).error("script/download: %s", error)
+        logging.getLogger(__name__).error("%s: %s", name, error)
         return 1
     return 0
 
