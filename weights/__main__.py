@@ -16,7 +16,9 @@ from weights.snapshot import fetch
 
 def main() -> int:
     """Fetch the parts named on the command line; returns the exit code."""
-    name = os.environ.get("FLUX_COMMAND", "python -m weights")  # script/download calls it by its own
+    name = os.environ.get(
+        "FLUX_COMMAND", "python -m weights"
+    )  # script/download calls it by its own
     parser = argparse.ArgumentParser(
         prog=name,
         description="Fetch and verify the official checkpoints and safety checkers. Settings are "

@@ -43,8 +43,7 @@ def main() -> int:
             found = f"FAILED: {error}"
         finally:
             docker("rm", "--force", NAME, check=False)
-        title = (check.__doc__ or "").partition(".")[0]
-        print(f"{title}: {found} ({time.monotonic() - start:.1f} s)", flush=True)
+        print(f"{check.__doc__}: {found} ({time.monotonic() - start:.1f} s)", flush=True)
     docker("volume", "rm", "--force", VOLUME, check=False)
     print(f"{len(CHECKS) - failed} of {len(CHECKS)} checks passed")
     return 1 if failed else 0
@@ -56,7 +55,7 @@ def docker(*arguments: str, check: bool = True) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if check and result.returncode:
         raise CheckError(f"docker {arguments[0]}: {result.stderr.strip()[-300:]}")
-    return (result.stdout + result.stderr).strip()
+    return result.stdout.strip()
 
 
 def start(*options: str) -> None:
@@ -71,7 +70,7 @@ def start(*options: str) -> None:
         if status == "SETUP_FAILED":
             raise CheckError(f"setup failed: {logs[-300:]}")
         time.sleep(0.1)
-    raise CheckError(f"not ready: {docker('logs', '--tail', '3', NAME)}")
+    raise CheckError(f"not ready after 180 s: {health()}")
 
 
 def health() -> tuple[str, str]:
