@@ -27,11 +27,28 @@ Json = Mapping[str, Any]
 def resolve(
     reference: CivitaiReference, credential: Credential, client: HttpClient, patience: Patience
 ) -> Artifact:
-    """Ask CivitAI which file a reference means: its version, download URL and SHA-256."""
+    """Ask CivitAI which file a reference means: its version, download URL and SHA-256.
+
+    What the first site of the credential does not have is asked for at the next: CivitAI shows
+    each of its sites a part of the same models.
+    """
 
     def ask(path: str) -> Json:
-        url = f"{credential.origin}/api/v1/{path}"
-        answer = client.get_json(Remote(url, reference.display, credential), patience)
+        missing: NotFoundError | None = None
+        for site in (credential.origin, *credential.others):
+            try:
+                return ask_site(site, path)
+            except NotFoundError as error:
+                missing = missing or error
+            except SourceUnavailableError:
+                if missing is None:
+                    raise
+        assert missing is not None
+        raise missing
+
+    def ask_site(site: str, path: str) -> Json:
+        remote = Remote(f"{site}/api/v1/{path}", reference.display, credential)
+        answer = client.get_json(remote, patience)
         if not isinstance(answer, dict):
             raise _unreadable(reference)
         return answer
@@ -109,9 +126,18 @@ def _artifact(reference: CivitaiReference, version: Json, credential: Credential
 
 
 def _file(reference: CivitaiReference, version: Json) -> Json:
-    """The file of a version that holds the weights; the primary one if several do."""
+    """The file of a version that holds the weights: the one asked for, else the primary one."""
     files = list(_dicts(version.get("files")))
     usable = [file for file in files if file.get("type") == "Model" and _is_safetensors(file)]
+    if reference.file is not None:
+        named = [file for file in usable if file.get("id") == reference.file]
+        if not named:
+            listed = ", ".join(f"{file.get('id')} ({file.get('name')})" for file in usable)
+            raise NotFoundError(
+                f"{reference.display}: the version has no such .safetensors file. It has "
+                f"{listed or 'none'}; leave out the + and the number for the main one."
+            )
+        usable = named
     if usable:
         return max(usable, key=lambda file: file.get("primary") is True)
     names = ", ".join(str(file.get("name")) for file in files[:_MAX_LISTED]) or "no files"

@@ -17,7 +17,8 @@ from uuid import uuid4
 from lora import huggingface
 from lora.artifact import Artifact
 from lora.fetch import fetch
-from lora.reference import Reference, parse_reference
+from lora.links import parse_reference
+from lora.reference import Reference
 from lora.settings import LoaderSettings
 from lora.sources import Sources, is_presigned
 from weights.cache import FileCache, Record

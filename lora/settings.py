@@ -7,11 +7,14 @@ from weights.cache import CacheSettings
 from weights.http import HttpSettings
 from weights.settings import GIB, Settings
 
+CIVITAI_OTHERS = ("https://civitai.red", "https://civitai.green")
+
 
 @dataclass(frozen=True)
 class SourceSettings:
     """Where the sources are, and the tokens for them; each token goes to its own source only.
 
+    civitai_others: CivitAI's other sites, asked for what the endpoint does not have.
     hf_cache_dir: where huggingface_hub keeps files; None for its own default.
     allow_local_paths: let a reference name a file on this machine.
     """
@@ -22,6 +25,7 @@ class SourceSettings:
     hf_token: str | None = field(default=None, repr=False)
     civitai_token: str | None = field(default=None, repr=False)
     replicate_token: str | None = field(default=None, repr=False)
+    civitai_others: tuple[str, ...] = ()
     hf_cache_dir: Path | None = None
     allow_local_paths: bool = False
 
@@ -53,6 +57,7 @@ class LoaderSettings:
             sources=SourceSettings(
                 hf_endpoint=settings.hf_endpoint,
                 civitai_endpoint=settings.civitai_endpoint,
+                civitai_others=_others(settings.civitai_endpoint),
                 replicate_endpoint=settings.replicate_endpoint,
                 hf_token=settings.hf_token,
                 civitai_token=settings.civitai_token,
@@ -65,3 +70,8 @@ class LoaderSettings:
             ),
             memory_bytes=settings.lora_memory_bytes,
         )
+
+
+def _others(endpoint: str) -> tuple[str, ...]:
+    """The other sites of CivitAI; a mirror stands for all of them."""
+    return CIVITAI_OTHERS if endpoint == Settings.civitai_endpoint else ()

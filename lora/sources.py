@@ -72,7 +72,8 @@ class Sources:
 
     def _civitai(self, reference: CivitaiReference) -> Credential:
         token = reference.token or self.settings.civitai_token
-        return Credential("CIVITAI_API_TOKEN", self.settings.civitai_endpoint, token)
+        endpoint, others = self.settings.civitai_endpoint, self.settings.civitai_others
+        return Credential("CIVITAI_API_TOKEN", endpoint, token, others)
 
     def _replicate(self, reference: ReplicateReference, patience: Patience) -> Artifact:
         endpoint = self.settings.replicate_endpoint

@@ -57,11 +57,19 @@ class HttpSettings:
 
 @dataclass(frozen=True)
 class Credential:
-    """A token, the variable it came from, and the only origin it may be sent to."""
+    """A token, the variable it came from, and the only origins that it may be sent to.
+
+    origin: of the source. others: of the same owner.
+    """
 
     variable: str
     origin: str
     token: str | None = field(default=None, repr=False)
+    others: tuple[str, ...] = ()
+
+    def is_for(self, url: str) -> bool:
+        """Whether a URL is on one of the origins."""
+        return origin(url) in map(origin, (self.origin, *self.others))
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,9 @@ class Remote:
     credential: Credential | None = None
 
     def headers(self) -> dict[str, str]:
-        """Return the Authorization header if the URL is on the credential's own origin."""
+        """Return the Authorization header if the URL is on an origin of the credential."""
         owner = self.credential
-        if owner is None or not owner.token or origin(self.url) != origin(owner.origin):
+        if owner is None or not owner.token or not owner.is_for(self.url):
             return {}
         return {"Authorization": f"Bearer {owner.token}"}
 

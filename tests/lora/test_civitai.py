@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from lora.settings import LoaderSettings
+from tests.hub import Hub
 from tests.lora.files import safetensors
-from tests.services import CIVITAI_LOGIN
+from tests.services import CIVITAI_LOGIN, Civitai
 from weights.errors import (
     AccessDeniedError,
     InvalidFileError,
@@ -14,6 +16,7 @@ from weights.errors import (
     SourceUnavailableError,
     WeightsError,
 )
+from weights.settings import Settings
 
 OLD, NEW = safetensors("old"), safetensors("new")
 
@@ -177,3 +180,57 @@ def test_api_down_serves_the_file_from_before(hub, new_loader, civitai, caplog):
     hub.fail("/api/v1/", 503)
     assert new_loader().load("civitai.com/models/5").adapter.content == "old"
     assert "may be out of date" in caplog.text
+
+
+@pytest.fixture
+def other_site(settings):
+    """Another site of CivitAI, and settings that know of it, with a token for both."""
+    with Hub() as hub:
+        sources = replace(settings.sources, civitai_others=(hub.url,), civitai_token="mine")
+        yield hub, Civitai(hub), replace(settings, sources=sources)
+
+
+def test_what_one_site_does_not_have_is_asked_for_at_the_other(hub, new_loader, other_site):
+    other, red, settings = other_site
+    red.add(5, 50, OLD, token="mine")
+    for text in ("civitai.com/models/5", "civitai.red/models/5?modelVersionId=50"):
+        assert new_loader(settings).load(text).adapter.content == "old"
+    assert {request.token for request in hub.seen("GET", "/api/v1/")} == {"mine"}
+    assert {request.token for request in other.seen("GET", "/api/")} == {"mine"}
+    assert [request.token for request in other.seen("GET", "/civitai-storage/")] == [None]
+    with pytest.raises(NotFoundError, match=r"civitai\.com/models/6: not found"):
+        new_loader(settings).load("civitai.com/models/6")
+
+
+def test_the_first_site_is_asked_first(new_loader, civitai, other_site):
+    other, red, settings = other_site
+    civitai.add(5, 50, OLD)
+    red.add(5, 50, NEW)
+    assert new_loader(settings).load("civitai.com/models/5").adapter.content == "old"
+    assert not other.requests
+
+
+def test_another_site_that_is_down_leaves_the_answer_of_the_first(new_loader, other_site):
+    other, _, settings = other_site
+    other.fail("/api/v1/", 503, times=9)
+    with pytest.raises(NotFoundError, match=r"civitai\.com/models/5: not found"):
+        new_loader(settings).load("civitai.com/models/5")
+
+
+def test_a_file_of_several_by_its_number(loader, civitai):
+    version = civitai.add(5, 50, OLD)
+    civitai.add(6, 60, NEW)
+    (main,) = version["files"]
+    (second,) = civitai.add(6, 61, NEW)["files"]
+    version["files"][:] = [{**main, "id": 1}, {**second, "id": 2, "primary": False}]
+    assert loader.load("urn:air:flux1:lora:civitai:5@50").adapter.content == "old"
+    assert loader.load("urn:air:flux1:lora:civitai:5@50+2").adapter.content == "new"
+    with pytest.raises(NotFoundError, match=r"no such \.safetensors file.*1 \(lora-50\.safetens"):
+        loader.load("urn:air:flux1:lora:civitai:5@50+3")
+
+
+def test_only_the_public_site_has_others():
+    public = LoaderSettings.of(Settings()).sources
+    assert public.civitai_others == ("https://civitai.red", "https://civitai.green")
+    mirror = LoaderSettings.of(Settings(civitai_endpoint="https://mirror.example")).sources
+    assert mirror.civitai_others == ()

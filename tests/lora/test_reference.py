@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lora.links import parse_reference
 from lora.reference import (
     CivitaiReference,
     DataReference,
@@ -13,7 +14,6 @@ from lora.reference import (
     LocalReference,
     ReplicateReference,
     UrlReference,
-    parse_reference,
 )
 from weights.errors import ReferenceFormatError
 
@@ -58,6 +58,52 @@ ACCEPTED = {
     "https://civitai.com/api/download/models/691639?type=Model&format=SafeTensor": (
         CivitaiReference(version=691639)
     ),
+    **{
+        link: CivitaiReference(123, 456)
+        for host in ("civitai.com", "civitai.red", "civitai.green")
+        for link in (
+            f"{host}/models/123?modelVersionId=456",
+            f"www.{host}/models/123/some-name?modelVersionId=456",
+            f"https://{host}/models/123?tab=x&modelVersionId=456#comments",
+            f"http://www.{host}/models/123?modelVersionId=456",
+        )
+    },
+    "civitai.red/models/123": CivitaiReference(123),
+    "https://civitai.green/api/download/models/456?type=Model&format=SafeTensor&token=t": (
+        CivitaiReference(version=456, token="t")
+    ),
+    "urn:air:flux1:lora:civitai:123@456": CivitaiReference(123, 456),
+    "air:flux1:lora:civitai:123@456": CivitaiReference(123, 456),
+    "flux1:lora:civitai:123@456": CivitaiReference(123, 456),
+    "URN:AIR:Flux1:LoRA:CivitAI:123": CivitaiReference(123),
+    "flux1:lycoris:civitai:123.safetensors": CivitaiReference(123),
+    "urn:air:flux1:locon:civitai:123@456.safetensors": CivitaiReference(123, 456),
+    "urn:air:flux1:dora:civitai:123@456+789": CivitaiReference(123, 456, file=789),
+    "urn:air:flux1:lora:civitai:123@456+789.safetensors": CivitaiReference(123, 456, file=789),
+    "urn:air:flux1:lora:huggingface:o/n": HuggingFaceReference("o/n"),
+    "urn:air:flux1:lora:huggingface:o/n@v1": HuggingFaceReference("o/n", "v1"),
+    "flux1:lora:huggingface:o/n@main.safetensors": HuggingFaceReference("o/n", "main"),
+    "urn:air:flux1:lora:huggingface:o/n/a/b.safetensors@v1": HuggingFaceReference(
+        "o/n", "v1", "a/b.safetensors"
+    ),
+    "hf:o/n": HuggingFaceReference("o/n"),
+    "hf://o/n": HuggingFaceReference("o/n"),
+    "hf://o/n/a/b.safetensors": HuggingFaceReference("o/n", file="a/b.safetensors"),
+    "hf://o/n@v1/b.safetensors": HuggingFaceReference("o/n", "v1", "b.safetensors"),
+    "hf:o/n@v1": HuggingFaceReference("o/n", "v1"),
+    "https://huggingface.co/o/n?show_file_info=b.safetensors": HuggingFaceReference(
+        "o/n", "main", "b.safetensors"
+    ),
+    "https://huggingface.co/o/n/tree/v1?show_file_info=a%2Fb.safetensors": HuggingFaceReference(
+        "o/n", "v1", "a/b.safetensors"
+    ),
+    "huggingface.co/o/n/tree/main/folder": HuggingFaceReference("o/n", "main", folder="folder"),
+    **{
+        f"https://replicate.com/o/n/{tab}": ReplicateReference("o", "n")
+        for tab in ("api", "api/schema", "playground", "examples", "readme", "versions", "train")
+    },
+    f"replicate.com/o/n/versions/{VERSION}/api": ReplicateReference("o", "n", VERSION),
+    "replicate.com/api/train": ReplicateReference("api", "train"),
     "https://host.example/a/lora.safetensors": UrlReference(
         "https://host.example/a/lora.safetensors"
     ),
@@ -100,6 +146,16 @@ REFUSED = [
     "civitai.com/models/abc",
     "civitai.com/models/123?modelVersionId=abc",
     "civitai.com/user/somebody",
+    "civitai.red/models/abc",
+    "civitai.org/models/1",
+    "urn:air:flux1:lora:civitai",
+    "urn:air:flux1:lora:civitai:abc",
+    "urn:air:flux1:lora:civitai:123@abc",
+    "hf:name",
+    "hf://o/n/pickle.bin",
+    "https://huggingface.co/o/n?show_file_info=pickle.bin",
+    "https://huggingface.co/o/n?show_file_info=../b.safetensors",
+    "owner/name/api",
     "data:application/x-tar;base64",
     "data:application/x-tar;base64,????",
     "/weights/lora.safetensors",
@@ -115,6 +171,23 @@ def test_accepted(text, reference):
 @pytest.mark.parametrize("text", REFUSED)
 def test_refused_with_the_accepted_forms(text):
     with pytest.raises(ReferenceFormatError, match=re.escape("huggingface.co/owner/name")):
+        parse_reference(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("urn:air:sdxl:lora:civitai:123@456", "it is for sdxl, and adapters for flux1 are read"),
+        ("flux1:checkpoint:civitai:123", "it is of type checkpoint, and adapters are of type lora"),
+        ("urn:air:flux1:embedding:civitai:123", "it is of type embedding"),
+        ("urn:air:flux1:lora:openai:123", "openai is not a source; civitai and huggingface are"),
+        ("<lora:name:0.8>", "this is prompt syntax, and a link to the LoRA is needed"),
+        ("(photo:1.2)", "this is prompt syntax"),
+        ("<lora:my style:1> a cat", "this is prompt syntax"),
+    ],
+)
+def test_the_reason_of_a_refusal(text, reason):
+    with pytest.raises(ReferenceFormatError, match=re.escape(f" as an adapter: {reason}")):
         parse_reference(text)
 
 
@@ -164,6 +237,7 @@ def test_only_a_named_version_is_for_ever(text, immutable):
         "https://host.example/x.safetensors?a=1#secret",
         "https://civitai.com/models/1?token=secret",
         "https://civitai.com/api/download/models/1?token=secret",
+        "https://civitai.red/api/download/models/1?token=secret",
         "huggingface.co/o/n?token=secret",
     ],
 )
