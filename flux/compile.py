@@ -1,22 +1,22 @@
-"""Compiled transformers: each kind of block once, for every size, and eagerly where that fails.
+"""Compile the transformers' blocks, each class once for all sizes; run eagerly if that fails.
 
 Compilation is regional (diffusers' `compile_repeated_blocks`): FLUX.1's 57 blocks are of two
-classes, so their graphs are made once and shared by all blocks, by dev and schnell, and by any
-adapter in the weights, which are inputs of the graphs. What separates graphs is the precision
-(float8 weights are another class of tensor) and where a block's input comes from: the first of each
-kind reads memory that is laid out otherwise than what its like hand on.
+classes, so each class is compiled once. The graphs are shared by all blocks, by dev and schnell,
+and by all adapters, because weights are inputs of the graphs. There are separate graphs for each
+precision (float8 weights are another class of tensor), and for the first block of each class: the
+strides of its input differ from those that the blocks pass to each other.
 
-- `dynamic=True`: one graph for all numbers of tokens. Two dimensions that happen to be equal while
-  tracing would be held to be one ("duck shapes"), and the 4096 tokens of a megapixel are T5's
-  width, so the warm-up has odd numbers of tokens, in picture and text: no width is odd.
-- `fullgraph=True`: a graph break would cost time in every block of every step without a word. As
-  an error it reaches the fallback below, and the log.
-- One token is the exception: torch makes graphs of their own for dimensions of 1. So pictures of
-  16 x 16 pixels are drawn eagerly.
+- `dynamic=True`: one graph for all numbers of tokens. torch takes two dimensions that are equal
+  while tracing for the same dimension ("duck shapes"), and 4096, the tokens of a megapixel, is also
+  T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
+- `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
+  it reaches the fallback below, and the log.
+- torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are drawn
+  eagerly.
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
-- Out: CUDA graphs ("reduce-overhead"), which keep buffers for each size, and saved artifacts
-  (`torch.compiler.save_cache_artifacts`), where a kept directory does the same.
+- Rejected: CUDA graphs ("reduce-overhead"), which keep buffers for each size, and saved artifacts
+  (`torch.compiler.save_cache_artifacts`), because a kept cache directory does the same.
 """
 
 import logging
@@ -57,8 +57,8 @@ def compile_blocks(
 ) -> "Compilation | None":
     """Have the transformers compiled if the settings say so; None if not.
 
-    `auto` compiles with CUDA: a CPU draws the miniature sooner than a compiler translates it.
-    Transformers that live on the host are not compiled: in every layer, hooks move its weights.
+    `auto` compiles with CUDA. On a CPU, compiling takes longer than drawing with the miniature.
+    Offloaded transformers are not compiled, because hooks move the weights of every layer.
 
     Raises:
         SettingsError: the cache's directory cannot be used.
@@ -75,7 +75,7 @@ def compile_blocks(
 
 
 def _cache_directory(wanted: Path) -> Path:
-    """The directory for compiled kernels; one that is not kept, where the default cannot be used.
+    """The directory for compiled kernels; a temporary one if the default cannot be used.
 
     Raises:
         SettingsError: the operator's own choice cannot be used.
@@ -90,7 +90,7 @@ def _cache_directory(wanted: Path) -> Path:
 
 
 class Compilation:
-    """Runs work that calls transformers, compiled; eagerly once that has failed.
+    """Runs work that calls compiled transformers; runs it eagerly after the compiler has failed.
 
     Args:
         modules: the transformers; their blocks are compiled at the first call.
@@ -105,11 +105,11 @@ class Compilation:
             )
 
     def run(self, key: Key, tokens: int, work: Callable[[], T]) -> T:
-        """Do some work; where its failure is the compiler's, again and from then on eagerly.
+        """Run `work`; if the compiler fails, run it again eagerly, and everything after it.
 
-        Compilers fail in exceptions of many classes, some only when a kernel is launched. So
-        it is the outcome that decides: what goes well eagerly, and only so, was the compiler's
-        failure. Cancelling and a lack of memory are nobody's failure, and are passed on.
+        Compilers raise exceptions of many classes, some only when a kernel is launched. So the
+        outcome decides: if the same work succeeds eagerly, the compiler had failed. A cancel
+        and a lack of memory are not failures of the compiler, and are raised again.
 
         Args:
             key: the transformer that `work` calls.
@@ -149,7 +149,7 @@ def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> li
 
 
 def rehearsal(key: Key, token: int) -> Request:
-    """A request of one step that has a transformer compiled for every other.
+    """A request of one step; running it compiles a transformer for all other requests.
 
     Args:
         key: of the transformer.

@@ -1,8 +1,8 @@
-"""One component of a checkpoint from its files: whole, or an error that says what to do.
+"""Load one component of a checkpoint completely, or raise an error that says what to do.
 
-The libraries' own loaders only warn where weights are missing, and leave them random (the text
-encoders) or without memory (the VAE, the transformers); a tokenizer without its vocabulary takes
-every word for the same. Here that is an error.
+When weights are missing, the libraries' own loaders only warn, and leave the weights random (text
+encoders) or without memory (VAE, transformers). A tokenizer without its vocabulary maps every word
+to the same token. Here each of these is an error.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class CheckpointError(RuntimeError):
 def load_module(name: str, kind: type[Any], directory: Path, dtype: torch.dtype) -> nn.Module:
     """Load a model of diffusers or transformers, all weights of it from safetensors files.
 
-    Where the files hold `dtype`, diffusers maps them into memory instead of reading them.
+    If the files are stored in `dtype`, diffusers maps them into memory instead of reading them.
 
     Args:
         name: what messages call it.

@@ -1,7 +1,8 @@
 """Pristine weights on the device, beside those that serve.
 
-`flux/residency.py` decides which variants have a copy there. It is filled in one pass, from what
-is nearest, and then read instead of the host's whenever adapters are merged.
+`flux/residency.py` decides which variants have such a copy. It is filled in one pass, from the
+device if the values are there already, else from the host. Merging adapters then reads it instead
+of the host's weights.
 """
 
 import time

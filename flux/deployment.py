@@ -1,4 +1,4 @@
-"""Settings after a look at the machine: which checkpoint runs where, and in which dtype."""
+"""The settings resolved for this machine: which checkpoint runs on which device, in which dtype."""
 
 import logging
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ NANO = Path(__file__).resolve().parent.parent / "weights" / "nano"
 
 @dataclass(frozen=True)
 class Deployment:
-    """What the settings come to on this machine.
+    """The resolved settings.
 
     Attributes:
-        offloaded: components that live on the host, and visit the device layer by layer.
+        offloaded: components that stay on the host and are sent to the device layer by layer.
     """
 
     checkpoint: str
@@ -34,7 +34,7 @@ class Deployment:
 
     @classmethod
     def choose(cls, settings: Settings) -> "Deployment":
-        """Replace every `auto`, and say in the log what it became."""
+        """Resolve every `auto`, and log the result."""
         device = _device(_unless_auto(settings.device, "cuda" if _has_cuda() else "cpu"))
         checkpoint = chosen_checkpoint(settings)
         on_cpu = device.type == "cpu"
@@ -54,7 +54,7 @@ class Deployment:
         return cls(checkpoint, device, getattr(torch, dtype), on_host)
 
     def fetch(self, checkers: Sequence[str], settings: Settings) -> None:
-        """Fetch what is not there yet of all that this start needs, if the disk has room for it.
+        """Download the files that this start needs and that are missing.
 
         checkers: parts of weights/manifest.py besides the variants.
         """
@@ -68,7 +68,7 @@ def chosen_checkpoint(settings: Settings) -> str:
 
 
 def source_of(variant: str, checkpoint: str, settings: Settings) -> Path:
-    """The directory that a variant is loaded from; what is not there yet is fetched.
+    """The directory that a variant is loaded from; missing files are downloaded.
 
     Raises:
         CheckpointError: there is no pipeline in it.

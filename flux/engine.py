@@ -38,7 +38,7 @@ Adapters = Sequence[tuple[AdapterLike, float]]
 
 @dataclass(frozen=True)
 class Canvas:
-    """The area that is drawn, and what is on it before.
+    """The size that is generated, and the pipeline's arguments for the input image.
 
     Attributes:
         width, height: in pixels; the request's size, extended to whole tokens of this VAE.
@@ -109,7 +109,7 @@ class Engine:
         """Make the weights that serve contain these adapters and nothing else.
 
         Args:
-            key: the transformer that is to draw; it is brought to the device if need be.
+            key: the transformer that will run; it is loaded to the device if needed.
             adapters: with their effective scales.
             check_cancelled: called before each weight is written.
         """
@@ -127,7 +127,7 @@ class Engine:
             logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
 
     def warm_up(self, check_cancelled: Callable[[], None]) -> None:
-        """Compile what requests will need, in a step of each transformer that it takes."""
+        """Compile the transformers by running one step of each."""
         if self._compilation is None:
             return
         with warming_up():
@@ -139,7 +139,7 @@ class Engine:
                     logger.info("%s %s is not compiled: %s", *key, error)
 
     def _rehearse(self, request: Request, check_cancelled: Callable[[], None]) -> None:
-        """Draw a request's latents, which is what is compiled, and no picture."""
+        """Run the compiled part of a request: the denoising, without decoding."""
         prompt = self._transformers.with_room(_key(request), partial(self._encode_prompt, request))
         self._denoise(request, prompt, self._prepare(request), request.seeds[0], check_cancelled)
 
@@ -182,7 +182,7 @@ class Engine:
 
     @contextmanager
     def _stage(self, stopwatch: Stopwatch, name: str) -> Iterator[None]:
-        """A stage of the stopwatch that is charged all that it has queued on a GPU."""
+        """A stage of the stopwatch, including the work that it has queued on a GPU."""
         with stopwatch.stage(name):
             yield
             if self._autoencoder.device.type == "cuda":

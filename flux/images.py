@@ -1,4 +1,4 @@
-"""Pictures in and out: whatever Pillow reads, as RGB or as a mask; webp, jpg and png files."""
+"""Read input images with Pillow, as RGB or as a mask, and write webp, jpg and png files."""
 
 import os
 import warnings
@@ -115,7 +115,7 @@ def _too_large(name: str, max_pixels: int) -> str:
 
 
 def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says; damaged EXIF, however damaged, says nothing."""
+    """Rotate a picture by its EXIF orientation; damaged EXIF is ignored."""
     try:
         turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1))
     except Exception:
@@ -124,7 +124,7 @@ def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    """Bring high-depth grey to 8 bits, and transparency over a plain background."""
+    """Convert grey of more than 8 bits to 8, and put transparency over a plain background."""
     if picture.mode.startswith("I") or picture.mode == "F":
         return _to_8_bits(picture)
     if not picture.has_transparency_data:

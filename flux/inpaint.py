@@ -1,9 +1,9 @@
-"""Masks: which latents are repainted, and where the drawn picture shows over the input.
+"""Masks: which latents are repainted, and how the generated image is laid over the input image.
 
-diffusers blends latents, and only in whole cells that are either repainted or kept, so what
-it keeps is the VAE's round trip of the input. Here every cell that the mask touches is
-repainted, and the decoded picture is laid over the input by the mask itself: what the mask
-keeps is the input, pixel for pixel, and grey blends.
+diffusers blends latents, in whole cells that are either repainted or kept. The kept area is
+therefore a VAE round trip of the input. Here every cell that the mask touches is repainted, and the
+decoded image is laid over the input image by the mask itself. The kept area is the input image,
+pixel for pixel, and grey blends.
 """
 
 import numpy as np

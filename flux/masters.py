@@ -1,12 +1,13 @@
 """The pristine transformers, one for each variant, on the host.
 
-Nobody writes them: they are what `flux/transformers.py` makes working weights from. A variant
-whose float8 weights are on disk needs its pristine copy only for adapters and for bf16, so that one
-is opened when its first weight is asked for; the others are opened in setup.
+They are never written: `flux/transformers.py` makes working weights from them. A variant with
+float8 weights on disk needs its pristine copy only for adapters and for bf16. That copy is opened
+when its first weight is read; the others are opened in setup.
 
-Opening maps the files into memory. With CUDA, weights that are read again and again are then copied
-into page-locked memory, if there is room: beside the rest of setup where it is known that they will
-be read from the host, else when the first one is. Those with a copy on the device are not.
+Opening maps the files into memory. With CUDA, weights that are read repeatedly from the host are
+then copied into page-locked memory, if there is room. If it is known in setup that they will be
+read, a thread copies them beside the rest of setup, else the first read does. Weights that have a
+copy on the device are not page-locked.
 """
 
 import logging
@@ -113,7 +114,7 @@ class Master:
         return Entry.of(self._name, self._values.values(), self._source, self._seconds)
 
     def _join(self) -> None:
-        """Wait for the thread, and raise what it raised; the next call would begin anew."""
+        """Wait for the thread, and raise what it raised; a later call starts over."""
         if holding := self._holding:
             self._holding = None
             self._seconds += holding.result()

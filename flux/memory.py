@@ -1,4 +1,4 @@
-"""How much memory weights may take: as the operator says, or as the machine has."""
+"""The memory budgets for weights: from the settings, or from what the machine has."""
 
 import logging
 import os
@@ -20,8 +20,8 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where 
 def device_budget(setting: int | None, device: torch.device, loaded: int) -> int | None:
     """Bytes of the device that more weights may take; None where that is not limited.
 
-    A CPU's memory is not counted unless the operator sets a limit: there the working weights
-    lie beside the files' mapping, and the system pages.
+    Without a setting, a CPU has no limit: its weights share memory with the files' mapping, and
+    the system pages.
 
     Args:
         setting: what all weights may take together.
@@ -63,7 +63,7 @@ def answers(device: torch.device) -> bool:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return the memory of a device that torch keeps for later, and nothing uses, to its driver."""
+    """Give the unused memory that torch has cached on a device back to the driver."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -76,8 +76,8 @@ def bytes_of(module: nn.Module) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device lacked memory.
 
-    Also cuBLAS' and cuDNN's own failures to allocate, which have no class of their own, and any of
-    them inside a compiler's exception.
+    This includes failed allocations of cuBLAS and cuDNN, which have no exception class of their
+    own, and all of these inside a compiler's exception.
     """
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, BaseException):

@@ -1,18 +1,18 @@
-"""Where working weights are at home: on the device, or on the host, from where they visit it.
+"""Where working weights are kept: on the device, or on the host with offloading.
 
-For cards that are too small, diffusers' group offloading: hooks on every layer bring its
-weights to the device before it runs, and while it runs those of the next one, on a stream. Its
-copies go one way only, so what a reconciliation writes on the host is what the next forward pass
-draws with, provided that the hooks read the very memory that is written. Hence three choices.
+Cards that are too small use diffusers' group offloading. Hooks on every layer copy its weights to
+the device before it runs, and the next layer's weights while it runs, on a stream. The copies go
+from host to device only. So the next forward pass uses what a reconciliation has written on the
+host, provided that the hooks read the same memory that is written. Three choices follow.
 
-- Leaf level. At block level, the layers beside the blocks have no stream, and are moved back
-  and forth, to other host memory every time.
-- The memory is page-locked in slabs before the hooks come, which then take it as it is; they would
-  page-lock a copy of every weight otherwise, half as large again.
-- The scales of float8 weights are the exception: a float8 tensor that is page-locked as a whole
-  would be its own host copy, which the first visit to the device overwrites (diffusers 0.42.1).
-  So they are left in ordinary memory, the hooks page-lock copies, and what is written are the
-  parameters as the hooks leave them.
+- Leaf level. At block level, the layers outside the blocks have no stream, and are moved back and
+  forth, to new host memory every time.
+- The memory is page-locked in slabs before the hooks are installed, and the hooks use it as it is.
+  Otherwise they would page-lock a copy of every weight, half as large again.
+- The scales of float8 weights are the exception. A float8 tensor that is page-locked as a whole
+  would be its own host copy, and the first transfer to the device overwrites it (diffusers 0.42.1).
+  So the scales stay in ordinary memory, the hooks page-lock copies of them, and reconciliations
+  write the parameters that the hooks have installed.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,11 +54,11 @@ def offloaded(setting: str, device: torch.device) -> frozenset[str]:
 
 
 def offload(module: nn.Module, device: torch.device) -> None:
-    """Make a module run on a device with weights that stay on the host, and come layer by layer.
+    """Make a module run on a device with weights that stay on the host.
 
-    Its parameters must be on the host now. They may be in other memory afterwards, and stay there
-    between forward passes; during one, and after one that failed, they may be on the device, so
-    who wants to write takes `parameter.detach()` before.
+    Its parameters must be on the host now. Afterwards they may be in other memory, and stay there
+    between forward passes. During a forward pass, and after one that failed, they may be on the
+    device; code that writes them must take `parameter.detach()` beforehand.
     """
     apply_group_offloading(
         module,
@@ -103,9 +103,9 @@ class Home(Protocol):
 
 
 class OnDevice:
-    """On the device where they are used; `stream` brings pristine values there.
+    """On the device where they are used; `stream` copies pristine values there.
 
-    A CUDA device has a stream of its own for that, and a CPU needs none.
+    A CUDA device has a stream of its own for copies; a CPU needs none.
     """
 
     def __init__(self, device: torch.device, stream: CopyStream | None = None) -> None:
@@ -125,7 +125,7 @@ class OnDevice:
 
 
 class OnHost:
-    """On the host; layer by layer, they visit the device."""
+    """On the host; layers are copied to the device while they run."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Output files: encoded beside the engine, kept until the server has read them."""
+"""Output files: encoded in a thread beside the engine, kept until the server has read them."""
 
 import shutil
 import tempfile
@@ -44,7 +44,7 @@ class Outputs:
 
 
 class RequestOutputs:
-    """The files of one request; a context that leaves either all of them or none.
+    """The files of one request; the context keeps all of them, or removes all after an error.
 
     Images are encoded in a thread of their own, one after another, while the engine draws the
     next. `wait` for them before leaving; an exception that leaves the context removes all.
@@ -101,7 +101,7 @@ class RequestOutputs:
 
 @contextmanager
 def _disk_space(directory: Path) -> Iterator[None]:
-    """Say of a full disk which directory it holds, and what to do."""
+    """Translate the error of a full disk into one that says what to do."""
     try:
         yield
     except OSError as error:

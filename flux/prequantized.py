@@ -1,12 +1,11 @@
-"""Float8 transformers on disk, so that a start which serves float8 need not read the bf16 weights.
+"""Float8 transformers on disk, so that a server for float8 does not read the bf16 weights at start.
 
-A file holds what `flux/quantize.py` makes of a checkpoint's pristine weights, to the bit, in
-torchao's own layout: anybody reads it with `safetensors` and torchao's
-`unflatten_tensor_state_dict`. Whether a linear also quantizes its inputs is not in it: the device
-that serves decides that.
+A file holds exactly what `flux/quantize.py` makes of a checkpoint's pristine weights, in torchao's
+own layout; `safetensors` and torchao's `unflatten_tensor_state_dict` can read it. It does not say
+whether a linear also quantizes its inputs, because that depends on the device.
 
-A file belongs to one checkpoint and one recipe. It names both, and is refused for any other; the
-checkpoint is known by its fingerprint (weights/fingerprint.py).
+A file belongs to one checkpoint and one recipe. It names both, and is refused for any other. The
+checkpoint is recognised by its fingerprint (weights/fingerprint.py).
 """
 
 import json
@@ -87,7 +86,7 @@ def fingerprint_of(directory: Path) -> str:
 
 
 def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
-    """Quantize a pristine transformer into a file, which is there whole or not at all.
+    """Quantize a pristine transformer into a file; an incomplete file never takes its name.
 
     Weights are quantized one by one, so besides the memory map of the bf16 weights this takes the
     size of the result, 12 GB for FLUX.1, and the temporaries of one weight.

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: once a request, and not again while they are remembered."""
+"""Encode prompts, once for each request, with a cache."""
 
 import logging
 from collections import OrderedDict
@@ -66,7 +66,7 @@ class PromptEncoder:
         return PromptEmbeddings(tokens, pooled, self._remarks(prompt, max_sequence_length))
 
     def _remarks(self, prompt: str, t5_limit: int) -> tuple[str, ...]:
-        """Say how much of the prompt each encoder reads, where that is not all of it."""
+        """For each encoder that cuts the prompt: how much of it is read."""
         t5_length, clip_length = (
             len(tokenizer(prompt, verbose=False).input_ids)
             for tokenizer in (self._pipeline.tokenizer_2, self._pipeline.tokenizer)

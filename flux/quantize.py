@@ -1,9 +1,10 @@
 """Float8 weights in the linears of the transformer's blocks, through torchao's Float8Tensor.
 
 A weight is stored as e4m3 with one fp32 scale per row (output feature); activations are
-quantized per row (token) at run time where the device multiplies in float8, and stay as they are
-elsewhere. The embedders, time_text_embed, norm_out and the final proj_out stay in the compute
-dtype: half a per cent of FLUX.1's parameters, and most of the output's error (docs/fp8.md).
+quantized per row (token) at run time if the device multiplies in float8, else they are not. The
+embedders, time_text_embed, norm_out and the final proj_out stay in the compute
+dtype: they are half a per cent of FLUX.1's parameters, and would cause most of the output's error
+(docs/fp8.md).
 
 Weights are quantized here and not by torchao's `quantize_` for three reasons. A weight that
 adapters change must be written in place, so that a compiled graph keeps its storage. The scale is
@@ -11,11 +12,11 @@ taken in fp32, from the exact sum of the pristine weight and the deltas, where t
 to the weight's dtype, so that the largest value of a row may be clipped. And a row of zeros has
 scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
 
-`flux/scaled.py` multiplies where activations are quantized too: not every shape has a kernel.
+`flux/scaled.py` multiplies if activations are quantized too, because not every shape has a kernel.
 
-Refused: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
+Rejected: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
 fifth of its strength), per-tensor e5m2 activations, and choosing layers by parts of their names
-("proj_out" is also in every single block).
+("proj_out" is also the name of a layer in every single block).
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Inputs to Request: every rule that a caller can observe, resolved once.
 
-Sizes, modes, steps, seeds and precision are decided here and nowhere else; what comes after
-does as the frozen Request says. No torch in this module.
+Sizes, modes, steps, seeds and precision are decided here and nowhere else; later stages follow the
+frozen Request. This module does not import torch.
 """
 
 import logging
@@ -73,8 +73,8 @@ class Request:
         width, height: of the output, in pixels; multiples of 16.
         picture: RGB, of the output's size; None in txt2img.
         mask: mode L, of the output's size, white where the picture is repainted; inpaint only.
-        sigmas: noise levels before the variant's shift, one a step; empty where no noise is
-            asked for, and the picture is to come back as it is.
+        sigmas: noise levels before the variant's shift, one for each step; empty at strength 0,
+            where the output is the input picture.
         seeds: one for each image, 0 to 2**64 - 1.
         guidance: for the guidance embedding; None for a variant that has none.
         adapters: references, as the caller wrote them, with their effective scales.
@@ -158,7 +158,7 @@ def _mode(inputs: Inputs) -> Mode:
 
 
 def _size(inputs: Inputs, picture: Image.Image | None) -> tuple[int, int]:
-    """The output's width and height in pixels, with a log line for each input that has no say."""
+    """The output's width and height in pixels; logs each input that has no effect on them."""
     quarter = inputs.megapixels == "0.25"
     custom = inputs.aspect_ratio == "custom"
     if picture is not None:
@@ -230,7 +230,7 @@ def _check_safety(inputs: Inputs, may_skip_safety: bool) -> bool:
 
 
 def _row(table: Mapping[str, T], name: str, value: str) -> T:
-    """The row of a table that an input names; also where no schema guards the choices."""
+    """The row of a table that an input names; checked here too, for use without a schema."""
     if value not in table:
         raise RequestError(f"{name}: {value!r} is not one of {', '.join(table)}")
     return table[value]

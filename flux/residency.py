@@ -1,19 +1,19 @@
 """Which weights are on the device: a decision over declared sizes and a budget.
 
 FLUX.1 dev and schnell in both precisions are 71.7 GB beside 9.9 GB of text encoders and VAE, which
-no 80 GB card holds beside activations. So what is on the device is decided here, by pure logic over
-names and bytes; `flux.transformers` does what it says. A transformer that is not on the device
-is not anywhere: it is made from the variant's pristine weights on the host, in the one pass that
-writes the request's adapters too, or from its float8 weights on disk where there are any. Quantized
-copies on the host were refused: making them anew reads no more than the merge of an adapter does.
+does not fit on an 80 GB card beside activations. This module decides what is on the device, by pure
+logic over names and bytes; `flux.transformers` acts on it. A transformer that is not on the device
+is not kept elsewhere. It is made again from the variant's pristine weights on the host, in the same
+pass that merges the request's adapters, or from its float8 weights on disk if there are any.
+Rejected: quantized copies on the host, because making them again reads no more than a merge does.
 
-A variant's pristine weights can lie on the device as well, as one more thing with a size, which
-comes and leaves as transformers do, by least recent use. They save crossing the bus at a change of
-adapter: 23.8 GB, by arithmetic 0.43 s at 55 GB/s over PCIe 5. schnell in float8, which competes
-with dev's pristine weights on 80 GB, saves the same at a change from dev to schnell. Fine-tunes are
-what this package serves: adapters change more often than models. So dev's pristine weights come
-first, and schnell with its first request. Nothing is refused because of them: the host has them
-too.
+A copy of a variant's pristine weights can be on the device too. It has a size like a transformer,
+and is loaded and evicted in the same way, by least recent use. It saves 23.8 GB over the bus at a
+change of adapter, by arithmetic 0.43 s at 55 GB/s over PCIe 5. On 80 GB, schnell in float8 competes
+with dev's pristine weights, and saves the same at a change from dev to schnell. This package serves
+fine-tunes, so adapters change more often than models. dev's pristine weights are therefore loaded
+first, and schnell with its first request. No request is refused because of them, because the host
+has them too.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -58,7 +58,7 @@ class BudgetError(RuntimeError):
 
 
 def that_fit(order: Iterable[T], sizes: Mapping[T, int], budget: int | None) -> list[T]:
-    """The items that fit into a budget together, each taken, in order, if it still fits."""
+    """Take items in order, skipping those that exceed what is left of the budget."""
     found: list[T] = []
     left = budget
     for item in order:
@@ -71,7 +71,7 @@ def that_fit(order: Iterable[T], sizes: Mapping[T, int], budget: int | None) -> 
 
 
 class Residency:
-    """What is on the device; the least recently used makes room.
+    """What is on the device; the least recently used is evicted first.
 
     Args:
         sizes: bytes of each thing that may be there.
@@ -115,7 +115,7 @@ class Residency:
         return found[::-1]
 
     def fits_beside(self, item: Item, key: Key) -> bool:
-        """Whether both have room together, if all else leaves."""
+        """Whether both fit together, if everything else is evicted."""
         both = self.sizes[item] + self.sizes[key]
         return self._budget is None or both <= self._budget
 
@@ -123,7 +123,7 @@ class Residency:
         """Count something as on the device and used just now.
 
         Returns:
-            what must leave the device before it comes; none where it is there already.
+            what must be evicted before it is loaded; nothing if it is on the device already.
 
         Raises:
             BudgetError: it does not fit even alone; nothing has changed then.
@@ -143,7 +143,7 @@ class Residency:
             self._resident.remove(key)
 
     def exclude(self, item: Item) -> None:
-        """Count something as what never comes again."""
+        """Never load something again."""
         self.drop(item)
         self.sizes.pop(item, None)
 

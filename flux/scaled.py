@@ -7,13 +7,14 @@ the text of schnell is 256 tokens, which the second linear of a feed-forward mul
 12288 values, small input pictures have few tokens, and the modulations (`norm*.linear`) have one
 row. Cards of capability 12 refuse all of them (https://github.com/pytorch/pytorch/issues/192707).
 
-So every shape is tried once, when it first comes: as it is, then with rows of zeros, up to a number
-that is taken. If none is, the product is computed from widened values, in the output's dtype.
+So every shape is tried once, at its first use: as it is, then with rows of zeros added, up to a
+number that is accepted. If none is, the product is computed from widened values, in the output's
+dtype.
 
-The product is an operator of its own, which a compiled graph calls without looking inside. A
-condition on the number of rows in Python would be a guard, and small pictures would compile anew.
+The product is a custom operator, which is opaque to the compiler. A condition on the number of rows
+in Python would become a guard, and small images would compile again.
 
-Refused: keeping the modulations in bfloat16. They are 3.2 of FLUX.1's 11.9 G weights and are read
+Rejected: keeping the modulations in bfloat16. They are 3.2 of FLUX.1's 11.9 G weights and are read
 once a step, at 3.35 TB/s in 0.95 ms in float8 and 1.9 ms in bfloat16; a transformer would take
 15.2 GB instead of 12.0, and the text's linear above would be refused as before.
 """
@@ -129,7 +130,7 @@ _LIBRARY.impl("multiply", multiply, "CompositeExplicitAutograd")  # type: ignore
 
 @torch.library.register_fake("flux_fine_tune::multiply", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _without_values(left: Tensor, right: Tensor, *others: Any) -> Tensor:  # noqa: ANN401
-    """What a compiler knows of a product."""
+    """The operator's result without values, for the compiler."""
     *_, dtype = others
     return left.new_empty(left.shape[0], right.shape[0], dtype=dtype)
 

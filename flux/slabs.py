@@ -1,13 +1,13 @@
 """Host memory in a few large slabs, page-locked for CUDA.
 
-A piece of page-locked memory for every weight would take half as much again: the allocator rounds
-each one up to a power of two.
+A separate page-locked allocation for every weight would take half as much again, because the
+allocator rounds each one up to a power of two.
 
 By default torch page-locks with cudaHostAlloc, which maps all pages of a slab in one thread, under
-a lock of the driver. Told otherwise, it maps them in several threads and has CUDA lock what is
-mapped (`pinned_use_cuda_host_register` and `pinned_num_register_threads`, in torch's notes on CUDA
-under PYTORCH_ALLOC_CONF). It looks at these settings at every allocation, so they are given when
-the first page-locked slab is wanted.
+a lock of the driver. With `pinned_use_cuda_host_register` and `pinned_num_register_threads`
+(torch's notes on CUDA, under PYTORCH_ALLOC_CONF) it maps them in several threads, and CUDA locks
+what is mapped. torch reads these settings at every allocation, so they are set before the first
+page-locked slab.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one t
 
 
 class Slabs:
-    """Memory for tensors, one after another in slabs; it is given back with the last of them.
+    """Allocates tensors one after another in slabs; a slab is freed with its last tensor.
 
     Args:
         page_locked: whether a device may copy from it beside its other work.
@@ -76,7 +76,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
     """Copy a module's parameters from the memory map into slabs.
 
     Returns:
-        whether there was memory for it; the parameters are left as they are where not.
+        whether there was memory for it; if not, the parameters are unchanged.
     """
     try:
         views = _copies(module, page_locked)
@@ -91,7 +91,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
 
 
 class PageLocked:
-    """Page-locked host memory for modules, under a budget; who asks first has it, in any thread.
+    """Page-locked host memory for modules, under a budget: first come, first served. Thread-safe.
 
     Args:
         budget: in bytes.
@@ -112,7 +112,7 @@ class PageLocked:
 
 
 def give_back() -> None:
-    """Return page-locked memory that nothing uses to the system; torch would keep it."""
+    """Give the unused page-locked memory that torch has cached back to the system."""
     if not torch.cuda.is_available():
         return
     # torch 2.11 lacks the public name; its own CUDA graphs call the other

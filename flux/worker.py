@@ -4,7 +4,7 @@ The server runs every request in a new thread and cancels it by raising an excep
 between two bytecodes. Thread-local state (grad mode, dynamo's configuration) would be lost
 from request to request, and an exception thrown into library code leaks the library's locks.
 So setup and requests run in this thread, and the thread that the server may interrupt only
-waits. A cancel becomes a flag, which the work looks at where stopping is safe.
+waits. A cancel becomes a flag, which the work checks where stopping is safe.
 
 The waiting side uses no lock of Python code for the same reason: an exception can strike
 between acquiring and releasing. `SimpleQueue.put` and `lock.acquire` are single C calls.

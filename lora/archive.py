@@ -1,8 +1,9 @@
-"""What a downloaded file really is, and the one .safetensors inside a trainer's archive.
+"""The type of a downloaded file, and the one .safetensors file inside a trainer's archive.
 
-The archive comes from a stranger, so it is never extracted: its members stream past, one regular
-file is copied to a name of our own, and everything is counted. tarfile reads a member's extended
-header into memory at once, whatever length it claims, hence the check in `_Member`.
+The archive is not trusted, so it is never extracted. Its members are read as a stream, one regular
+file is copied to a name that we choose, and the number and size of the members are limited. tarfile
+reads a member's extended header into memory at once, whatever length it claims, so `_Member` checks
+that length.
 """
 
 import re
@@ -81,7 +82,7 @@ def take_weights(
 
 
 def _read(archive: Path, name: str, reader: "_Reader") -> None:
-    """Show the reader every member, and say of which tar an error is."""
+    """Pass every member to the reader; errors name the tar."""
     try:
         with tarfile.open(archive, "r|*", tarinfo=_Member) as members:
             for member in members:
@@ -119,7 +120,7 @@ class _Reader:
         self._captions: list[set[str]] = []
 
     def take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Look at one member, and copy it if it is the weights."""
+        """Read one member, and copy it if it holds the weights."""
         self._count(member)
         path = PurePosixPath(member.name)
         if member.type not in tarfile.REGULAR_TYPES or member.issparse() or path.name[:1] == ".":
@@ -136,7 +137,7 @@ class _Reader:
             self._read_text(content.read().decode(errors="replace"), is_caption=suffix == ".txt")
 
     def finish(self) -> tuple[str, ...]:
-        """Return the trigger words, having made sure of the weights."""
+        """Check that there was exactly one file of weights, and return the trigger words."""
         if len(self._found) != 1:
             held = ", ".join(self._found[:10]) or "none"
             raise InvalidFileError(

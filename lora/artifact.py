@@ -1,4 +1,4 @@
-"""What a reference turned out to be at the moment it was asked for."""
+"""The exact file that a reference stands for at the moment."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ class HubFile:
 class Artifact:
     """One exact file, and how to get it.
 
-    pin: names these very bytes as seen with these credentials, so that what is kept under it can
-        be used without asking; None where the source gives no way to tell two versions apart.
+    pin: identifies these bytes as seen with these credentials, so that a cached file with this pin
+        can be used without a request; None if the source cannot tell two versions apart.
     source, revision: for logs and errors; no secrets.
     size: bytes, perhaps rounded. sha256: lower-case hex. validator: ETag or Last-Modified date.
     """

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience) -> Fetched:
-    """Get the file of an artifact, and out of its archive if it came in one.
+    """Download the file of an artifact, and take it out of its archive if it is in one.
 
     target: where to put a file that is not already kept by somebody else.
     Raises WeightsError; nothing but an unfinished download is then left at `target`.

@@ -234,7 +234,7 @@ def _modules(
 
 
 def _transformer_spellings(modules: Mapping[str, Place]) -> tuple[list[Place], frozenset[str]]:
-    """BFL's and XLabs's names for the transformer's modules, and those it has not."""
+    """BFL's and XLabs's names for the transformer's modules, and names of modules it lacks."""
     places: list[Place] = []
     absent: set[str] = set()
     for naming, spelling, names in chain(_top_rows(), _block_rows(modules)):

@@ -1,8 +1,8 @@
-"""From a user's text to a parsed adapter, with as little work as the caches allow.
+"""Load adapters by reference, through a cache of files and a cache of parsed adapters.
 
-A reference without a version is asked about each time, cheaply, so that a retrained model is
-noticed; if its source is down, the file from before is used and the log says so. Failures leave
-nothing behind: a file is recorded when it is whole, an adapter when it is parsed.
+A reference without a version is looked up each time with one cheap request, so that a retrained
+model is noticed. If its source does not answer, the cached file is used, and the log says so. A
+failure leaves nothing behind: a file is recorded when it is complete, an adapter when it is parsed.
 """
 
 import logging
@@ -66,7 +66,7 @@ A = TypeVar("A", bound=AdapterLike)
 
 @dataclass(frozen=True)
 class Loaded(Generic[A]):
-    """An adapter, and how it was come by.
+    """A loaded adapter and its origin.
 
     digest, size: SHA-256 and bytes of its file. hit: where it was found.
     """

@@ -1,4 +1,4 @@
-"""The interface that every checker shares, and the rule that a broken checker passes nothing."""
+"""The interface of the checkers, and the rule that a failing checker withholds the image."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Which checkers look at an image, and which of their verdicts withhold it: as data."""
+"""The safety policies as data: which checkers run, and which verdicts withhold an image."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence

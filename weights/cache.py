@@ -1,17 +1,18 @@
-"""Files kept on disk, found again by what they are and by where they came from.
+"""A cache of files on disk, indexed by reference and by content.
 
-    records/<hash of key>.json   what a reference, or a pinned artifact, leads to
-    objects/<sha256>             the files, each once whatever names lead to it
-    parts/<hash of key>          downloads on their way; never a hit
+    records/<hash of key>.json   the file that a reference, or a pinned artifact, stands for
+    objects/<sha256>             the files, one for each content
+    parts/<hash of key>          incomplete downloads; never a cache hit
     uses/<sha256>                locked while a file is read; its date is the last use
-    locks/                       one per download, and one for the books
+    locks/                       one for each download, and one for the index
 
-Several processes may share the directory: a download happens under its own lock, so the second
-process waits and then finds the file; eviction and taking a file into use happen under the lock
-of the books. A file in use is marked by a shared flock, which a crash releases.
+Several processes may share the directory. Each download has a lock, so a second process waits and
+then finds the file. Eviction, and marking a file as in use, happen under the lock of the index. A
+file in use is marked by a shared flock, which is released even after a crash.
 
-Some files live elsewhere (the Hugging Face cache keeps its own): they are recorded, never copied,
-and evicted through a function given by the caller, and only if this cache had them fetched.
+Some files are stored elsewhere, for example in the Hugging Face cache. They are recorded and never
+copied. They are evicted through a function that the caller gives, and only if this cache had
+downloaded them.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ _STRAY_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where files are kept, and how many.
+    """Where files are kept, and the limits.
 
     max_bytes: budget for all files together. min_free_bytes: what to leave free on the disk.
     setting: the environment variable that names the root, for messages.
@@ -60,7 +61,7 @@ class Record:
 
     path: relative to the cache, or absolute for a file that is kept elsewhere.
     evictable: whether the cache may remove it. source and revision: for the log; no secrets.
-    lasting: whether its key may come again after a day.
+    lasting: whether its key can be used again after a day; a presigned URL cannot.
     """
 
     sha256: str
@@ -111,7 +112,7 @@ class FileCache:
     def fetching(
         self, key: str, check_cancelled: Callable[[], None] = never_cancelled
     ) -> Iterator[Path]:
-        """Hold the only right to fetch what belongs to a key; yields a path to download to.
+        """Hold the lock for downloading a key's file; yields the path to download to.
 
         Waits while another process fetches it. A part left there by an earlier try is kept.
         """
@@ -171,13 +172,13 @@ class FileCache:
         return path.is_file() and path.stat().st_size == record.size
 
     def _evictable(self) -> list[Record]:
-        """Every file that may go, the least recently used first."""
+        """Every file that may be evicted, the least recently used first."""
         ours = {record.path: record for _, record in self._records() if record.evictable}
         present = [record for record in ours.values() if self._is_whole(record)]
         return sorted(present, key=lambda record: _modified(self._use_path(record.sha256)))
 
     def _evict(self, record: Record) -> bool:
-        """Remove a file and its records unless it is in use; tells whether it went."""
+        """Remove a file and its records unless it is in use; returns whether it was removed."""
         mark = self._use_path(record.sha256)
         with mark.open("a") as file:
             try:
@@ -198,7 +199,7 @@ class FileCache:
         return [(path, record) for path, record in entries if record is not None]
 
     def _drop_strays(self) -> None:
-        """Remove what a crash left, parts and files that no record leads to, and brief records."""
+        """Remove old parts, files without a record, and records of presigned URLs."""
         records = self._records()
         known = {record.path for _, record in records}
         strays = [p for p in (self._root / "objects").iterdir() if f"objects/{p.name}" not in known]

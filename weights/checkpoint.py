@@ -18,7 +18,7 @@ EMBEDDED = Path(__file__).resolve().parent / "official"
 
 
 def fetch_missing(parts: Iterable[str], checkpoint: str, settings: Settings) -> None:
-    """Fetch the parts of a start that come from the hub and are not there yet.
+    """Download the parts that come from the hub and are missing.
 
     parts, checkpoint: as for `directory_of`, which need not fetch anything afterwards.
     Raises WeightsError with a message for the operator: DiskSpaceError before the first byte, if
@@ -36,7 +36,7 @@ def fetch_missing(parts: Iterable[str], checkpoint: str, settings: Settings) -> 
 
 
 def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
-    """Return the directory of a part, fetched if it is not there.
+    """Return the directory of a part; missing files are downloaded.
 
     part: a key of REPOSITORIES. checkpoint: `official`, `nano` (which has no checkers of its
     own), a directory, or the URL of a tar. Checkers that it does not hold come from the hub.

@@ -1,4 +1,4 @@
-"""One file from the network to the disk: whole and verified, or not there at all."""
+"""Download one file; only a complete and verified file takes its name."""
 
 import hashlib
 import logging
@@ -100,7 +100,7 @@ def _size(path: Path) -> int:
 
 
 class _Transfer:
-    """The tries of one download, each going on where the one before stopped."""
+    """The attempts of one download; each resumes where the previous one stopped."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class _Transfer:
         self._validator = _strong(expected.validator)
 
     def run(self) -> None:
-        """Make one try; raises SourceUnavailableError if another may help."""
+        """Make one attempt; raises SourceUnavailableError if another may succeed."""
         offset = _size(self._part)
         if offset and offset == self._expected.size:
             return

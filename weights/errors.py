@@ -1,12 +1,12 @@
-"""What can go wrong with getting weights, in words that a user can act on.
+"""The errors of getting weights.
 
-Every message says what was given, what was expected and what to do, and none holds a token or
-the query of a URL (presigned URLs are secrets).
+Every message says what was given, what was expected and what to do. No message holds a token, or
+the query of a URL, because presigned URLs are secrets.
 """
 
 
 class WeightsError(ValueError):
-    """Weights could not be had; the base of everything that this package raises on purpose."""
+    """Weights cannot be obtained; the base class of the errors of this package."""
 
 
 class ReferenceFormatError(WeightsError):

@@ -1,10 +1,10 @@
-"""Telling checkpoints apart without reading them.
+"""A fingerprint that tells checkpoints apart without reading all of them.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that many bytes, and the
 tensors' bytes (https://huggingface.co/docs/safetensors/index#format). The header is read, and the
-first page of every tensor: some megabytes of 24 GB, in which every fine-tune shows that changes
-whole tensors. Pages are read one by one: through a memory map, the system would read ahead, and
-with that most of the file.
+first page of every tensor: some megabytes of 24 GB. A fine-tune that changes whole tensors changes
+these pages. They are read one by one, because through a memory map the system would read ahead, and
+so read most of the file.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""HTTP for weights: one session, guarded addresses, tokens that stay home, errors in plain words.
+"""HTTP for downloads: one session, checked addresses, and tokens that go to their own hosts only.
 
-requests does the redirects; it drops the Authorization header as soon as one leads to another
-host. The session ignores the environment: a proxy would connect on our behalf, past the address
-check, and a .netrc would add credentials of its own. It keeps no cookies either, because one that
-came with the request of one user would go out with that of the next.
+requests follows redirects, and drops the Authorization header when one leads to another host. The
+session ignores the environment: a proxy would connect on our behalf and bypass the address check,
+and a .netrc would add other credentials. It keeps no cookies, because a cookie from one user's
+request would be sent with the next user's.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ _GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 
 @dataclass(frozen=True)
 class HttpSettings:
-    """How to speak HTTP.
+    """Limits and timeouts of HTTP.
 
     allow_private_hosts: reach addresses outside the public internet, for a store of one's own.
     connect_timeout, read_timeout: seconds to wait for a connection, and for the next bytes.

@@ -30,7 +30,7 @@ _CHUNK = 1 << 20
 
 
 def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
-    """Return the directory with what the tar at a URL holds; nothing is asked if it is there.
+    """Return the directory with the unpacked tar of a URL; an existing one is used as it is.
 
     root: where checkpoints are kept, each in a directory named by the hash of its URL.
     Raises WeightsError with a message for the operator.
