@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal, Self
+from typing import IO, Literal
 
 from weights.errors import InvalidFileError
 
@@ -98,11 +98,15 @@ def _read(archive: Path, name: str, reader: "_Reader") -> None:
 
 
 class _Member(tarfile.TarInfo):
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in _EXTENDED and not 0 <= member.size <= _MAX_EXTENDED_HEADER:
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """Check a header before its content is read.
+
+        tarfile names this method as the one for subclasses to override. (`frombuf` would be public,
+        but the patched Python 3.11.2 of Debian 12 does not call it.)
+        """
+        if self.type in _EXTENDED and not 0 <= self.size <= _MAX_EXTENDED_HEADER:
             raise InvalidFileError("the tar has an extended header of absurd size.")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 
 
