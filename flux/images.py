@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from flux.colour import to_srgb
 from flux.sampling import MEGAPIXEL
 from weights.redact import without_secrets
 
 FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 REFUSED_FORMATS = {"EPS"}  # Pillow has Ghostscript run the program that such a file is
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 MAX_SIDE = 65_535  # pixels
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
@@ -76,12 +78,20 @@ def _read(
                 _check_size(name, picture, max_pixels)
                 picture.load()
                 _check_size(name, picture, max_pixels)  # an icon's directory need not tell it
-                return _upright(_flatten(picture, background).convert(mode), picture)
+                read = _to_8_bits(picture)
+                if mode == "RGB":  # a mask's values are numbers, not colours
+                    read = to_srgb(read)
+                return _upright(_flatten(read, background).convert(mode), picture)
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
         raise PictureError(_too_large(name, max_pixels)) from error
     except UnidentifiedImageError as error:
+        if _is_heic(source):
+            raise PictureError(
+                f"{name}: this is an HEIC picture, as phones take them, and HEIC is not read; "
+                "convert it to JPEG, or set the phone's camera to its most compatible format"
+            ) from error
         raise PictureError(
             f"{name}: cannot be read as a picture: it is in no known format; send a JPEG, PNG, "
             "WebP or another file that Pillow reads"
@@ -91,6 +101,13 @@ def _read(
             f"{name}: cannot be read as a picture: the file is broken or incomplete "
             f"({type(error).__name__}); send it again, or as JPEG, PNG or WebP"
         ) from error
+
+
+def _is_heic(path: os.PathLike[str]) -> bool:
+    """Whether a file's type box names HEIC (ISO/IEC 23008-12, annex B); AVIF is another brand."""
+    with Path(path).open("rb") as file:
+        head = file.read(64)
+    return head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS)
 
 
 def _formats() -> list[str]:
@@ -124,9 +141,7 @@ def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
 
 
 def _flatten(picture: Image.Image, background: str) -> Image.Image:
-    """Convert grey of more than 8 bits to 8, and put transparency over a plain background."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _to_8_bits(picture)
+    """Put transparency over a plain background."""
     if not picture.has_transparency_data:
         return picture
     layer = picture.convert("RGBA")
@@ -134,12 +149,16 @@ def _flatten(picture: Image.Image, background: str) -> Image.Image:
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as mode L.
+    """Grey of more than 8 bits as mode L; other pictures as they are.
 
     I;16 files use the whole range. Those of mode I (32 bits) and F (float) do not say which
     they use: the smallest of 0 to 1 (float only), 0 to 255 and 0 to 65535 that holds them all.
     """
+    if not (picture.mode.startswith("I") or picture.mode == "F"):
+        return picture
     values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
     ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
     top = next((top for top in ranges if values.max() <= top), ranges[-1])
-    return Image.fromarray(np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8))
+    grey = Image.fromarray(np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8))
+    grey.info = picture.info
+    return grey

@@ -131,7 +131,7 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
         height=height,
         picture=picture and resize(picture, width, height),
         mask=mask and resize(mask, width, height),
-        sigmas=_noise_levels(inputs, mode),
+        sigmas=_noise_levels(inputs, mode, mask),
         seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
         guidance=float(inputs.guidance_scale) if variant.guidance else None,
         adapters=_adapters(inputs, default_adapter, scale_multiplier(precision, settings)),
@@ -193,8 +193,11 @@ def _precision(inputs: Inputs, picture: Image.Image | None) -> Precision:
     return "fp8" if inputs.go_fast else "bf16"
 
 
-def _noise_levels(inputs: Inputs, mode: Mode) -> tuple[float, ...]:
-    """Empty at strength 0, where the picture comes back as it is."""
+def _noise_levels(inputs: Inputs, mode: Mode, mask: Image.Image | None) -> tuple[float, ...]:
+    """Empty at strength 0, and with a black mask, where the output is the input picture."""
+    if mask and not mask.getbbox():
+        logger.info("The mask is black everywhere: nothing is repainted")
+        return ()
     strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
     if strength == 0:
         logger.info("prompt_strength 0 keeps the image as it is: nothing is drawn")

@@ -1,5 +1,6 @@
 """What a caller observes, over HTTP from one running server."""
 
+import io
 import re
 import shutil
 import struct
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from server import ServerError
 
+from tests.flux.test_images import COLOURS, P3, expected, patches, picture, rgb_profile
 from tests.support import PROMPT, colours, data_uri, difference, encode, pixels, same
 
 SCHNELL = {"model": "schnell", "num_inference_steps": 1}
@@ -228,6 +230,37 @@ def test_what_the_mask_keeps_is_the_picture_itself(server, photograph) -> None:
     assert (middle > 0).mean() > 0.9
     rim, within = ring(mask, 0, 1), ring(mask, 8, 12)
     assert 0 < changed[rim].mean() < changed[within].mean() / 3  # a soft edge, inside
+
+
+def test_a_black_mask_gives_the_picture_back(server, photograph) -> None:
+    answer = server.draw(
+        image=data_uri(photograph), mask=data_uri(Image.new("L", photograph.size)), **RAW
+    )
+    kept = server.draw(image=data_uri(photograph), prompt_strength=0, **RAW)
+    assert same(answer.image, kept.image)
+    assert "The mask is black everywhere: nothing is repainted" in answer.logs
+
+
+def test_a_mask_in_the_alpha_channel(server, photograph) -> None:
+    """Opaque white with a transparent hole, as editors save it: the hole is kept."""
+    mask = Image.new("RGBA", photograph.size, "white")
+    mask.paste((255, 255, 255, 0), (0, 0, photograph.width, photograph.height // 2))
+    answer = server.draw(image=data_uri(photograph), mask=data_uri(mask), **RAW)
+    kept = server.draw(image=data_uri(photograph), prompt_strength=0, **RAW).image
+    top = (0, 0, kept.width, kept.height // 2 - 16)
+    assert same(answer.image.crop(top), kept.crop(top))
+    assert not same(answer.image, kept)
+
+
+def test_the_kept_area_has_the_colours_of_the_profile(server) -> None:
+    """What a caller sees where nothing is repainted is the converted picture, without a profile."""
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG", icc_profile=rgb_profile(P3))
+    image = picture()
+    black = data_uri(Image.new("L", image.size))
+    answer = server.draw(image=data_uri(buffer.getvalue()), mask=black, **RAW)
+    assert np.abs(patches(answer.image) - expected(np.array(COLOURS), P3)).max() < 2
+    assert "icc_profile" not in answer.image.info
 
 
 def test_grey_blends(server) -> None:
