@@ -40,6 +40,7 @@ FLOAT8_ROWS, FLOAT8_COLUMNS = 16, 128  # few rows, so that all multiprocessors h
 DEPTHS = (16, 32)  # of a product; Triton's least is 16
 WARPS = 4
 FLOAT8_CAPABILITY = (9, 0)  # before, Triton's values pass through fp16, which rounds them twice
+UNALIGNED = ("scales",)  # parts of one vector, wherever they begin: no reason to compile anew
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -72,13 +73,13 @@ def write(
     sizes = (rows, columns, rank, up.shape[0])
     depth = DEPTHS[rank > DEPTHS[0]]
     if isinstance(working, Float8Tensor):
-        _quantized[(triton.cdiv(rows, FLOAT8_ROWS),)](
+        _quantized[(-(-rows // FLOAT8_ROWS),)](
             *(pristine, up, down, scales, target, working.scale, *sizes),
             *(LARGEST, TINY, FLOAT8_ROWS, FLOAT8_COLUMNS, depth),
             num_warps=WARPS,
         )
     else:
-        _rounded[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
+        _rounded[(-(-rows // ROWS), -(-columns // COLUMNS))](
             *(pristine, up, down, scales, target, *sizes),
             *(ROWS, COLUMNS, depth),
             num_warps=WARPS,
@@ -117,7 +118,7 @@ def _exact(
     return value.to(tl.float32) + delta
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _rounded(
     pristine, up, down, scales, working,
     rows, columns, rank, changed,
@@ -132,7 +133,7 @@ def _rounded(
     tl.store(place, exact.to(working.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _quantized(
     pristine, up, down, scales, values, amplitudes,
     rows, columns, rank, changed,

@@ -164,15 +164,18 @@ def _packed(parts: Sequence[Sequence[LowRank] | None]) -> Factors | None:
     dtypes = {t.dtype for _, (up, down, *_) in deltas for t in (up, down)}
     narrow = len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16}
     dtype = dtypes.pop() if narrow else torch.float32
-    height = max(rows.stop for _, (*_, rows) in deltas)
-    together = torch.zeros(height, rank, dtype=dtype)
-    column = 0
-    for _, (up, down, _, rows) in deltas:
-        together[rows, column : column + down.shape[0]] = up.to(dtype)
-        column += down.shape[0]
-    downs = torch.cat([down.to(dtype) for _, (_, down, *_) in deltas])
+    if len(deltas) == 1 and deltas[0][1][-1].start == 0:
+        (_, (up, down, *_)) = deltas[0]
+        ups, downs = up.to(dtype), down.to(dtype)
+    else:
+        ups = torch.zeros(max(rows.stop for _, (*_, rows) in deltas), rank, dtype=dtype)
+        column = 0
+        for _, (up, down, _, rows) in deltas:
+            ups[rows, column : column + down.shape[0]] = up.to(dtype)
+            column += down.shape[0]
+        downs = torch.cat([down.to(dtype) for _, (_, down, *_) in deltas])
     strengths = [(i, s) for i, (_, down, s, _) in deltas for _ in range(down.shape[0])]
-    return Factors(together, downs, strengths)
+    return Factors(ups, downs, strengths)
 
 
 def one_pass(device: torch.device, limit: int) -> OnePass | None:

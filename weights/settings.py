@@ -171,7 +171,7 @@ class Settings:
     lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GIB)
     lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GIB)
     lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GIB)
-    lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, 2 * GIB)
+    lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GIB)
     lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GIB)
     lora_allow_private_hosts: bool = _setting("LORA_ALLOW_PRIVATE_HOSTS", _flag, False)
     lora_allow_local_paths: bool = _setting("LORA_ALLOW_LOCAL_PATHS", _flag, False)
