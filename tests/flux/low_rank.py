@@ -11,6 +11,23 @@ from lora.deltas import Contribution, LoRA, Part
 COMPONENT = "transformer"
 
 
+class Kernel:
+    """What stands in for the kernel; it fails at the n-th weight."""
+
+    def __init__(self, error: Exception | None = None, at: int = 1) -> None:
+        self.error, self.at = error, at
+        self.written = 0
+
+    def __call__(self, weight, before, up, down, scales) -> bool:
+        if self.error and self.written + 1 == self.at:
+            raise self.error
+        self.written += 1
+        exact = before.float().clone()
+        exact[: up.shape[0]] += (up.float() * scales) @ down.float()
+        store(weight, exact)
+        return True
+
+
 def factors(
     rows: int, columns: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LoRA:

@@ -9,31 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.merge import Pristine, WorkingWeights
 from flux.one_pass import OnePass, one_pass
-from flux.quantize import store
 from tests import tiny
-from tests.flux.low_rank import bits, factors, pristine, same, whole, working
+from tests.flux.low_rank import Kernel, bits, factors, pristine, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
 
 ROWS, COLUMNS = 32, 48
 ROOM = 1 << 20
 CPU = torch.device("cpu")
-
-
-class Kernel:
-    """What stands in for the kernel; it fails at the n-th weight."""
-
-    def __init__(self, error: Exception | None = None, at: int = 1) -> None:
-        self.error, self.at = error, at
-        self.written = 0
-
-    def __call__(self, weight, before, up, down, scales) -> bool:
-        if self.error and self.written + 1 == self.at:
-            raise self.error
-        self.written += 1
-        exact = before.float().clone()
-        exact[: up.shape[0]] += (up.float() * scales) @ down.float()
-        store(weight, exact)
-        return True
 
 
 class Bus:
