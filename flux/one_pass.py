@@ -109,6 +109,7 @@ class OnePass:
             if is_out_of_memory(error):
                 raise
             self.failed = True
+            self._held = Recent(self._limit)  # nothing there is used any more
             logger.warning(
                 "Adapters are merged by torch's operators until a restart", exc_info=error
             )
