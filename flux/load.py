@@ -16,6 +16,7 @@ from flux.deployment import Deployment
 from flux.masters import PART, Master, load_transformer, template
 from flux.memory import bytes_of, device_budget, host_budget
 from flux.offload import OnHost, offload
+from flux.one_pass import one_pass
 from flux.prequantized import Prequantized, path_of
 from flux.quantize import quantizes_activations
 from flux.quiet import without_progress_bars
@@ -97,6 +98,9 @@ def working_transformers(
     on_host = sum(taken[name] for name in MODULES if name in deployment.offloaded)
     budget = device_budget(settings.device_memory_bytes, device, sum(taken.values()) - on_host)
     home = OnHost(device) if COMPONENT in deployment.offloaded else None
+    adapters = None if home else one_pass(device, settings.lora_device_bytes)
+    if adapters and budget is not None:
+        budget = max(0, budget - settings.lora_device_bytes)
     page_locked = None
     if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
         left = host_budget(settings.host_memory_bytes) - on_host
@@ -111,6 +115,7 @@ def working_transformers(
         budget=budget,
         home=home,
         precisions=PRECISIONS[settings.at_start],
+        one_pass=adapters,
     )
     modules = list(transformers.modules.values())
     backend = set_attention_backend(modules, settings.attention_backend, device, deployment.dtype)

@@ -8,6 +8,9 @@ and a merge that fails half-way leaves records that tell so, and the next reconc
 
 Refused: subtracting a delta (4.6 % of bf16 weights do not come back), wrapper modules (they
 slow every step and recompile the graph), and dense deltas kept between merges (47 GB).
+
+Here a write is torch's operators, one pass each. On CUDA `flux/one_pass.py` does the same in one,
+for plain LoRA deltas.
 """
 
 import math
@@ -18,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from flux.recent import Recent
 from flux.staging import Staging
 
 Parameter = tuple[str, str]
@@ -29,6 +33,10 @@ Pristine = Callable[[str, str], Tensor]
 Store = Callable[[Tensor, Tensor], None]
 """Writes an exact value (fp32, or the pristine itself) into a working weight in place."""
 
+LowRank = tuple[Tensor, Tensor, float, slice]
+"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
+
+PLANS = 8  # combinations of adapters and scales whose records are kept
 UNKNOWN = None
 """The record of a parameter before its first write, while it is written, and if that fails."""
 
@@ -50,6 +58,46 @@ class AdapterLike(Protocol):
         self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
     ) -> None:
         """Add `scale * delta` of one parameter to `scratch` (fp32, its shape) in place."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        ...
+
+    def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
+        """The delta of one parameter as a sum of LoRA deltas; None where it is none."""
+        ...
+
+    def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "AdapterLike":
+        """The same for some of its parameters only, with tensors that `send` gives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Adapters on the device.
+
+    Attributes:
+        factors: for weights that `OnePassLike.write` can write, what it takes.
+        adapters: by digest, for all others.
+    """
+
+    factors: Mapping[Parameter, tuple[Tensor, Tensor, Tensor]]
+    adapters: Mapping[str, AdapterLike]
+
+
+class OnePassLike(Protocol):
+    """What merging needs of `flux.one_pass.OnePass`."""
+
+    def near(self, record: Record, adapters: Mapping[str, AdapterLike]) -> Near | None:
+        """Have adapters on the device; None where they cannot be."""
+        ...
+
+    def write(
+        self, working: Tensor, pristine: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+    ) -> bool:
+        """Write a weight from its pristine value; return whether it is written."""
         ...
 
 
@@ -102,6 +150,7 @@ class WorkingWeights:
         pristine: where pristine values come from; by default a copy before the first write.
         store: how a result is put into a working weight; quantised weights bring their own.
         staging: brings pristine values to the device; by default they are used where they are.
+        one_pass: writes weights with LoRA deltas; None: torch's operators do, as for all others.
         blank: the parameters hold nothing yet; the first reconciliation writes all of them.
     """
 
@@ -112,6 +161,7 @@ class WorkingWeights:
         store: Store = store_rounded,
         staging: Staging | None = None,
         *,
+        one_pass: OnePassLike | None = None,
         blank: bool = False,
     ) -> None:
         self._parameters: dict[Parameter, Tensor] = {
@@ -122,6 +172,8 @@ class WorkingWeights:
         self._pristine = pristine or ClonedPristine(self._parameters)
         self._store = store
         self._staging = staging or Staging(torch.device("cpu"), stream=None)
+        self._one_pass = one_pass
+        self._plans: Recent[Record, Mapping[Parameter, Record]] = Recent(PLANS)
         self._records: dict[Parameter, Record | None] = {}
         if blank:
             self._records |= dict.fromkeys(self._parameters, UNKNOWN)
@@ -152,7 +204,7 @@ class WorkingWeights:
 
     def differs(self, desired: Sequence[tuple[AdapterLike, float]]) -> bool:
         """Whether `reconcile` would write anything."""
-        _, wanted = _wanted(desired)
+        wanted = self._plan(*_combined(desired))
         return any(self.record(*key) != wanted.get(key, ()) for key in self._parameters)
 
     @torch.no_grad()
@@ -174,22 +226,36 @@ class WorkingWeights:
         Raises:
             ValueError: a scale is not finite.
         """
-        adapters, wanted = _wanted(desired)
-        stale = [key for key in self._parameters if self.record(*key) != wanted.get(key, ())]
+        adapters, combined = _combined(desired)
+        wanted = self._plan(adapters, combined)
+        stale = [
+            (key, record)
+            for key in self._parameters
+            if self._records.get(key, ()) != (record := wanted.get(key, ()))
+        ]
+        near = None
+        if self._one_pass and any(record for _, record in stale):
+            near = self._one_pass.near(combined, adapters)
         written: dict[Parameter, Record] = {}
-        near = self._staging.bring(self._pristine(*key) for key in stale)
+        sources = self._staging.bring(self._pristine(*key) for key, _ in stale)
         try:
-            for key, pristine in zip(stale, near, strict=True):
+            for (key, record), pristine in zip(stale, sources, strict=True):
                 check_cancelled()
-                record = wanted.get(key, ())
-                self._write(key, record, pristine, adapters)
+                self._write(key, record, pristine, adapters, near)
                 written[key] = record
         finally:
             self._staging.wait()  # also with nothing stale: before whatever is computed next
             self._records |= written
-        merged = sum(key in wanted for key in stale)
+        merged = sum(bool(record) for _, record in stale)
         absent = tuple(sorted(wanted.keys() - self._parameters.keys()))
         return Swap(merged, len(stale) - merged, absent)
+
+    def _plan(
+        self, adapters: Mapping[str, AdapterLike], combined: Record
+    ) -> Mapping[Parameter, Record]:
+        """The record that each touched parameter should have; made once, and kept for a while."""
+        plan = self._plans.get(combined)
+        return self._plans.put(combined, _wanted(adapters, combined)) if plan is None else plan
 
     def _write(
         self,
@@ -197,14 +263,21 @@ class WorkingWeights:
         record: Record,
         pristine: Tensor,
         adapters: Mapping[str, AdapterLike],
+        near: Near | None,
     ) -> None:
         """Write one parameter from its pristine value; its record is unknown afterwards."""
         working = self._parameters[key]
         self._records[key] = UNKNOWN
+        if record and near and self._one_pass:
+            if factors := near.factors.get(key):
+                if self._one_pass.write(working, pristine, factors):
+                    return
+            else:
+                adapters = near.adapters
         exact = pristine
         if record:
-            near = pristine.to(working.device)  # before it is widened: half to carry
-            exact = self._scratch_like(working).copy_(near)
+            here = pristine.to(working.device)  # before it is widened: half to carry
+            exact = self._scratch_like(working).copy_(here)
             for digest, scale in record:
                 adapters[digest].add_to(exact, *key, self._pristine, scale)
         self._store(working, exact)
@@ -216,17 +289,26 @@ class WorkingWeights:
         return self._scratch[: working.numel()].view(working.shape)
 
 
-def _wanted(
+def _combined(
     desired: Sequence[tuple[AdapterLike, float]],
-) -> tuple[dict[str, AdapterLike], dict[Parameter, Record]]:
-    """The adapters by digest, and the record that each touched parameter should have."""
+) -> tuple[dict[str, AdapterLike], Record]:
+    """The adapters by digest; and these with the sums of their scales, but for zeros, sorted."""
     adapters = {adapter.digest: adapter for adapter, _ in desired}
-    wanted: dict[Parameter, Record] = {}
+    combined = []
     for digest in sorted(adapters):
         scales = [scale for adapter, scale in desired if adapter.digest == digest]
         scale = math.fsum(scales)  # exact, so that the order given does not matter
         if not math.isfinite(scale):
             raise ValueError(f"the scale of an adapter must be finite, got {scales}")
-        for key in adapters[digest].parameters if scale else ():
+        if scale:
+            combined.append((digest, scale))
+    return adapters, tuple(combined)
+
+
+def _wanted(adapters: Mapping[str, AdapterLike], combined: Record) -> dict[Parameter, Record]:
+    """The record that each touched parameter should have."""
+    wanted: dict[Parameter, Record] = {}
+    for digest, scale in combined:
+        for key in adapters[digest].parameters:
             wanted[key] = (*wanted.get(key, ()), (digest, scale))
-    return adapters, wanted
+    return wanted

@@ -153,15 +153,20 @@ class Staging:
             yield from sources
             return
         near: Tensor | None = None
+        copied = False
         for source in sources:
             # After the copy of `near`, and after all use of the tensor before it, whose buffer
             # this source takes; beside the use of `near`, which is put down after the yield.
-            self._stream.meet()
+            comes = self._stream.carries(source)
+            if copied or comes:
+                self._stream.meet()
+            copied = comes
             coming = self._send(self._stream, source)
             if near is not None:
                 yield near
             near = coming
-        self._stream.meet()
+        if copied:
+            self._stream.meet()
         if near is not None:
             yield near
 

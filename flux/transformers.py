@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flux.copies import DeviceCopies
 from flux.masters import Master
 from flux.memory import empty_cache, is_out_of_memory
-from flux.merge import AdapterLike, Pristine, Swap, WorkingWeights
+from flux.merge import AdapterLike, OnePassLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.request import Precision
@@ -47,6 +47,7 @@ class Transformers:
         budget: bytes for working weights, where they are at home; None: no limit.
         home: where the working weights are; by default on the device.
         precisions: of what is there at the start.
+        one_pass: writes weights with adapters there; None: torch's operators do.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class Transformers:
         budget: int | None,
         home: Home | None = None,
         precisions: Collection[Precision] = ("bf16", "fp8"),
+        one_pass: OnePassLike | None = None,
     ) -> None:
         self.precisions = precisions
         self._masters = masters
         self._device = device
         self._dynamic = dynamic
+        self._one_pass = one_pass
         self._home: Home = home or OnDevice(device)
         self._staging = Staging(self._home.memory, self._home.stream)
         self.modules: dict[Key, nn.Module] = {
@@ -179,6 +182,7 @@ class Transformers:
                 self._pristine(key[0]),
                 store,
                 self._staging,
+                one_pass=self._one_pass,
                 blank=not ready_made,
             )
         except BaseException:

@@ -5,15 +5,15 @@ known to be harmless and is listed as ignored, or is an error that names it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora.deltas import Contribution, Delta, DoRA, Full, Part, Pristine
+from lora.deltas import Contribution, Delta, DoRA, Full, LoRA, Part, Pristine, placed
 from lora.foreign import refuse_foreign
 from lora.header import AdapterError, Header, read_header, short
 from lora.keys import Targets, split_role
@@ -30,6 +30,8 @@ UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX n
 
 Parameter = tuple[str, str]
 """(component, parameter name)."""
+LowRank = tuple[Tensor, Tensor, float, slice]
+"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,38 @@ class Adapter:
         """
         for contribution in self.contributions[component, parameter]:
             contribution.add_to(scratch, scale, pristine)
+
+    def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
+        """The delta of one parameter as a sum of LoRA deltas; None where it is none.
+
+        `delta[rows] = sum of strength * up @ down`, over those that have these rows.
+        """
+        found = []
+        for contribution in self.contributions[component, parameter]:
+            delta, part = contribution.delta, contribution.part
+            if not isinstance(delta, LoRA):
+                return None
+            found.append((delta.up[part.source], delta.down, delta.strength, part.target))
+        return found
+
+    def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "Adapter":
+        """The same for some of its parameters only, with the tensors that `send` gives.
+
+        One that has several parts of a fused module in it is sent once.
+        """
+        sent: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in sent:
+                sent[id(tensor)] = send(tensor)
+            return sent[id(tensor)]
+
+        kept = {
+            key: tuple(placed(contribution, once) for contribution in contributions)
+            for key, contributions in self.contributions.items()
+            if key in parameters
+        }
+        return replace(self, contributions=kept)
 
 
 def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:

@@ -9,12 +9,13 @@ Formulas: LoRA (Hu et al. 2021), LoHa and LoKr (LyCORIS, arXiv 2309.14859), DoRA
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 Pristine = Callable[[str, str], Tensor]
 """(component, parameter name) -> the parameter's pristine value."""
 
@@ -180,6 +181,20 @@ class Contribution:
             self.delta.add_to(out, self.part.source, factor)
 
 
+def placed(value: T, send: Callable[[Tensor], Tensor]) -> T:
+    """A delta, or what is made of them, with the tensors that `send` gives for its own."""
+    changed: Any = value
+    if isinstance(value, Tensor):
+        changed = send(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: placed(getattr(value, field.name), send) for field in fields(value)}
+        changed = replace(value, **parts)
+    return changed  # type: ignore[no-any-return]
+
+
 def _exact(values: Tensor, like: Tensor) -> Tensor:
-    """`values` in fp32 on the device of `like`; products in bf16 would lose what fp32 keeps."""
-    return values.to(like.device).float()  # in this order, so that the bus carries the file's dtype
+    """`values` in fp32 on the device of `like`; products in bf16 would lose what fp32 keeps.
+
+    The bus carries the file's dtype, and from page-locked memory without the host waiting.
+    """
+    return values.to(like.device, non_blocking=True).float()

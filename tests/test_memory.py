@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
 from flux.memory import bytes_of
+from flux.one_pass import OnePass
 from tests.adapters import adapter
 from tests.embedded import diffusers
+from tests.flux.low_rank import Kernel
 from tests.flux.streams import Late
 from tests.support import data_uri, difference, same
 
@@ -159,6 +161,37 @@ def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeyp
     assert draw(replicate_weights=data_uri(save(adapter(1))))
     assert same(draw()[0], expected)
     assert weights.sent == dev  # swaps read the device
+
+
+@pytest.mark.parametrize("go_fast", [False, True])
+def test_adapters_on_the_device_draw_the_same(start, monkeypatch, go_fast) -> None:
+    """As on a card, with a stand-in for its kernel."""
+    style, kernel = data_uri(save(adapter(1))), Kernel()
+    request = {"go_fast": go_fast, "num_inference_steps": 1}
+    here = start()
+    monkeypatch.setattr(
+        "flux.load.one_pass", lambda _, limit: OnePass(kernel, limit, torch.Tensor.clone)
+    )
+    there = start()
+    for weights in (style, None, style):
+        images = [draw(replicate_weights=weights, **request)[0] for draw in (here, there)]
+        assert difference(*images) < 1
+        assert weights or same(*images)
+    assert kernel.written == len(adapter(1))  # two factors for each weight, and two merges
+
+
+def test_adapters_have_a_part_of_the_device(start, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "flux.load.one_pass", lambda _, limit: OnePass(Kernel(), limit, torch.Tensor.clone)
+    )
+    room, theirs = gigabytes("dev"), 0.0005
+    for total, fits in ((room, False), (room + theirs, True)):
+        draw = start(FLUX_DEVICE_MEMORY_GB=str(total), LORA_DEVICE_MEMORY_GB=str(theirs))
+        if fits:
+            assert draw()
+            continue
+        with pytest.raises(RuntimeError, match="dev bf16 takes"):
+            draw()
 
 
 @pytest.mark.parametrize("offload", ["t5", "all"])

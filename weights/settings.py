@@ -128,6 +128,7 @@ class Settings:
             budget, and what is left free beside them. Files from the Hugging Face hub stay in
             huggingface_hub's own cache (HF_HOME) and count towards the budget.
         lora_memory_bytes: budget for parsed adapters in host memory.
+        lora_device_bytes: budget for those on the device; 0: they are merged from the host.
         lora_max_file_bytes: the largest adapter file accepted.
         lora_allow_private_hosts: download from addresses outside the public internet.
         lora_allow_local_paths: let a caller name a file on this machine.
@@ -170,6 +171,7 @@ class Settings:
     lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GIB)
     lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GIB)
     lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GIB)
+    lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GIB)
     lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GIB)
     lora_allow_private_hosts: bool = _setting("LORA_ALLOW_PRIVATE_HOSTS", _flag, False)
     lora_allow_local_paths: bool = _setting("LORA_ALLOW_LOCAL_PATHS", _flag, False)

@@ -18,11 +18,12 @@ from flux.residency import ORDER, PRISTINE, BudgetError, Item, Residency
 from flux.transformers import size
 from flux.variants import VARIANTS
 from weights.inventory import GB
-from weights.settings import GIB
+from weights.settings import GIB, Settings
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
 HOSTS = (48, 64, 96, 128)
 CHECKERS = int(0.8 * GB)
+ADAPTERS = Settings().lora_device_bytes
 CUDA_CONTEXT = GIB // 2  # an estimate
 
 
@@ -69,7 +70,7 @@ def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[st
     lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
     items = {**sizes, **{(variant, PRISTINE): sizes[variant, "bf16"] for variant in VARIANTS}}
     for gibibytes in CARDS:
-        free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE
+        free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE - ADAPTERS
         found = []
         for setting in ("none", "t5"):
             there = [part for name, part in shared.items() if name not in COMPONENTS[setting]]
