@@ -48,9 +48,7 @@ class Server:
         self._session.trust_env = False  # loopback must not go through a proxy
 
     def __enter__(self) -> "Server":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
             [SERVE, "--port", str(port)],
@@ -143,6 +141,13 @@ class Server:
             ours = target in LOGS and "source" in record["fields"]
             if self._on_log and (ours or target == LATE_LOG):
                 self._on_log(message)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _details(response: requests.Response) -> str:

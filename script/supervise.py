@@ -1,8 +1,8 @@
-"""The command behind script/serve: Cog's server, which ends with an error when its worker is gone.
+"""The command behind script/serve: Cog's server, which ends with an error when it cannot predict.
 
-Cog's server outlives its worker. After a kill -9, or when the system is out of memory, it answers
-every request, and fails every prediction. Here it is stopped then, so that systemd, Kubernetes or a
-shell loop can start it again.
+Cog's server outlives its worker. After a setup that failed, a kill -9, or when the system is out of
+memory, it answers every request, and fails every prediction. Here it is stopped then, so that
+systemd, Kubernetes or a shell loop can start it again.
 """
 
 import json
@@ -15,12 +15,12 @@ from contextlib import suppress
 POLL_SECONDS = 1.0
 TIMES = 2  # a healthcheck that was late once is no reason to stop
 STOP_SECONDS = 10
-GONE = {"DEFUNCT", "UNHEALTHY"}
+BROKEN = {"SETUP_FAILED", "DEFUNCT", "UNHEALTHY"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(host: str, port: str) -> int:
-    """Run the server until it ends; return its exit status, or 1 when its worker is gone."""
+    """Run the server until it ends; return its exit status, or 1 when it cannot predict."""
     server = subprocess.Popen([sys.executable, "-m", "cog.server.http", "--host", host])
     for number in SIGNALS:
         signal.signal(number, lambda number, _: server.send_signal(number))
@@ -28,12 +28,11 @@ def main(host: str, port: str) -> int:
     seen = 0
     while seen < TIMES:
         with suppress(subprocess.TimeoutExpired):
-            status = server.wait(POLL_SECONDS)
-            return 128 - status if status < 0 else status
-        seen = seen + 1 if health(url) in GONE else 0
-    print(
-        "script/serve: the worker is gone, and no prediction can succeed: stopping", file=sys.stderr
-    )
+            exit_status = server.wait(POLL_SECONDS)
+            return 128 - exit_status if exit_status < 0 else exit_status
+        status = health(url)
+        seen = seen + 1 if status in BROKEN else 0
+    print(f"script/serve: {status}: no prediction can succeed; stopping", file=sys.stderr)
     server.terminate()
     try:
         server.wait(STOP_SECONDS)
@@ -48,8 +47,7 @@ def health(url: str) -> str | None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(url, timeout=30) as answer:
-            status: str = json.load(answer)["status"]
-            return status
+            return str(json.load(answer)["status"])
     except (OSError, ValueError, LookupError):
         return None
 

@@ -2,20 +2,27 @@
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
-from server import Server, ServerError
+from server import Server, ServerError, free_port
+from supervise import health
 
 from tests.support import colours
 
 ROOT = Path(__file__).parent.parent
 MARK = "STARTED_BY_TEST_IN"  # tells this test's servers from those of tests that run beside it
+
+
+WORKER = b"coglet.server._run_worker"  # in the command of the process that predicts
 
 
 def environment_of(cwd: Path, **environment: str) -> dict[str, str]:
@@ -35,30 +42,45 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
     )
 
 
+@contextmanager
+def started(script: str, *arguments: str, cwd: Path, **options: Any) -> Iterator[subprocess.Popen]:
+    """A script that runs in the background; when the test fails, it is killed with its servers."""
+    process = subprocess.Popen(
+        [ROOT / "script" / script, *arguments],
+        cwd=cwd,
+        env=environment_of(cwd),
+        text=True,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        for server in servers(cwd):
+            os.kill(server, signal.SIGKILL)
+        process.communicate()
+
+
 @pytest.mark.parametrize("when", ["Running setup", "Using seed"])
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: int) -> None:
     inputs = ["prompt=x", "num_inference_steps=50", "num_outputs=4"]
-    command = [ROOT / "script" / "predict", *(o for i in inputs for o in ("-i", i))]
-    with subprocess.Popen(
-        command,
+    with started(
+        "predict",
+        *(o for i in inputs for o in ("-i", i)),
         cwd=tmp_path,
-        env=environment_of(tmp_path),
         stderr=subprocess.PIPE,
-        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
     ) as process:
-        assert process.stderr
         if when == "Using seed":
             assert any(when in line for line in process.stderr)
         else:
-            while not servers(tmp_path):
-                time.sleep(0.05)
+            wait_for(lambda: servers(tmp_path))
         process.send_signal(ending)
         _, log = process.communicate(timeout=60)
-    assert process.returncode == 128 + ending
-    assert "Traceback" not in log
-    assert servers(tmp_path) == []
+        assert process.returncode == 128 + ending
+        assert "Traceback" not in log
+        assert servers(tmp_path) == []
 
 
 def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypatch) -> None:
@@ -74,41 +96,43 @@ def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypat
         pass
 
 
-def test_serve_ends_with_an_error_when_its_worker_is_gone(tmp_path) -> None:
+@pytest.mark.parametrize("status", ["SETUP_FAILED", "UNHEALTHY|DEFUNCT"])
+def test_serve_ends_with_an_error_when_it_cannot_predict(tmp_path, status: str) -> None:
     """So that a supervisor starts it again; Cog's own server answers for ever."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with subprocess.Popen(
-        [ROOT / "script" / "serve", "--port", port],
-        env=environment_of(tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout
-        assert any("Setup complete" in line for line in process.stdout)
-        (worker,) = servers(tmp_path, program=b"coglet.server._run_worker")
-        os.kill(int(worker), signal.SIGKILL)
-        log, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "script/serve: the worker is gone, and no prediction can succeed" in log
-    assert servers(tmp_path) == []
+    port = str(free_port())
+    with started("serve", "--port", port, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        if status == "SETUP_FAILED":
+            assert any("Running setup" in line for line in process.stderr)
+        else:
+            wait_for(lambda: health(f"http://127.0.0.1:{port}/health-check") == "READY")
+        (worker,) = servers(tmp_path, WORKER)
+        os.kill(worker, signal.SIGKILL)
+        _, log = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert re.search(f"script/serve: ({status}): no prediction can succeed", log)
+        assert servers(tmp_path) == []
 
 
-def servers(cwd: Path, program: bytes = b"cog") -> list[str]:
+def servers(cwd: Path, program: bytes = b"cog") -> list[int]:
     """The process ids of Cog servers and workers that `environment_of(cwd)` was given to."""
     found, mark = [], f"{MARK}={cwd}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes()
-            ours = b"cog.server.http" in command or b"coglet.server" in command
+            ours = b"cog.server.http" in command or WORKER in command
             environment = (entry / "environ").read_bytes().split(b"\0")
             if ours and program in command and mark in environment:
-                found.append(entry.name)
+                found.append(int(entry.name))
         except OSError:
             continue
     return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
