@@ -25,6 +25,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from pass_through import STRUCTURED, let_pictures_through
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -41,10 +42,6 @@ M = TypeVar("M", bound=nn.Module)
 
 SHARED = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 SCALING_FACTOR, SHIFT_FACTOR = 0.3611, 0.1159
-ANCHOR = 8.0  # constant channels of the VAE: large beside RGB in -1..1, they fix the norms' scale
-STRUCTURED = 8  # channels with a given meaning: R, G, B, -R, -G, -B, ANCHOR, -ANCHOR
-RESIDUAL_GAIN = 0.05  # of the VAE's random residual branches beside the structured path
-LOG_VARIANCE = -6.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,10 @@ class Dimensions:
     clip_feed_forward: int = 192
     vae_channels: tuple[int, ...] = (16, 16, 32, 64, 64)
     vae_layers: int = 1
+    vae_groups: int = 1  # of its norms; several would each strip the flat colour of a flat picture
     latent_channels: int = 16
+    t5_vocabulary: int | None = None  # None: the tokenizer's
+    clip_vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.vae_channels) < STRUCTURED or self.latent_channels % 8:
@@ -74,6 +74,28 @@ class Dimensions:
                 f"vae_channels {self.vae_channels} must be {STRUCTURED} or more each, and "
                 f"latent_channels {self.latent_channels} a multiple of 8"
             )
+
+
+FLUX1 = Dimensions(  # of the official repositories' config.json files
+    double_blocks=19,
+    single_blocks=38,
+    heads=24,
+    rope_axes=(16, 56, 56),
+    t5_layers=24,
+    t5_width=4096,
+    t5_heads=64,
+    t5_head_width=64,
+    t5_feed_forward=10240,
+    clip_layers=12,
+    clip_width=768,
+    clip_heads=12,
+    clip_feed_forward=3072,
+    vae_channels=(128, 256, 512, 512),
+    vae_layers=2,
+    vae_groups=32,
+    t5_vocabulary=32128,
+    clip_vocabulary=49408,
+)
 
 
 @dataclass(frozen=True)
@@ -104,13 +126,13 @@ def models(dimensions: Dimensions, seed: int) -> Models:
         generator = torch.Generator().manual_seed(seed)
         tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
         return Models(
-            vae=_vae(dimensions, generator),
-            clip=_clip(dimensions, tokenizer, generator),
+            vae=let_pictures_through(randomise(vae(dimensions), generator)).bfloat16(),
+            clip=randomise(clip(dimensions, tokenizer), generator).bfloat16(),
             clip_tokenizer=tokenizer,
-            t5=_t5(dimensions, tokenizer_2, generator),
+            t5=randomise(t5(dimensions, tokenizer_2), generator).bfloat16(),
             t5_tokenizer=tokenizer_2,
-            dev=_transformer(dimensions, guidance=True, generator=generator),
-            schnell=_transformer(dimensions, guidance=False, generator=generator),
+            dev=randomise(transformer(dimensions, guidance=True), generator).bfloat16(),
+            schnell=randomise(transformer(dimensions, guidance=False), generator).bfloat16(),
         )
 
 
@@ -125,17 +147,18 @@ def save(models: Models, directory: Path) -> None:
     }
     for module in models.modules():
         module.bfloat16()
-    pipeline = FluxPipeline(transformer=models.dev, scheduler=_dev_sigmas(), **shared)
+    pipeline = FluxPipeline(transformer=models.dev, scheduler=dev_sigmas(), **shared)
     pipeline.save_pretrained(directory / "dev")
     schnell = directory / "schnell"
-    pipeline = FluxPipeline(transformer=models.schnell, scheduler=_schnell_sigmas(), **shared)
+    pipeline = FluxPipeline(transformer=models.schnell, scheduler=schnell_sigmas(), **shared)
     pipeline.save_config(schnell)  # the index, which names the shared parts as well
     models.schnell.save_pretrained(schnell / "transformer")
     pipeline.scheduler.save_pretrained(schnell / "scheduler")
     logger.info("wrote %s", directory)
 
 
-def _dev_sigmas() -> FlowMatchEulerDiscreteScheduler:
+def dev_sigmas() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of dev."""
     return FlowMatchEulerDiscreteScheduler(
         shift=3.0,
         use_dynamic_shifting=True,
@@ -146,14 +169,14 @@ def _dev_sigmas() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def _schnell_sigmas() -> FlowMatchEulerDiscreteScheduler:
+def schnell_sigmas() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of schnell."""
     return FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
 
 
-def _transformer(
-    dimensions: Dimensions, *, guidance: bool, generator: torch.Generator
-) -> FluxTransformer2DModel:
-    transformer = FluxTransformer2DModel(
+def transformer(dimensions: Dimensions, *, guidance: bool) -> FluxTransformer2DModel:
+    """A transformer of these dimensions, of dev if it takes the guidance as an input."""
+    return FluxTransformer2DModel(
         in_channels=4 * dimensions.latent_channels,
         num_layers=dimensions.double_blocks,
         num_single_layers=dimensions.single_blocks,
@@ -164,14 +187,12 @@ def _transformer(
         guidance_embeds=guidance,
         axes_dims_rope=dimensions.rope_axes,
     )
-    return _randomise(transformer, generator).bfloat16()
 
 
-def _clip(
-    dimensions: Dimensions, tokenizer: CLIPTokenizer, generator: torch.Generator
-) -> CLIPTextModel:
+def clip(dimensions: Dimensions, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text encoder, for this tokenizer."""
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=dimensions.clip_vocabulary or len(tokenizer),
         hidden_size=dimensions.clip_width,
         projection_dim=dimensions.clip_width,
         intermediate_size=dimensions.clip_feed_forward,
@@ -182,14 +203,13 @@ def _clip(
         eos_token_id=tokenizer.eos_token_id,  # the pooled output is taken at this token
         pad_token_id=tokenizer.pad_token_id,
     )
-    return _randomise(CLIPTextModel(config), generator).bfloat16()
+    return CLIPTextModel(config)
 
 
-def _t5(
-    dimensions: Dimensions, tokenizer: T5Tokenizer, generator: torch.Generator
-) -> T5EncoderModel:
+def t5(dimensions: Dimensions, tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """T5's encoder, for this tokenizer."""
     config = T5Config(
-        vocab_size=len(tokenizer),
+        vocab_size=dimensions.t5_vocabulary or len(tokenizer),
         d_model=dimensions.t5_width,
         d_kv=dimensions.t5_head_width,
         d_ff=dimensions.t5_feed_forward,
@@ -200,90 +220,39 @@ def _t5(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return _randomise(T5EncoderModel(config), generator).bfloat16()
+    return T5EncoderModel(config)
 
 
-def _vae(dimensions: Dimensions, generator: torch.Generator) -> AutoencoderKL:
+def vae(dimensions: Dimensions) -> AutoencoderKL:
+    """The autoencoder, without the quantizing convolutions that FLUX.1's does not have."""
     blocks = len(dimensions.vae_channels)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=dimensions.vae_channels,
         layers_per_block=dimensions.vae_layers,
         latent_channels=dimensions.latent_channels,
-        norm_num_groups=1,  # several groups would each strip the flat colour of a flat picture
+        norm_num_groups=dimensions.vae_groups,
         scaling_factor=SCALING_FACTOR,
         shift_factor=SHIFT_FACTOR,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    return _structure(_randomise(vae, generator)).bfloat16()
 
 
 @torch.no_grad()
-def _randomise(module: M, generator: torch.Generator) -> M:
-    """Draw all parameters: variance 1 / fan-in, embeddings 1, norms the identity, biases zero."""
+def randomise(module: M, generator: torch.Generator) -> M:
+    """Draw all parameters: variance 1 / fan-in, embeddings 1, norms the identity, biases zero.
+
+    The generator is one of the module's device.
+    """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in sorted(module.named_parameters()):
         if parameter.ndim > 1:
             fan_in = 1 if id(parameter) in embeddings else parameter[0].numel()
             bound = (3 / fan_in) ** 0.5
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2 - 1).mul_(bound)
+            values = torch.rand(parameter.shape, generator=generator, device=parameter.device)
+            parameter.copy_(values.mul_(2).sub_(1)).mul_(bound)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return module.eval()
-
-
-@torch.no_grad()
-def _structure(vae: AutoencoderKL) -> AutoencoderKL:
-    """Let a blurred picture through: an average in the encoder, a tent filter in the decoder.
-
-    Channels 0..5 carry R, G, B and their negatives, so SiLU(x) - SiLU(-x) = x undoes the last
-    activation; channels 6 and 7 hold constants, so the last norm divides by about a constant.
-    Latent channel j is (±R ±G ±B) / scaling_factor with the signs of j's bits: orthogonal columns,
-    and about unit variance once scaled.
-    """
-    average = torch.zeros(3, 3)
-    average[:2, :2] = 0.25
-    tent = torch.outer(*[torch.tensor([0.25, 0.5, 0.25])] * 2)
-    for name, module in vae.named_modules():
-        if name.endswith((".conv2", "to_out.0")):
-            module.weight.mul_(RESIDUAL_GAIN)
-        elif name.endswith("conv_shortcut"):
-            _pass_through(module, torch.ones(1, 1))
-        elif name.endswith("downsamplers.0.conv"):
-            _pass_through(module, average)
-        elif name.endswith("upsamplers.0.conv"):
-            _pass_through(module, tent)
-    latents = vae.config.latent_channels
-    bits = torch.arange(latents)[:, None] >> torch.arange(3) & 1
-    signs = 1.0 - 2.0 * bits.float()  # (latents, RGB)
-    signed_rgb = torch.cat([torch.eye(3), -torch.eye(3)])  # (±RGB, RGB)
-    _read(vae.encoder.conv_in, signed_rgb)
-    _write_out(vae.encoder.conv_out, signs / SCALING_FACTOR)
-    vae.encoder.conv_out.bias[latents:] = LOG_VARIANCE
-    _read(vae.decoder.conv_in, signed_rgb @ signs.T * SCALING_FACTOR / latents)
-    _write_out(vae.decoder.conv_out, torch.eye(3))
-    return vae
-
-
-def _pass_through(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
-    """Filter each structured channel by the kernel (height, width) into itself; drop the others."""
-    conv.weight.zero_()
-    for channel in range(STRUCTURED):
-        conv.weight[channel, channel] = kernel
-
-
-def _read(conv: nn.Conv2d, matrix: torch.Tensor) -> None:
-    """Set the structured channels: the matrix (±RGB, inputs) at the centre, and the anchors."""
-    assert conv.bias is not None
-    conv.weight[:STRUCTURED] = 0.0
-    conv.weight[:6, :, 1, 1] = matrix
-    conv.bias[6:STRUCTURED] = torch.tensor([ANCHOR, -ANCHOR])
-
-
-def _write_out(conv: nn.Conv2d, matrix: torch.Tensor) -> None:
-    """Undo norm and SiLU of the structured channels, then apply the matrix (outputs, RGB)."""
-    deviation = ANCHOR * (2 / conv.in_channels) ** 0.5
-    conv.weight.zero_()
-    conv.weight[: len(matrix), :6, 1, 1] = deviation * torch.cat([matrix, -matrix], dim=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from miniature import STRUCTURED
+from pass_through import STRUCTURED
 from PIL import Image
 from torch import Tensor
 
