@@ -1,0 +1,343 @@
+"""Steps of script/bench gpu that measure the machine and this package."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import _card as card
+import _full_depth as full_depth
+import _kernels
+import synthetic
+import torch
+from _session import Check, Session
+from miniature import Dimensions
+
+from flux.compile import graphs
+from flux.quantize import storage
+from flux.request import Request
+from flux.residency import PRISTINE, Key
+from flux.sampling import ASPECT_RATIOS
+from lora.adapter import Targets, load_adapter
+from safety.checker import SafetyError
+
+TINY = Dimensions(  # for a rehearsal
+    double_blocks=1,
+    single_blocks=1,
+    heads=2,
+    t5_layers=1,
+    clip_layers=1,
+    vae_channels=(8, 8, 8, 8),
+)
+DEV, DEV8 = ("dev", "bf16"), ("dev", "fp8")
+ROOT = Path(__file__).resolve().parents[2]
+SHM = Path("/dev/shm")
+SYNTHETIC_BYTES = 36e9
+EVERY = 40  # of the weights, one in so many is compared bit by bit
+
+
+def machine(session: Session) -> None:
+    """The machine, and what it can do by itself."""
+    session.record("machine", {}, **card.describe())
+    for measure in (card.bandwidths, card.products, card.attention):
+        session.record("machine", measure(session.device))
+
+
+def gpu_tests(session: Session) -> None:
+    """The tests marked gpu, in a process of their own."""
+    file = session.out / "gpu_tests.txt"
+    command = [sys.executable, "-m", "pytest", "tests/flux", "tests/test_memory.py", "-m", "gpu"]
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-W", "default"]
+    with file.open("w") as sink:
+        status = subprocess.run(
+            command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, check=False
+        )
+    lines = file.read_text().splitlines()
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    session.record(
+        "gpu_tests", {"pytest": lines[-1].strip("= ")}, status=status.returncode, bad=bad
+    )
+
+
+def checkpoint(session: Session) -> None:
+    """A synthetic checkpoint, in memory-backed storage where there is room."""
+    if session.checkpoint:
+        return
+    directory = session.out / "checkpoint" if session.rehearse else _place()
+    if not (whole := directory / "whole").exists():
+        start = time.perf_counter()
+        dimensions = TINY if session.rehearse else synthetic.FLUX1
+        synthetic.build(directory, dimensions, session.device.type)
+        whole.touch()
+        seconds = round(time.perf_counter() - start, 1)
+        session.record("checkpoint", {"made in, s": seconds, "it stays in": str(directory)})
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()
+    session.checkpoint = str(directory)
+
+
+def _place() -> Path:
+    """Where a synthetic checkpoint goes, and stays for the next call."""
+    in_memory = SHM.is_dir() and shutil.disk_usage(SHM).free > SYNTHETIC_BYTES
+    return (SHM if in_memory else Path(tempfile.gettempdir())) / "flux-synthetic"
+
+
+def setup(session: Session) -> None:
+    """Set up the predictor, and two adapters for all linears of the transformer."""
+    if session.checkpoint:
+        os.environ["FLUX_CHECKPOINT"] = session.checkpoint
+    start = time.perf_counter()
+    session.predictor.setup()
+    seconds = time.perf_counter() - start
+    figures: dict[str, Any] = {"READY after, s": round(seconds, 1), "graphs": graphs()}
+    if session.device.type == "cuda":
+        figures["on the device, GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
+    transformers = session.engine._transformers
+    session.record("setup", figures, resident=[" ".join(key) for key in transformers.resident])
+    targets, directory = Targets(session.engine.shapes), Path(tempfile.mkdtemp())
+    for seed in (1, 2):
+        file = directory / f"{seed}.safetensors"
+        full_depth.write_adapter(file, transformers.modules[DEV], seed)
+        session.files.append(file)
+        session.adapters.append([(load_adapter(file, file.stem, targets), 1.0)])
+
+
+def images(session: Session) -> None:
+    """dev in both precisions, without and with an adapter, and with fewer pixels."""
+    for precision, go_fast in (("fp8", True), ("bf16", False)):
+        drawn = session.series("images", f"dev {precision}", go_fast=go_fast)
+        drawn.image.save(session.out / f"dev-{precision}.webp")
+        session.series(
+            "images",
+            f"dev {precision} with an adapter",
+            adapters=session.adapters[0],
+            go_fast=go_fast,
+        )
+    session.clean()
+    session.series("images", "dev fp8, 512 x 512", go_fast=True, megapixels="0.25")
+
+
+def swaps(session: Session) -> None:
+    """Changes of adapter: pristine weights on the device, then in page-locked memory."""
+    one, two = session.adapters
+    transformers = session.engine._transformers
+
+    def turn(where: str, rounds: int = 3) -> None:
+        for key in (DEV8, DEV):
+            session.clean()
+            session.merge(key, one)
+            seconds = [
+                session.merge(key, next(turns))
+                for turns in [itertools.cycle((two, one))]
+                for _ in range(2 * rounds)
+            ]
+            restored = session.merge(key, [])
+            figures = {"swap": sorted(seconds)[rounds], "restore": restored}
+            session.record(
+                "swaps",
+                {
+                    f"{' '.join(key)} {name}, pristine {where}, ms": round(1000 * s, 1)
+                    for name, s in figures.items()
+                },
+                runs=[round(1000 * s, 1) for s in seconds],
+            )
+
+    copied = "dev" in transformers._copies
+    turn("on the device" if copied else "where the budget has it")
+    session.record("swaps", {"nothing to change, ms": round(1000 * session.merge(DEV, []), 2)})
+    if copied:
+        item = ("dev", PRISTINE)
+        session.call(lambda _: (transformers._evict(item), transformers._residency.exclude(item)))
+        session.call(lambda _: transformers._masters["dev"].at_hand())
+        turn("on the host")
+
+
+def ratios(session: Session) -> None:
+    """The first image of each size after setup against the second, and the graphs they need."""
+    before, slower = graphs(), {}
+    for ratio in ASPECT_RATIOS:
+        requests = [session.request(go_fast=True, aspect_ratio=ratio, steps=4) for _ in range(2)]
+        first, second = (session.draw(request).seconds for request in requests)
+        slower[ratio] = round(first / second, 3)
+    session.record(
+        "ratios",
+        {
+            "graphs in requests": graphs() - before,
+            "first over second image, at most": max(slower.values()),
+        },
+        first_over_second=slower,
+    )
+
+
+def kernels(session: Session) -> None:
+    """A step by kind of kernel, and how far ahead of the device the host is."""
+    steps = 2 if session.rehearse else 4
+    for go_fast, megapixels in itertools.product((True, False), ("1", "0.25")):
+        request = session.request(go_fast=go_fast, megapixels=megapixels, steps=steps)
+
+        def denoising(check: Check, request: Request = request) -> Callable[[], object]:
+            engine = session.engine
+            engine.merge((request.variant.name, request.precision), [], check)
+            prompt, canvas = engine._encode_prompt(request), engine._prepare(request)
+            return partial(engine._denoise, request, prompt, canvas, 1, check)
+
+        def work(
+            check: Check, prepare: Any = denoising
+        ) -> tuple[list[_kernels.Span], float, float]:
+            denoise = prepare(check)
+            whole = card.timed(denoise, session.device)
+            start = time.perf_counter()
+            denoise()
+            queued = time.perf_counter() - start
+            return _kernels.kernels(denoise, session.device), queued, whole
+
+        spans, queued, whole = session.call(work)
+        name = f"dev {request.precision}, {megapixels} MP"
+        figures = {"by the clock, ms": whole, "queued by the host after, ms": queued}
+        found = {n: round(1000 * s / steps, 2) for n, s in figures.items()} | _kernels.shares(
+            spans, steps
+        )
+        session.record(
+            "kernels",
+            {f"{name}: {key}": value for key, value in found.items()},
+            kernels=_kernels.longest(spans, steps),
+        )
+
+
+def schnell(session: Session) -> None:
+    """schnell in both precisions and sizes; it comes with its first request."""
+    for precision, go_fast in (("fp8", True), ("bf16", False)):
+        seconds = session.merge(("schnell", precision), [])
+        session.record("schnell", {f"schnell {precision} comes in, s": round(seconds, 2)})
+        for megapixels in ("1", "0.25"):
+            session.series(
+                "schnell",
+                f"schnell {precision}, {megapixels} MP",
+                model="schnell",
+                go_fast=go_fast,
+                megapixels=megapixels,
+            )
+
+
+def eager(session: Session) -> None:
+    """dev without compiled blocks."""
+    for precision, go_fast in (("bf16", False), ("fp8", True)):
+        session.series("eager", f"dev {precision} eager", 1, eager=True, go_fast=go_fast)
+
+
+def numbers(session: Session) -> None:
+    """Latents after one step against eager bf16, and the bits of merges and restorations."""
+    latents = {}
+    for go_fast, compiled in itertools.product((False, True), (False, True)):
+        request = session.request(go_fast=go_fast, steps=1)
+        request = replace(request, prompt="numbers")
+
+        def work(
+            check: Check, request: Request = request, compiled: bool = compiled
+        ) -> torch.Tensor:
+            engine = session.engine
+            with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+                engine.merge((request.variant.name, request.precision), [], check)
+                prompt = engine._encode_prompt(request)
+                found: torch.Tensor = engine._denoise(
+                    request, prompt, engine._prepare(request), 1, check
+                )
+                return found.double()
+
+        latents[f"{request.precision} {'compiled' if compiled else 'eager'}"] = session.call(work)
+    exact = latents.pop("bf16 eager")
+    distances = {
+        f"{name} against bf16 eager, relative": round(
+            float((found - exact).norm() / exact.norm()), 6
+        )
+        for name, found in latents.items()
+    }
+    session.record("numbers", distances | {"all finite": bool(exact.isfinite().all())})
+    for key in (DEV, DEV8):
+        session.record("numbers", dict(_bits(session, key)))
+
+
+def _bits(session: Session, key: Key) -> Iterator[tuple[str, bool]]:
+    """Whether merges give the same bits again, and restorations the pristine ones."""
+    parameters = list(session.engine._transformers.modules[key].parameters())[::EVERY]
+    one, two = session.adapters
+    states = []
+    for adapters in ([], one, two, one, []):
+        session.merge(key, adapters)
+        tensors = [tensor for parameter in parameters for tensor in storage(parameter)]
+        states.append([tensor.clone().view(torch.uint8) for tensor in tensors])
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
+    name = " ".join(key)
+    yield f"{name}: a merge repeated has the same bits", same(states[1], states[3])
+    yield f"{name}: another adapter has others", not same(states[1], states[2])
+    yield f"{name}: restored weights have the pristine bits", same(states[0], states[4])
+
+
+def decoder(session: Session) -> None:
+    """The VAE in both layouts of memory, and encoding a prompt."""
+    engine, found = session.engine, {}
+    vae, side = engine._autoencoder._vae, 8 if session.rehearse else 128
+    before = torch.channels_last if _is_channels_last(vae) else torch.contiguous_format
+
+    def decode(layout: torch.memory_format) -> float:
+        vae.to(memory_format=layout)
+        latents = torch.randn(1, 16, side, side, device=vae.device, dtype=vae.dtype)
+        latents = latents.to(memory_format=layout)
+        return card.seconds_of(lambda: vae.decode(latents, return_dict=False), session.device, 3)
+
+    for layout in (torch.channels_last, torch.contiguous_format, before):
+        seconds = session.call(lambda _, layout=layout: decode(layout))
+        found[f"decode, {str(layout).removeprefix('torch.')}, ms"] = round(1000 * seconds, 2)
+
+    def encode(_: Check) -> float:
+        work = partial(engine._prompts._encode, session.prompt(), 512)
+        return card.seconds_of(work, session.device, 3)
+
+    found["encode a prompt, ms"] = round(1000 * session.call(encode), 2)
+    session.record("decoder", found)
+
+
+def _is_channels_last(module: torch.nn.Module) -> bool:
+    weights = (p for p in module.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+    return next(weights).is_contiguous(memory_format=torch.channels_last)
+
+
+def backends(session: Session) -> None:
+    """dev fp8 with attention's kernels by name; `native` is torch's own choice."""
+    module = session.engine._transformers.modules[DEV8]
+    names = (
+        ("_native_flash", "_native_cudnn") if session.device.type == "cuda" else ("_native_math",)
+    )
+    try:
+        for name in names:
+            module.set_attention_backend(name)
+            session.series("backends", f"dev fp8 {name}", 1, go_fast=True)
+    finally:
+        module.set_attention_backend("native")
+
+
+def request(session: Session) -> None:
+    """A whole request with the defaults: the contract's own function, files written."""
+    predictor = session.predictor
+    for go_fast in (True, False):
+        inputs = {
+            name: p.default.default for name, p in signature(predictor.run).parameters.items()
+        }
+        inputs |= {"prompt": session.prompt(), "seed": 3, "go_fast": go_fast}
+        if session.rehearse:
+            inputs |= {"num_inference_steps": 1, "megapixels": "0.25"}
+        start = time.perf_counter()
+        with suppress(SafetyError):  # random weights draw noise, which a checker may mistake
+            predictor.run(**inputs)
+        seconds = round(time.perf_counter() - start, 3)
+        session.record("request", {f"go_fast {go_fast}, s": seconds}, metrics=predictor.metrics)
