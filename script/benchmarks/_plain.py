@@ -10,8 +10,7 @@ from statistics import median
 
 import _card as card
 import torch
-from _ours import DEV
-from _session import GUIDANCE, STEPS, Check, Session
+from _session import DEV, GUIDANCE, STEPS, Check, Session
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from flux.request import Mode

@@ -25,6 +25,7 @@ from weights.settings import Settings
 PROMPT = "a red circle on a blue background, number {}"
 STEPS = {"dev": 28, "schnell": 4}
 GUIDANCE = 3.5
+DEV, DEV8 = ("dev", "bf16"), ("dev", "fp8")
 
 Adapters = list[tuple[Adapter, float]]
 Check = Callable[[], None]

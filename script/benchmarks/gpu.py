@@ -20,6 +20,7 @@ from typing import Any
 
 import _ours as ours
 import _plain as plain
+import _start as begin
 import torch
 from _session import Session
 from _steps import Results, Step, chosen, do, supervise
@@ -29,10 +30,10 @@ from weights.checkpoint import is_there
 from weights.settings import Settings
 
 STEPS = (
-    Step("machine", 45, ours.machine),
-    Step("gpu_tests", 100, ours.gpu_tests),
-    Step("checkpoint", 120, ours.checkpoint, base=True),
-    Step("setup", 240, ours.setup, base=True, again={"FLUX_COMPILE": "off"}),
+    Step("machine", 45, begin.machine),
+    Step("gpu_tests", 100, begin.gpu_tests),
+    Step("checkpoint", 120, begin.checkpoint, base=True),
+    Step("setup", 240, begin.setup, base=True, again={"FLUX_COMPILE": "off"}),
     Step("images", 90, ours.images),
     Step("kernels", 40, ours.kernels),
     Step("swaps", 60, ours.swaps),
