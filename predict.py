@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cog import BaseRunner, Input, Path
 
 from flux.outputs import Outputs, RequestOutputs
-from flux.quiet import without_remarks
+from flux.quiet import importing_libraries
 from flux.request import Inputs, Request, resolve, scale_multiplier
 from flux.sampling import MEGAPIXEL
 from flux.timing import Stopwatch
@@ -191,7 +191,7 @@ class Predictor(BaseRunner):
         return self._thread.is_alive and answers(self._engine.device)
 
     def _load(self, check_cancelled: CheckCancelled) -> None:
-        with without_remarks():
+        with importing_libraries():
             import torch
 
             from flux.compile import compile_blocks

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from flux.quiet import without_progress_bars, without_remarks
+from flux.quiet import importing_libraries, without_progress_bars
 from flux.variants import VARIANTS
 from weights.checkpoint import commit_of
 from weights.errors import WeightsError
@@ -36,7 +36,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in (__name__, "flux", "weights"):
         logging.getLogger(package).setLevel(logging.INFO)
-    with without_remarks():
+    with importing_libraries():
         from flux.components import CheckpointError
     try:
         settings = Settings.from_environment()
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
-    with without_remarks():
+    with importing_libraries():
         import torch
         import torchao
 

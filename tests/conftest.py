@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,11 @@ from PIL import Image
 from tests import official
 from tests.hub import Hub
 from tests.support import Draw, LoggedServer, logged_server, set_up_predictor
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look through it in every test."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
