@@ -16,6 +16,7 @@ from tests.adapters import adapter
 from tests.hub import Hub
 from tests.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from tests.support import LoggedServer, data_uri, difference, logged_server, same
+from weights.errors import WeightsError
 
 RAW = {"output_format": "png", "num_inference_steps": 2}
 VERSION = "0a" * 32
@@ -185,28 +186,21 @@ def test_no_secret_is_ever_logged(server, references) -> None:
         assert secret not in log
 
 
-def test_a_restart_finds_the_files_on_disk(environment, references, server, tmp_path) -> None:
-    reference = references["Replicate version"]
-    expected = server.draw(**RAW, replicate_weights=reference).image
-    with logged_server(tmp_path, **environment) as restarted:
-        answer = restarted.draw(**RAW, replicate_weights=reference)
-        assert same(answer.image, expected)
-        assert "from disk" in answer.logs
-
-
-def test_cog_weights_names_the_default_adapter(environment, references, server, tmp_path) -> None:
+def test_a_restart_with_a_default_adapter_finds_the_files_on_disk(
+    environment, references, server, tmp_path
+) -> None:
+    """COG_WEIGHTS names the adapter of requests that name none."""
     one, two = references["Replicate version"], references["CivitAI"]
-    environment = {**environment, "COG_WEIGHTS": one}
-    with logged_server(tmp_path, **environment) as fine_tune:
+    expected = server.draw(**RAW, replicate_weights=two).image
+    with logged_server(tmp_path, **environment, COG_WEIGHTS=one) as fine_tune:
         assert any("weights merged" in line for line in fine_tune.lines)
         fast = fine_tune.draw(**RAW, go_fast=True)
         assert "weights merged" not in fast.logs  # setup knows the multiplier
         assert same(fast.image, server.draw(**RAW, go_fast=True, replicate_weights=one).image)
         assert same(fine_tune.draw(**RAW).image, server.draw(**RAW, replicate_weights=one).image)
-        assert same(
-            fine_tune.draw(**RAW, replicate_weights=two).image,
-            server.draw(**RAW, replicate_weights=two).image,
-        )
+        other = fine_tune.draw(**RAW, replicate_weights=two)
+        assert same(other.image, expected)
+        assert "from disk" in other.logs
         assert same(fine_tune.draw(**RAW, lora_scale=0).image, server.draw(**RAW).image)
 
 
@@ -216,20 +210,22 @@ def test_a_default_adapter_that_cannot_be_had_fails_setup(environment) -> None:
         pass
 
 
-def test_local_paths_only_where_the_operator_allows_them(environment, server, tmp_path) -> None:
+def test_local_paths_only_where_the_operator_allows_them(
+    environment, server, start, tmp_path
+) -> None:
     path = tmp_path / "mine.safetensors"
     save_file(adapter(31), path)
     assert "LORA_ALLOW_LOCAL_PATHS" in server.fail(**RAW, replicate_weights=str(path))
-    allowed = {**environment, "LORA_ALLOW_LOCAL_PATHS": "true"}
-    with logged_server(tmp_path / "outputs", **allowed) as running:
-        base = running.draw(**RAW).image
-        assert difference(running.draw(**RAW, replicate_weights=str(path)).image, base) > 1
+    draw = start(**environment, LORA_ALLOW_LOCAL_PATHS="true")
+    (base,), (styled,) = draw(**RAW), draw(**RAW, replicate_weights=str(path))
+    assert difference(styled, base) > 1
 
 
-def test_private_addresses_only_where_the_operator_allows_them(environment, hub, tmp_path) -> None:
+def test_private_addresses_only_where_the_operator_allows_them(environment, hub, start) -> None:
     url = hub.add_file("/files/private.safetensors", content(41))
-    with logged_server(tmp_path, **{**environment, "LORA_ALLOW_PRIVATE_HOSTS": "false"}) as strict:
-        assert "public internet" in strict.fail(**RAW, replicate_weights=url)
+    draw = start(**{**environment, "LORA_ALLOW_PRIVATE_HOSTS": "false"})
+    with pytest.raises(WeightsError, match="public internet"):
+        draw(**RAW, replicate_weights=url)
     assert hub.count("GET", "/files/private.safetensors") == 0
 
 

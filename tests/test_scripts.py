@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import client
 import pytest
 from PIL import Image
 from server import Server, ServerError, free_port
@@ -86,13 +87,13 @@ def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: in
 def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypatch) -> None:
     stand_in = tmp_path / "serve"
     stand_in.write_text(
-        "#!/bin/sh\nfor i in 1 2 3 4 5; do echo line $i; sleep 0.5; done; sleep 60\n"
+        "#!/bin/sh\nfor i in 1 2 3 4 5; do echo line $i; sleep 0.2; done; sleep 60\n"
     )
     stand_in.chmod(0o755)
     monkeypatch.setattr("server.SERVE", stand_in)
-    monkeypatch.setattr("server.SILENT_SECONDS", 1.5)
-    monkeypatch.setattr("server.STOP_SECONDS", 1)
-    with pytest.raises(ServerError, match=r"silent for 1.5 s:\n(.*\n)*line 5"), Server():
+    monkeypatch.setattr("server.SILENT_SECONDS", 0.6)
+    monkeypatch.setattr("server.STOP_SECONDS", 0.5)
+    with pytest.raises(ServerError, match=r"silent for 0.6 s:\n(.*\n)*line 5"), Server():
         pass
 
 
@@ -168,8 +169,6 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
         (["-i", "go_fast=maybe"], {}, "-i go_fast='maybe': expected boolean"),
         (["-i", "seed=1", "-i", "seed=2"], {}, "-i seed=2: seed is given twice"),
         (["-i", "prompt=x", "-o", "/proc/drawn"], {}, "/proc/drawn"),
-        (["-i", "prompt=x", "-i", "width=5000"], {}, "HTTP 422: width: "),
-        (["-i", "prompt=x", "-i", "aspect_ratio=custom"], {}, "custom needs both width and height"),
         (["-i", "prompt=x"], {"FLUX_CHECKPOINT": "/absent"}, "/absent/dev holds no pipeline"),
     ],
 )
@@ -181,6 +180,30 @@ def test_predict_fails_with_the_reason_and_leaves_no_server(
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert servers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("width=5000", "HTTP 422: width: "),
+        ("aspect_ratio=custom", "custom needs both width and height"),
+    ],
+)
+def test_predict_says_what_the_server_refuses(
+    server, monkeypatch, capsys, tmp_path, option: str, message: str
+) -> None:
+    @contextmanager
+    def running(**_: object) -> Iterator[Server]:
+        yield server.server
+
+    monkeypatch.setattr("client.Server", running)
+    monkeypatch.setattr("client.signal.signal", lambda *_: None)  # this process keeps its own
+    monkeypatch.setattr(
+        "sys.argv", ["predict", "-i", "prompt=x", "-i", option, "-o", str(tmp_path)]
+    )
+    assert client.main() == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_on_memory_has_its_tables(monkeypatch) -> None:
