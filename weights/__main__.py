@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weights.checkpoint import wanted
 from weights.errors import WeightsError
+from weights.hub import HTTP_CLIENT
 from weights.manifest import REPOSITORIES
 from weights.repository import HubSettings
 from weights.settings import Settings, SettingsError
@@ -35,7 +36,7 @@ def main() -> int:
     if unknown := set(arguments.parts) - set(REPOSITORIES):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    logging.getLogger(HTTP_CLIENT).setLevel(logging.WARNING)
     try:
         _fetch(arguments.parts or list(REPOSITORIES), arguments.directory)
     except (WeightsError, SettingsError) as error:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
-import httpx2
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -30,7 +29,10 @@ from weights.errors import (
 )
 from weights.redact import without_secrets
 
-_LOGGERS_OF_URLS = ("httpx2", "huggingface_hub.file_download", "huggingface_hub.utils._http")
+HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
+"""What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""
+HTTP_CLIENT = HTTPError.__module__.partition(".")[0]
+_LOGGERS_OF_URLS = (HTTP_CLIENT, "huggingface_hub.file_download", "huggingface_hub.utils._http")
 
 
 def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[Any]]":
@@ -99,7 +101,7 @@ def translated(name: str, token: str | None) -> Iterator[None]:
     except HFValidationError as error:
         raise ReferenceFormatError(f"{name}: not a valid name of a repository: {error}") from error
     except (
-        httpx2.HTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RevisionResolutionError,
