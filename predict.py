@@ -274,6 +274,7 @@ class Predictor(BaseRunner):
             self.record_metric(f"timing.{stage}", round(seconds, 4))
         self.record_metric("megapixels", request.width * request.height / MEGAPIXEL)
         self.record_metric("image_output_count", len(files.paths))
+        self.record_metric("compiled", int(self._engine.compiled(request)))
 
 
 def _log_to_stderr() -> None:

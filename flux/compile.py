@@ -104,6 +104,10 @@ class Compilation:
                 dynamic=True, fullgraph=True, backend=backend
             )
 
+    def serves(self, key: Key) -> bool:
+        """Whether a transformer runs compiled; not after the compiler has failed for it."""
+        return key not in self._eager
+
     def run(self, key: Key, tokens: int, work: Callable[[], T]) -> T:
         """Run `work`; if the compiler fails, run it again eagerly, and everything after it.
 

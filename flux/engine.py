@@ -18,6 +18,7 @@ from flux.autoencoder import Autoencoder
 from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
 from flux.inpaint import repainted_cells, soft_alpha
 from flux.merge import AdapterLike, WorkingWeights
+from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request
 from flux.residency import BudgetError, Key
@@ -75,6 +76,7 @@ class Engine:
             for key, transformer in transformers.modules.items()
             for mode, kind in PIPELINES.items()
         }
+        self._positions = {k: keep_positions(t) for k, t in transformers.modules.items()}
         shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
         self._autoencoder = Autoencoder(shared)
         self._prompts = PromptEncoder(shared, prompt_cache)
@@ -99,6 +101,10 @@ class Engine:
     def device(self) -> torch.device:
         """The device that the engine computes on."""
         return self._autoencoder.device
+
+    def compiled(self, request: Request) -> bool:
+        """Whether the transformer of a request runs compiled now, and not eagerly."""
+        return self._compilation is not None and self._compilation.serves(_key(request))
 
     @property
     def at_start(self) -> Sequence[Key]:
@@ -221,19 +227,20 @@ class Engine:
             return {}
 
         def denoise() -> torch.Tensor:
-            latents: torch.Tensor = self._pipelines[key, request.mode](
-                prompt_embeds=prompt.tokens,
-                pooled_prompt_embeds=prompt.pooled,
-                width=canvas.width,
-                height=canvas.height,
-                num_inference_steps=len(request.sigmas),
-                sigmas=list(request.sigmas),
-                guidance_scale=request.guidance or 0.0,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-                callback_on_step_end=on_step_end,
-                **canvas.arguments,
-            ).images
+            with self._positions[key].kept():
+                latents: torch.Tensor = self._pipelines[key, request.mode](
+                    prompt_embeds=prompt.tokens,
+                    pooled_prompt_embeds=prompt.pooled,
+                    width=canvas.width,
+                    height=canvas.height,
+                    num_inference_steps=len(request.sigmas),
+                    sigmas=list(request.sigmas),
+                    guidance_scale=request.guidance or 0.0,
+                    generator=torch.Generator("cpu").manual_seed(seed),
+                    output_type="latent",
+                    callback_on_step_end=on_step_end,
+                    **canvas.arguments,
+                ).images
             return latents
 
         key, work = _key(request), denoise

@@ -401,6 +401,7 @@ def test_metrics(server) -> None:
     metrics = server.draw(num_outputs=2).metrics
     assert metrics["image_output_count"] == 2
     assert metrics["megapixels"] == 0.25
+    assert metrics["compiled"] == 0  # on a CPU
     stages = ("text", "adapters", "denoising", "decoding", "safety", "encoding")
     timing = metrics["timing"]
     assert all(0 <= timing[stage] <= metrics["predict_time"] for stage in stages)

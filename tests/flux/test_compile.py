@@ -136,6 +136,9 @@ def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str)
     before = backend.called
     draw(engine, go_fast=True)
     assert backend.called > before  # the other precision is compiled all the same
+    request = resolve(Inputs("a hat"), Settings())
+    assert not engine.compiled(request)  # the metric of every prediction
+    assert engine.compiled(replace(request, precision="fp8"))
 
 
 # --- failures that are not a compiler's

@@ -1,0 +1,49 @@
+"""Rotary embeddings: computed once for an image, and those of its own size."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from PIL import Image
+
+from flux.engine import Engine
+from flux.request import Inputs, resolve
+from flux.timing import Stopwatch
+from flux.transformers import Transformers
+from tests.flux.engines import parts
+from tests.support import same
+from weights.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def made() -> tuple[Engine, Transformers]:
+    pipelines, transformers = parts(Settings(checkpoint="nano", device="cpu"))
+    return Engine(pipelines, transformers, 2), transformers
+
+
+def draw(engine: Engine, **inputs) -> list[Image.Image]:
+    quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 3, "seed": 1}
+    request = resolve(Inputs(**quick | inputs), Settings())
+    return list(engine.generate(request, (), Stopwatch(), lambda: None))
+
+
+def test_they_are_computed_once_for_an_image() -> None:
+    engine, transformers = made()
+    calls = []
+    embed = transformers.modules["dev", "bf16"].pos_embed.embed
+    embed.register_forward_hook(lambda *_: calls.append(1))
+    draw(engine, num_outputs=2)
+    assert len(calls) == 2
+
+
+def test_they_are_those_of_the_size_also_where_as_many_tokens_lie_otherwise() -> None:
+    ratios = ("16:9", "9:16")
+    alone = [draw(made()[0], aspect_ratio=ratio)[0] for ratio in ratios]
+    engine, _ = made()
+    drawn = [draw(engine, aspect_ratio=ratio)[0] for ratio in ratios]
+    assert all(same(a, b) for a, b in zip(alone, drawn, strict=True))
