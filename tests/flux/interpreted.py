@@ -38,6 +38,9 @@ FORMS = {
     "fp32": {"dtype": torch.float32},
     "fp8": {"float8": True},
 }
+pytestmark = pytest.mark.filterwarnings(  # numpy's, about the interpreter of Triton 3.6
+    "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+)
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 

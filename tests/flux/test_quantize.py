@@ -105,7 +105,11 @@ def test_the_dynamic_form_is_torchaos_own(weight) -> None:
         requires_grad=False,
     )
     inputs = torch.randn(9, COLUMNS)
-    assert torch.equal(ours(inputs), theirs(inputs))
+    try:
+        expected = theirs(inputs)
+    except RuntimeError:
+        pytest.skip("torch 2.11 does not multiply row by row on a CPU")
+    assert torch.equal(ours(inputs), expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

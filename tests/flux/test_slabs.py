@@ -80,7 +80,7 @@ def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch
     monkeypatch.setattr("flux.slabs.SLAB", 1 << 12)
     monkeypatch.setattr("flux.slabs.torch.empty", two)
     monkeypatch.setattr("flux.slabs.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go)
+    monkeypatch.setattr("flux.slabs.torch.accelerator.empty_host_cache", let_go, raising=False)
     assert not hold(masters["dev"], page_locked=True)
     assert (len(slabs), kept) == (2, [[]])
 
@@ -157,6 +157,8 @@ def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
 
 def test_this_torch_takes_the_settings() -> None:
     """In a process of its own, for they stay; CUDA's own parser is asked where there is CUDA."""
+    if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        pytest.skip("torch 2.11 cannot say what its allocator was told")
     command = """
 import torch
 torch.cuda.is_available = lambda: True
