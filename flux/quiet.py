@@ -12,7 +12,7 @@ def importing_libraries() -> Iterator[None]:
 
     Imports make 430,000 objects that stay. Looking through them took the collector 1.4 of 5 seconds
     here, 0.27 seconds now and then in requests, and 1.4 seconds at the end of the process (two
-    cores of a Xeon). So it does not run meanwhile, and passes over them later.
+    cores of an EPYC). So it does not run meanwhile, and passes over them later.
     """
     disabled, collecting = logging.root.manager.disable, gc.isenabled()
     logging.disable(logging.WARNING)
