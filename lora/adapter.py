@@ -1,4 +1,4 @@
-"""A safetensors file in, an Adapter out: every format of `lora/keys.py`, every kind of delta.
+"""A safetensors file in, an Adapter out: every format of `lora/spellings.py`, every kind of delta.
 
 Nothing is dropped silently. A key belongs to a module of the model, or is of a kind that is
 known to be harmless and is listed as ignored, or is an error that names it.
@@ -16,9 +16,10 @@ from torch import Tensor
 from lora.deltas import Contribution, Delta, DoRA, Full, LoRA, Part, Pristine, placed
 from lora.foreign import refuse_foreign
 from lora.header import AdapterError, Header, read_header, short
-from lora.keys import Targets, split_role
+from lora.keys import Targets
 from lora.kinds import Group, build, flat_shape, magnitude_matrix
 from lora.metadata import AdapterSettings, trigger_words
+from lora.spellings import split_role
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 

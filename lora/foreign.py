@@ -7,7 +7,8 @@ message say what the file is, and it is read before any tensor.
 from collections.abc import Mapping
 
 from lora.header import AdapterError, Header, short
-from lora.keys import TRANSFORMER, Targets, split_role
+from lora.keys import Targets
+from lora.spellings import TRANSFORMER, split_role
 
 _ARCHITECTURE_FIELDS = ("modelspec.architecture", "ss_base_model_version")
 # (what the field contains, in lower case; the model's name)
