@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from torch import Tensor
-
-from lora.deltas import Delta, Factored, Full, LoHa, LoKr, LoRA
 from lora.header import AdapterError, short
 from lora.keys import Place
 
@@ -20,20 +17,27 @@ EXTRAS = frozenset({"alpha", "magnitude", "up_bias", "diff_b"})  # beside the we
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One kind of delta: its name, and role -> symbolic shape."""
+    """One kind of delta.
+
+    Attributes:
+        kind: its name.
+        shapes: role -> symbolic shape.
+        sums: how many sums over the rank are in its formula.
+    """
 
     kind: str
     shapes: Mapping[str, tuple[str, str]]
+    sums: int = 0
 
 
 def _layouts() -> dict[frozenset[str], Layout]:
     rows = [
-        Layout("LoRA", {"down": ("rank", "columns"), "up": ("rows", "rank")}),
+        Layout("LoRA", {"down": ("rank", "columns"), "up": ("rows", "rank")}, sums=1),
         Layout("full difference", {"diff": ("rows", "columns")}),
         Layout("LoHa", {
             "hada_w1_a": ("rows", "rank"), "hada_w1_b": ("rank", "columns"),
             "hada_w2_a": ("rows", "rank"), "hada_w2_b": ("rank", "columns"),
-        }),
+        }, sums=2),
     ]  # fmt: skip
     first: tuple[dict[str, tuple[str, str]], ...] = (
         {"lokr_w1": ("rows1", "columns1")},
@@ -48,7 +52,9 @@ def _layouts() -> dict[frozenset[str], Layout]:
             "lokr_w2_b": ("rank", "columns2"),
         },
     )
-    rows += [Layout("LoKr", {**w1, **w2}) for w1 in first for w2 in second]
+    rows += [
+        Layout("LoKr", {**w1, **w2}, sums=len(w1) + len(w2) - 2) for w1 in first for w2 in second
+    ]
     return {frozenset(layout.shapes): layout for layout in rows}
 
 
@@ -70,6 +76,13 @@ class Group:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     layout: Layout | None = None
     rank: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing: rank 0, or an alpha alone; known after `check`."""
+        if self.keys.keys() == {"alpha"}:
+            return True
+        return self.rank == 0 and not self.keys.keys() & {"magnitude", "diff_b"}
 
     @property
     def kind(self) -> str:
@@ -150,24 +163,3 @@ class Group:
 def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without the trailing ones of a 1 x 1 convolution, as some trainers store linears."""
     return shape[:2] if len(shape) > 2 and prod(shape[2:]) == 1 else shape
-
-
-def build(layout: Layout, tensors: Mapping[str, Tensor], strength: float) -> Delta:
-    """The delta of a checked group from its tensors (role -> tensor)."""
-    if layout.kind == "LoRA":
-        return LoRA(tensors["up"], tensors["down"], strength)
-    if layout.kind == "LoHa":
-        w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        return LoHa(w1_a, w1_b, w2_a, w2_b, strength)
-    if layout.kind == "LoKr":
-        first = (tensors.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b"))
-        second = (tensors.get(f"lokr_{name}") for name in ("w2", "w2_a", "w2_b", "t2"))
-        return LoKr(Factored(*first), Factored(*second), strength)
-    return Full(tensors["diff"], strength)
-
-
-def magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:
-    """A DoRA magnitude as `[rows, 1]` or `[1, columns]`; a bare vector of `rows` is per row."""
-    if magnitude.dim() == 2:
-        return magnitude
-    return magnitude.unsqueeze(1) if magnitude.shape[0] == rows else magnitude.unsqueeze(0)
