@@ -19,14 +19,12 @@ from lora.header import AdapterError, Header, TensorInfo, read_header, short
 from lora.keys import Targets
 from lora.kinds import Group, flat_shape
 from lora.metadata import AdapterSettings, trigger_words
-from lora.spellings import split_role
+from lora.spellings import is_embedding, split_role
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 
 MAX_TENSOR_BYTES = 8 << 30
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-EMBEDDINGS = ("clip_l", "clip_g", "t5", "t5xxl", "emb_params")  # textual inversion, whole keys
-EMBEDDING_PREFIX = "bundle_emb."
 BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
 UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
 
@@ -189,7 +187,7 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
 def _is_ignorable(key: str, info: TensorInfo, spelling: str, targets: Targets) -> bool:
     if key in BOOKKEEPING and prod(info.shape) == 1:
         return True
-    if key in EMBEDDINGS or key.startswith(EMBEDDING_PREFIX):
+    if is_embedding(key):
         return True
     if any(name in spelling for name in UNUSED_BY_FLUX):
         return True
@@ -199,8 +197,8 @@ def _is_ignorable(key: str, info: TensorInfo, spelling: str, targets: Targets) -
 def _nothing_matched(header: Header, ignored: list[str]) -> str:
     if ignored and len(ignored) == len(header.tensors):
         return (
-            f"the file changes nothing in this model: it holds only {_some(ignored)} "
-            "(embeddings or parts that FLUX.1 does not use)"
+            f"the file changes nothing in this model: it holds only {_some(ignored)}, "
+            "which FLUX.1 does not use. A FLUX.1 adapter (LoRA) is needed."
         )
     return (
         f"no key of the file matches a module of this model, e.g. {_some(list(header.tensors))}. "

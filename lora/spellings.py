@@ -135,6 +135,15 @@ _LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
 _PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
 
 
+_EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
+_EMBEDDING_PREFIXES = ("bundle_emb.", "string_to_param.")
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a key is that of embeddings of words (textual inversion), not of a module."""
+    return key in _EMBEDDINGS or key.startswith(_EMBEDDING_PREFIXES)
+
+
 def split_role(key: str) -> tuple[str, str] | None:
     """Split a key into (module spelling, role); None when it ends in no known role."""
     parts = key.split(".")

@@ -8,21 +8,12 @@ import torch
 from flux.merge import WorkingWeights
 from lora.adapter import AdapterError
 from tests import tiny
+from tests.lora.adapters import TO_Q, lora, width
 
-TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 TO_K = "transformer.transformer_blocks.0.attn.to_k"
 Q = ("transformer", "transformer_blocks.0.attn.to_q.weight")
 K_BIAS = ("transformer", "transformer_blocks.0.attn.to_k.bias")
 BIG = 1e25
-
-
-def width(flux):
-    return flux["transformer"].norm_out.linear.weight.shape[1]
-
-
-def lora(module, size, rank=4):
-    down, up = tiny.factors(size, size, rank)
-    return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
 
 
 def product(tensors, module):
@@ -32,14 +23,16 @@ def product(tensors, module):
 @pytest.mark.parametrize("name", ["step", "epoch", "iteration", "global_step"])
 @pytest.mark.parametrize("value", [torch.tensor(7), torch.tensor([7.0]), torch.ones(1, 1)])
 def test_numbers_of_a_trainer_are_ignored_and_reported(flux, tmp_path, name, value):
-    adapter = tiny.load(tmp_path / "a", flux, lora(TO_Q, width(flux)) | {name: value})
+    adapter = tiny.load(tmp_path / "a", flux, lora(TO_Q, width(flux), width(flux)) | {name: value})
     assert adapter.ignored == (name,)
     assert adapter.modules == 1
 
 
 def test_such_a_name_with_many_values_is_not_ignored(flux, tmp_path):
     with pytest.raises(AdapterError, match=r"1 of 3 keys are unknown .*'step'"):
-        tiny.load(tmp_path / "a", flux, lora(TO_Q, width(flux)) | {"step": torch.ones(2)})
+        tiny.load(
+            tmp_path / "a", flux, lora(TO_Q, width(flux), width(flux)) | {"step": torch.ones(2)}
+        )
 
 
 def pruned(kind, size):
@@ -62,7 +55,7 @@ def pruned(kind, size):
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("alpha", [None, 0.0, 4.0])
 def test_modules_of_rank_0_are_reported(flux, tmp_path, kind, alpha):
-    good = lora(TO_Q, width(flux))
+    good = lora(TO_Q, width(flux), width(flux))
     empty = {f"{TO_K}.{role}": tensor for role, tensor in pruned(kind, width(flux)).items()}
     if alpha is not None:
         empty[f"{TO_K}.alpha"] = torch.tensor(alpha)
@@ -99,10 +92,10 @@ def test_a_header_with_rank_0_is_refused(flux, tmp_path):
     settings = {"transformer.r": 0, "transformer.lora_alpha": 8}
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     with pytest.raises(AdapterError, match=r"rank \(r\) of the transformer's adapter is 0"):
-        tiny.load(tmp_path / "a", flux, lora(TO_Q, width(flux)), metadata)
+        tiny.load(tmp_path / "a", flux, lora(TO_Q, width(flux), width(flux)), metadata)
     settings["transformer.r"] = 4
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
-    tensors = lora(TO_Q, width(flux))
+    tensors = lora(TO_Q, width(flux), width(flux))
     adapter = tiny.load(tmp_path / "a", flux, tensors, metadata)
     tiny.assert_same(tiny.deltas(adapter, flux), {Q: 2 * product(tensors, TO_Q)})
 
