@@ -17,7 +17,7 @@ from lora.deltas import Contribution, LoRA, Pristine, placed
 from lora.foreign import refuse_foreign
 from lora.header import AdapterError, Header, TensorInfo, read_header, short
 from lora.keys import Targets
-from lora.kinds import Group, flat_shape
+from lora.kinds import NUMBERS, Group, flat_shape
 from lora.metadata import AdapterSettings, trigger_words
 from lora.spellings import is_embedding, split_role
 
@@ -172,10 +172,10 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
                 f"the file has {short(group.keys[role])} and {short(key)}, "
                 "which are two spellings of the same tensor"
             )
-        if role != "alpha" and info.dtype not in FACTOR_DTYPES:
+        if role not in NUMBERS and info.dtype not in FACTOR_DTYPES:
             raise AdapterError(f"{short(key)} is {info.dtype}; only floating point can be applied")
         group.keys[role] = key
-        group.shapes[role] = flat_shape(info.shape)
+        group.shapes[role] = flat_shape(role, info.shape)
     if unknown and groups:
         raise AdapterError(
             f"{len(unknown)} of {len(header.tensors)} keys are unknown for this model: "

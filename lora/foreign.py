@@ -12,7 +12,7 @@ from lora.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_role
 
 NEEDED = (
     "Adapters for FLUX.1 are read that change its weights: "
-    "LoRA, DoRA, LoKr, LoHa and full differences. Give one of these."
+    "LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA and full differences. Give one of these."
 )
 # (what one of the keys contains; what the file is; why it cannot be merged)
 KINDS = (

@@ -123,6 +123,11 @@ _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("alpha", ("alpha",)),
     ("magnitude", ("dora_scale", "magnitude", "lora_magnitude_vector.weight",
                    "lora_magnitude_vector")),
+    *((f"glora_{name}", (f"{name}.weight",)) for name in ("a1", "a2", "b1", "b2")),
+    ("oft_blocks", ("oft_blocks",)),
+    ("rescale", ("rescale",)),
+    ("oft_R", ("oft_R.weight",)),
+    ("oft_scaled", ("oft_R.scaled_oft",)),
     ("diff", ("diff", "w_norm")),
     ("diff_b", ("diff_b", "b_norm")),
     *((f"lokr_{name}", (f"lokr_{name}",))
@@ -132,7 +137,7 @@ _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
 ROLES = {suffix: role for role, suffixes in _ROLES for suffix in suffixes}
 _LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
 # Modules under which PEFT inserts the adapter's name: `lora_A.default.weight`.
-_PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector"})
+_PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
 
 
 _EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
