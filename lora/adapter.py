@@ -19,13 +19,12 @@ from lora.header import AdapterError, Header, TensorInfo, read_header, short
 from lora.keys import Targets
 from lora.kinds import NUMBERS, Group, flat_shape
 from lora.metadata import AdapterSettings, trigger_words
-from lora.spellings import is_embedding, split_role
+from lora.spellings import BOOKKEEPING, is_embedding, split_role
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 
 MAX_TENSOR_BYTES = 8 << 30
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
 UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
 
 LowRank = tuple[Tensor, Tensor, float, slice]

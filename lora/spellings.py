@@ -140,6 +140,7 @@ _LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
 _PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
 
 
+BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
 _EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
 _EMBEDDING_PREFIXES = ("bundle_emb.", "string_to_param.")
 
