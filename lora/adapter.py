@@ -131,7 +131,7 @@ def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
     if not groups and any(group.rank == 0 for group in empty):
         raise AdapterError(
             f"the file changes nothing: each of its {len(empty)} modules has rank 0, e.g. "
-            f"{short(empty[0].spelling)}. Export it again with a rank above 0."
+            f"{short(empty[0].spelling)}; export it again with a rank above 0"
         )
     if not groups:
         raise AdapterError(_nothing_matched(header, ignored))
@@ -197,7 +197,7 @@ def _nothing_matched(header: Header, ignored: list[str]) -> str:
     if ignored and len(ignored) == len(header.tensors):
         return (
             f"the file changes nothing in this model: it holds only {_some(ignored)}, "
-            "which FLUX.1 does not use. A FLUX.1 adapter (LoRA) is needed."
+            "which FLUX.1 does not use; give an adapter (LoRA) for FLUX.1 instead"
         )
     return (
         f"no key of the file matches a module of this model, e.g. {_some(list(header.tensors))}. "

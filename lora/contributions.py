@@ -126,8 +126,8 @@ def _refuse_overflow(group: Group, peaks: Mapping[str, float], strength: float) 
     if reach > LARGEST:
         raise AdapterError(
             f"{short(group.spelling)} has values that come to as much as {reach:.0e} when they are "
-            f"multiplied; at most {LARGEST:.0e} is accepted, because weights would overflow. The "
-            "file is damaged: export or download it again."
+            f"multiplied; at most {LARGEST:.0e} is accepted, because weights would overflow; "
+            "the file is damaged, so export or download it again"
         )
 
 

@@ -204,25 +204,26 @@ class DoRA:
 
     def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
         """See `Delta.add_to`."""
-        moved = self._moved(rows, weight)
+        before, moved = self._moved(rows, weight)
         magnitude = exact(self.magnitude, out)
         if magnitude.shape[1] == 1:
             magnitude = magnitude[rows]
             norm = moved.norm(dim=1, keepdim=True)
         else:
             squares = [
-                self._moved(part.source, weight).square_().sum(dim=0, keepdim=True)
+                self._moved(part.source, weight)[1].square_().sum(dim=0, keepdim=True)
                 for part in weight.module.parts
             ]
             norm = torch.stack(squares).sum(dim=0).sqrt_()
         moved.mul_(magnitude / norm.clamp_min_(torch.finfo(torch.float32).tiny))
-        out.add_(moved.sub_(weight.rows(rows)), alpha=factor)
+        out.add_(moved.sub_(before), alpha=factor)
 
-    def _moved(self, rows: slice, weight: Weight) -> Tensor:
-        """Some rows of W + d, in fp32."""
-        moved = weight.rows(rows).clone()
+    def _moved(self, rows: slice, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Some rows of W and of W + d, in fp32."""
+        before = weight.rows(rows)
+        moved = before.clone()
         self.delta.add_to(moved, rows, 1.0, weight)
-        return moved
+        return before, moved
 
 
 @dataclass(frozen=True, slots=True)

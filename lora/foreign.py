@@ -10,10 +10,7 @@ from lora.header import AdapterError, Header, TensorInfo, short
 from lora.keys import Targets
 from lora.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_role
 
-NEEDED = (
-    "Adapters for FLUX.1 are read that change its weights: "
-    "LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA and full differences. Give one of these."
-)
+NEEDED = "give a LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA or full difference for FLUX.1 instead"
 # (what one of the keys contains; what the file is; why it cannot be merged)
 KINDS = (
     (("vera_lambda_", "vera_A"), "a VeRA adapter", "which needs its trainer's random matrices"),
@@ -21,7 +18,8 @@ KINDS = (
     ((".mlp_fc", "mlp_context_fc", ".qkv_proj"), "packed for nunchaku",
      "which only its kernels read, so that the file from which it was made is needed"),
     (("ip_adapter", "to_k_ip"), "an IP-Adapter", "which takes an image and has its own layers"),
-    (("controlnet_", "input_hint_block"), "a ControlNet", "which is a model beside FLUX.1"),
+    (("controlnet_", "input_hint_block"), "a ControlNet", "which is a model of its own"),
+    (("oft_unet_",), "an OFT of sd-scripts", "whose blocks lie apart for q, k and v"),
     (("redux_",), "FLUX.1 Redux", "which makes prompts from images"),
 )  # fmt: skip
 # Full models: how many times the channels of the base model's input they have; their name.
@@ -87,18 +85,24 @@ def refuse_foreign(header: Header, targets: Targets) -> None:
 
 def _refuse_kind(header: Header, targets: Targets) -> None:
     """Name adapters of a kind that cannot be merged into the weights."""
+    keys = _modules(header)
     for markers, kind, reason in KINDS:
-        if any(marker in key for key in header.tensors for marker in markers):
-            raise AdapterError(f"this file is {kind}, {reason}. {NEEDED}")
+        if any(marker in key for key in keys for marker in markers):
+            raise AdapterError(f"this file is {kind}, {reason}; {NEEDED}")
     words = [targets.shape(CLIP, "embeddings.token_embedding"), targets.shape(T5, "shared")]
     widths = {shape[1] for shape in words if shape}
     tensors = header.tensors.items()
     if tensors and all(is_embedding(key) or _is_word(key, info, widths) for key, info in tensors):
         names = ", ".join(map(short, list(header.tensors)[:4]))
         raise AdapterError(
-            f"this file is a textual inversion ({names}), embeddings of words, which are not read. "
+            f"this file is a textual inversion ({names}), embeddings of words, which are not read; "
             f"{NEEDED}"
         )
+
+
+def _modules(header: Header) -> list[str]:
+    """The keys, without those of embeddings, whose names are the words of a user."""
+    return [key for key in header.tensors if not is_embedding(key)]
 
 
 def _is_word(key: str, info: TensorInfo, widths: Set[int]) -> bool:
@@ -134,9 +138,8 @@ def _architecture(metadata: Mapping[str, str]) -> str | None:
 
 
 def _marked(header: Header) -> str | None:
-    return next(
-        (model for marker, model in MARKERS if any(marker in key for key in header.tensors)), None
-    )
+    keys = _modules(header)
+    return next((model for marker, model in MARKERS if any(marker in key for key in keys)), None)
 
 
 def _refuse_whole_model(header: Header, targets: Targets) -> None:
@@ -145,10 +148,10 @@ def _refuse_whole_model(header: Header, targets: Targets) -> None:
         found = targets.find(key.rpartition(".")[0])
         if found is not None:
             part = found[1].component
-            full = (
-                _transformer(header, targets) if part == TRANSFORMER else f"text encoder ({part})"
-            )
-            raise AdapterError(f"this file is a full {full}, not an adapter of it. {NEEDED}")
+            name = f"text encoder ({part})"
+            if part == TRANSFORMER:
+                name = _transformer(header, targets)
+            raise AdapterError(f"this file is a full {name}, not an adapter of it; {NEEDED}")
 
 
 def _transformer(header: Header, targets: Targets) -> str:

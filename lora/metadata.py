@@ -47,7 +47,7 @@ class AdapterSettings:
         if self._get(component, "r") == 0:
             raise AdapterError(
                 f"the file's {ADAPTER_SETTINGS} says that the rank (r) of the {component}'s "
-                "adapter is 0; a rank above 0 is needed. Export it again with its own settings."
+                "adapter is 0; export it again with the rank that it was trained with"
             )
         alpha = self._alpha(component, module)
         if alpha is None:

@@ -59,6 +59,7 @@ KINDS = {
     "controlnet_blocks.0.weight": "a ControlNet",
     "input_hint_block.0.weight": "a ControlNet",
     "redux_up.weight": "FLUX.1 Redux",
+    "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0": "an OFT of sd-scripts",
 }
 
 
@@ -67,6 +68,13 @@ def test_kinds_that_are_not_read_are_named(flux, tmp_path, key, name):
     whole = {"transformer_blocks.0.attn.to_q.weight": torch.ones(4, 4)}
     for beside in ({}, whole, lora(TO_Q, width(flux), width(flux))):
         refused(flux, tmp_path, {key: torch.ones(4, 4)} | beside, f"this file is {name}, .*LoKr")
+
+
+def test_the_words_of_bundled_embeddings_mean_nothing(flux, tmp_path):
+    """A user may name a token like a part of another model."""
+    tensors = lora(TO_Q, width(flux), width(flux))
+    words = {f"bundle_emb.{word}.clip_l": torch.ones(2, 3) for word in ("redux_me", "cross_attn")}
+    assert tiny.load(tmp_path / "a", flux, tensors | words).modules == 1
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
