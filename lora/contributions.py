@@ -119,7 +119,7 @@ def _refuse_overflow(group: Group, peaks: Mapping[str, float], strength: float) 
     reach = max(scale * peak for peak in peaks.values())
     if layout is not None and layout.turns:
         rotation = peaks.get("oft_blocks", peaks.get("oft_R", 0.0))
-        reach = max(reach, (2 * sizes["size"] * rotation) ** layout.turns)
+        reach = max(reach, math.prod([2 * sizes["size"] * rotation] * layout.turns))
     elif layout is not None:
         factors = math.prod(max(1.0, peaks[role]) for role in layout.shapes)
         reach = max(reach, scale * factors * float(group.rank or 1) ** layout.sums)

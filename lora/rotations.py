@@ -36,7 +36,7 @@ class OutputOFT:
         size = self.blocks.shape[-1]
         first, last = rows.start // size, -(-rows.stop // size)
         before = weight.rows(slice(first * size, last * size))
-        turn = _cayley(self.blocks, self.constraint, out)[first:last].transpose(-1, -2)
+        turn = _cayley(self.blocks, self.constraint, out, slice(first, last)).transpose(1, 2)
         change = (turn @ before.reshape(last - first, size, -1)).flatten(0, 1)
         inside = slice(rows.start - first * size, rows.stop - first * size)
         _add_rescaled(out, change[inside], before[inside], self.rescale, rows, factor)
@@ -104,8 +104,8 @@ class InputOFT:
         out.add_(change.transpose(0, 1).reshape(height, columns), alpha=factor)
 
 
-def _cayley(blocks: Tensor, constraint: float, like: Tensor) -> Tensor:
-    """`R - I = 2 Q (I - Q)^-1` in fp32, for `R = (I + Q) (I - Q)^-1` of each Q.
+def _cayley(blocks: Tensor, constraint: float, like: Tensor, wanted: slice = slice(None)) -> Tensor:
+    """`R - I = 2 Q (I - Q)^-1` in fp32, for `R = (I + Q) (I - Q)^-1` of each wanted Q.
 
     In float64, because the inverse loses as many digits as Q is large. `I - Q` always has an
     inverse, and so the device is not asked whether it had.
@@ -113,7 +113,7 @@ def _cayley(blocks: Tensor, constraint: float, like: Tensor) -> Tensor:
     skew = exact(blocks, like).double()
     skew = skew - skew.transpose(-1, -2)
     norm = skew.norm() + 1e-8  # as LyCORIS adds it
-    skew *= (constraint / norm).clamp(max=1.0)
+    skew = skew[wanted] * (constraint / norm).clamp(max=1.0)
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
     turned: Tensor = torch.linalg.solve_ex(eye - skew, 2 * skew, left=False).result
     return turned.float()

@@ -170,8 +170,8 @@ def test_a_norm_has_no_rotation(flux, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rotations_too_large_to_compute_are_refused(flux, tmp_path, kind):
-    tensors = {
-        f"{TO_Q}.{role}": 1e9 * t for role, t in rotations(width(flux), width(flux))[kind].items()
-    }
+@pytest.mark.parametrize("size", [1e9, 1e200])
+def test_rotations_too_large_to_compute_are_refused(flux, tmp_path, kind, size):
+    found = rotations(width(flux), width(flux))[kind]
+    tensors = {f"{TO_Q}.{role}": size * t.double() for role, t in found.items()}
     refused(flux, tmp_path, tensors, "would overflow")
