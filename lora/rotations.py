@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lora.deltas import Weight, exact
 
+COLUMNS = 512  # of a weight that a butterfly turns at a time
+
 
 @dataclass(frozen=True, slots=True)
 class OutputOFT:
@@ -60,15 +62,21 @@ class OutputBOFT:
     rescale: Tensor | None
 
     def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
-        """See `Delta.add_to`; reads the whole weight, since all of its rows are mixed."""
+        """See `Delta.add_to`; reads the whole weight, since all of its rows are mixed.
+
+        Columns are not, and so only some of them at a time take memory for what lies between.
+        """
         _, blocks, size, _ = self.blocks.shape
-        before = weight.rows(slice(0, blocks * size))
-        change = torch.zeros_like(before)
-        for index, turn in enumerate(_cayley(self.blocks, self.constraint, out)):
-            half = size // 2 * 2**index
-            mixed = _swapped(before + change, 2, half).reshape(blocks, size, -1)
-            change += _swapped((turn @ mixed).flatten(0, 1), half, 2)
-        _add_rescaled(out, change[rows], before[rows], self.rescale, rows, factor)
+        turns = _cayley(self.blocks, self.constraint, out)
+        whole = weight.rows(slice(0, blocks * size))
+        parts = (torch.split(tensor, COLUMNS, dim=1) for tensor in (whole, out))
+        for before, some in zip(*parts, strict=True):
+            change = torch.zeros_like(before)
+            for index, turn in enumerate(turns):
+                half = size // 2 * 2**index
+                mixed = _swapped(before + change, 2, half).reshape(blocks, size, -1)
+                change += _swapped((turn @ mixed).flatten(0, 1), half, 2)
+            _add_rescaled(some, change[rows], before[rows], self.rescale, rows, factor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import OFTConfig, inject_adapter_in_model
 
+from lora import rotations
 from tests import tiny
 from tests.lora.adapters import (
     FUSED,
@@ -73,7 +74,11 @@ def butterfly(blocks, rows):
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("factors", [1, 3])
 @pytest.mark.parametrize("rescaled", [False, True])
-def test_boft_turns_rows_by_butterfly_factors(flux, tmp_path, name, factors, rescaled):
+@pytest.mark.parametrize("at_a_time", [7, 512])
+def test_boft_turns_rows_by_butterfly_factors(
+    flux, tmp_path, monkeypatch, name, factors, rescaled, at_a_time
+):
+    monkeypatch.setattr(rotations, "COLUMNS", at_a_time)
     module, names = MODULES[name]
     weight = torch.cat(weights(flux, names))
     rows = weight.shape[0]
