@@ -1,35 +1,32 @@
-"""A safetensors file in, an Adapter out: every format of `lora/keys.py`, every kind of delta.
+"""A safetensors file in, an Adapter out: every format of `lora/spellings.py`, every kind of delta.
 
 Nothing is dropped silently. A key belongs to a module of the model, or is of a kind that is
 known to be harmless and is listed as ignored, or is an error that names it.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora.deltas import Contribution, Delta, DoRA, Full, LoRA, Part, Pristine, placed
+from lora.contributions import Parameter, read_contributions
+from lora.deltas import Contribution, LoRA, Pristine, placed
 from lora.foreign import refuse_foreign
-from lora.header import AdapterError, Header, read_header, short
-from lora.keys import Targets, split_role
-from lora.kinds import Group, build, flat_shape, magnitude_matrix
+from lora.header import AdapterError, Header, TensorInfo, read_header, short
+from lora.keys import Targets
+from lora.kinds import NUMBERS, Group, flat_shape
 from lora.metadata import AdapterSettings, trigger_words
+from lora.spellings import BOOKKEEPING, is_embedding, split_role
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 
 MAX_TENSOR_BYTES = 8 << 30
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-EMBEDDINGS = ("clip_l", "clip_g", "t5", "t5xxl", "emb_params")  # textual inversion, whole keys
-EMBEDDING_PREFIX = "bundle_emb."
 UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
 
-Parameter = tuple[str, str]
-"""(component, parameter name)."""
 LowRank = tuple[Tensor, Tensor, float, slice]
 """A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
 
@@ -43,7 +40,7 @@ class Adapter:
         format: how it is spelled and what kind it is, for the log.
         modules: how many modules (as spelled in the file) it changes.
         nbytes: bytes of all the tensors it keeps.
-        ignored: keys that were recognised and have no effect here.
+        ignored: keys that were recognised and have no effect here, and modules of rank 0.
         trigger_words: what the file says a prompt should contain.
         contributions: per parameter, what is added to it.
     """
@@ -128,15 +125,21 @@ def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
     groups, ignored = _group(header, targets)
     for group in groups:
         group.check()
-    ignored += [g.keys["alpha"] for g in groups if g.keys.keys() == {"alpha"}]
-    groups = [g for g in groups if g.keys.keys() != {"alpha"}]
+    empty = [group for group in groups if group.is_empty]
+    ignored += [g.keys["alpha"] if g.rank is None else f"{g.spelling} (rank 0)" for g in empty]
+    groups = [group for group in groups if not group.is_empty]
+    if not groups and any(group.rank == 0 for group in empty):
+        raise AdapterError(
+            f"the file changes nothing: each of its {len(empty)} modules has rank 0, e.g. "
+            f"{short(empty[0].spelling)}; export it again with a rank above 0"
+        )
     if not groups:
         raise AdapterError(_nothing_matched(header, ignored))
     _refuse_second_spellings(groups)
     settings = AdapterSettings(header.metadata)
     try:
         with safe_open(path, framework="pt") as file:
-            contributions = _contributions(groups, settings, file.get_tensor)
+            contributions = read_contributions(groups, settings, file.get_tensor)
     except SafetensorError as error:
         raise AdapterError(f"the file cannot be read: {short(str(error))}") from error
     return Adapter(
@@ -159,7 +162,7 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
         spelling, role = split_role(key) or ("", "")
         found = targets.find(spelling) if role else None
         if found is None:
-            (ignored if _is_ignorable(key, spelling, targets) else unknown).append(key)
+            (ignored if _is_ignorable(key, info, spelling, targets) else unknown).append(key)
             continue
         dialect, place = found
         group = groups.setdefault(spelling, Group(place, dialect.label, spelling))
@@ -168,10 +171,10 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
                 f"the file has {short(group.keys[role])} and {short(key)}, "
                 "which are two spellings of the same tensor"
             )
-        if role != "alpha" and info.dtype not in FACTOR_DTYPES:
+        if role not in NUMBERS and info.dtype not in FACTOR_DTYPES:
             raise AdapterError(f"{short(key)} is {info.dtype}; only floating point can be applied")
         group.keys[role] = key
-        group.shapes[role] = flat_shape(info.shape)
+        group.shapes[role] = flat_shape(role, info.shape)
     if unknown and groups:
         raise AdapterError(
             f"{len(unknown)} of {len(header.tensors)} keys are unknown for this model: "
@@ -180,8 +183,10 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
     return list(groups.values()), ignored
 
 
-def _is_ignorable(key: str, spelling: str, targets: Targets) -> bool:
-    if key in EMBEDDINGS or key.startswith(EMBEDDING_PREFIX):
+def _is_ignorable(key: str, info: TensorInfo, spelling: str, targets: Targets) -> bool:
+    if key in BOOKKEEPING and prod(info.shape) == 1:
+        return True
+    if is_embedding(key):
         return True
     if any(name in spelling for name in UNUSED_BY_FLUX):
         return True
@@ -191,8 +196,8 @@ def _is_ignorable(key: str, spelling: str, targets: Targets) -> bool:
 def _nothing_matched(header: Header, ignored: list[str]) -> str:
     if ignored and len(ignored) == len(header.tensors):
         return (
-            f"the file changes nothing in this model: it holds only {_some(ignored)} "
-            "(embeddings or parts that FLUX.1 does not use)"
+            f"the file changes nothing in this model: it holds only {_some(ignored)}, "
+            "which FLUX.1 does not use; give an adapter (LoRA) for FLUX.1 instead"
         )
     return (
         f"no key of the file matches a module of this model, e.g. {_some(list(header.tensors))}. "
@@ -216,83 +221,6 @@ def _refuse_second_spellings(groups: list[Group]) -> None:
                     f"the file has {short(owner)} and {short(group.spelling)}, "
                     f"which are two spellings of {module}"
                 )
-
-
-def _contributions(
-    groups: list[Group], settings: AdapterSettings, read: Callable[[str], Tensor]
-) -> dict[Parameter, tuple[Contribution, ...]]:
-    """Read and check the tensors of each group, and file their deltas by parameter."""
-    result: dict[Parameter, tuple[Contribution, ...]] = {}
-    for group in groups:
-        component = group.place.component
-        tensors = {
-            role: _checked(key, read(key)).reshape(group.shapes[role])
-            for role, key in group.keys.items()
-            if role != "alpha"
-        }
-        strength = _strength(group, settings, read)
-        for name, delta in _deltas(group, tensors, strength):
-            for part in _parts(group, name):
-                key = (component, part.parameter)
-                result[key] = (*result.get(key, ()), Contribution(delta, part))
-    return result
-
-
-def _deltas(
-    group: Group, tensors: Mapping[str, Tensor], strength: float
-) -> list[tuple[str, Delta | DoRA]]:
-    """The differences of one module: to its weight, and to its bias."""
-    deltas: list[tuple[str, Delta | DoRA]] = []
-    if group.layout is not None:
-        delta = build(group.layout, tensors, strength)
-        if "magnitude" in tensors:
-            magnitude = magnitude_matrix(tensors["magnitude"], group.place.shape[0])
-            dora = DoRA(delta, magnitude, group.place.component, _parts(group, "weight"))
-            deltas.append(("weight", dora))
-        else:
-            deltas.append(("weight", delta))
-    if "up_bias" in tensors:
-        deltas.append(("bias", Full(tensors["up_bias"], strength)))
-    if "diff_b" in tensors:
-        deltas.append(("bias", Full(tensors["diff_b"])))
-    return deltas
-
-
-def _parts(group: Group, name: str) -> tuple[Part, ...]:
-    return tuple(
-        Part(f"{piece.module}.{name}", piece.source, piece.target) for piece in group.place.pieces
-    )
-
-
-def _strength(group: Group, settings: AdapterSettings, read: Callable[[str], Tensor]) -> float:
-    """Alpha / rank: alpha from its own key, else from the header, else 1.0 altogether.
-
-    Where nothing is factored (a full difference, a LoKr of two whole matrices) alpha means
-    nothing: trainers write placeholders there, up to infinity.
-    """
-    if group.rank is None:
-        return 1.0
-    if "alpha" not in group.keys:
-        return settings.strength(group.place.component, group.place.spelling, group.rank)
-    alpha = float(read(group.keys["alpha"]).item())
-    if not 0 < alpha < float("inf"):
-        raise AdapterError(
-            f"{short(group.keys['alpha'])} is {alpha}; it must be a finite number above 0"
-        )
-    return alpha / group.rank
-
-
-def _checked(key: str, tensor: Tensor) -> Tensor:
-    """`tensor` in memory of its own, if all its values are finite.
-
-    safetensors maps the file; a copy does not depend on what becomes of the file. The
-    extremes tell in one pass whether values are finite: NaN propagates into both.
-    """
-    tensor = tensor.clone()
-    low, high = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        raise AdapterError(f"{short(key)} has values that are not finite; the file is damaged")
-    return tensor
 
 
 def _format(groups: list[Group]) -> str:

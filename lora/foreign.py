@@ -4,11 +4,29 @@ A wrong file would fail anyway, on an unknown key or a shape. This table only le
 message say what the file is, and it is read before any tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
-from lora.header import AdapterError, Header, short
-from lora.keys import TRANSFORMER, Targets, split_role
+from lora.header import AdapterError, Header, TensorInfo, short
+from lora.keys import Targets
+from lora.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_role
 
+NEEDED = "give a LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA or full difference for FLUX.1 instead"
+# (what one of the keys contains; what the file is; why it cannot be merged)
+KINDS = (
+    (("vera_lambda_", "vera_A"), "a VeRA adapter", "which needs its trainer's random matrices"),
+    (("lambda_layer", ".q_layer."), "a T-LoRA", "whose rank changes with the timestep"),
+    ((".mlp_fc", "mlp_context_fc", ".qkv_proj"), "packed for nunchaku",
+     "which only its kernels read, so that the file from which it was made is needed"),
+    (("ip_adapter", "to_k_ip"), "an IP-Adapter", "which takes an image and has its own layers"),
+    (("controlnet_", "input_hint_block"), "a ControlNet", "which is a model of its own"),
+    (("oft_unet_",), "an OFT of sd-scripts", "whose blocks lie apart for q, k and v"),
+    (("redux_",), "FLUX.1 Redux", "which makes prompts from images"),
+)  # fmt: skip
+# Full models: how many times the channels of the base model's input they have; their name.
+INPUTS = {2: "FLUX.1 Canny or Depth", 6: "FLUX.1 Fill"}
+# Full models that differ from the base model in their values alone: named by the header, if at all.
+TITLES = ("kontext", "krea")
+_TITLE_FIELDS = ("modelspec.title", "modelspec.architecture")
 _ARCHITECTURE_FIELDS = ("modelspec.architecture", "ss_base_model_version")
 # (what the field contains, in lower case; the model's name)
 ARCHITECTURES = (
@@ -54,6 +72,7 @@ MARKERS = (
 
 def refuse_foreign(header: Header, targets: Targets) -> None:
     """Raise an AdapterError that names the file if it is known not to be a FLUX.1 adapter."""
+    _refuse_kind(header, targets)
     _refuse_control(header, targets)
     if any(key.startswith("decoder.") for key in header.tensors):
         raise AdapterError("this file is an autoencoder (VAE); an adapter (LoRA) is needed")
@@ -62,6 +81,33 @@ def refuse_foreign(header: Header, targets: Targets) -> None:
         raise AdapterError(f"this file is for {model}; a FLUX.1 adapter is needed")
     if not _has_roles(header):
         _refuse_whole_model(header, targets)
+
+
+def _refuse_kind(header: Header, targets: Targets) -> None:
+    """Name adapters of a kind that cannot be merged into the weights."""
+    keys = _modules(header)
+    for markers, kind, reason in KINDS:
+        if any(marker in key for key in keys for marker in markers):
+            raise AdapterError(f"this file is {kind}, {reason}; {NEEDED}")
+    words = [targets.shape(CLIP, "embeddings.token_embedding"), targets.shape(T5, "shared")]
+    widths = {shape[1] for shape in words if shape}
+    tensors = header.tensors.items()
+    if tensors and all(is_embedding(key) or _is_word(key, info, widths) for key, info in tensors):
+        names = ", ".join(map(short, list(header.tensors)[:4]))
+        raise AdapterError(
+            f"this file is a textual inversion ({names}), embeddings of words, which are not read; "
+            f"{NEEDED}"
+        )
+
+
+def _modules(header: Header) -> list[str]:
+    """The keys, without those of embeddings, whose names are the words of a user."""
+    return [key for key in header.tensors if not is_embedding(key)]
+
+
+def _is_word(key: str, info: TensorInfo, widths: Set[int]) -> bool:
+    """Whether a tensor is embeddings of the text encoders, under a name of its own."""
+    return "." not in key and len(info.shape) in (1, 2) and info.shape[-1] in widths
 
 
 def _refuse_control(header: Header, targets: Targets) -> None:
@@ -92,9 +138,8 @@ def _architecture(metadata: Mapping[str, str]) -> str | None:
 
 
 def _marked(header: Header) -> str | None:
-    return next(
-        (model for marker, model in MARKERS if any(marker in key for key in header.tensors)), None
-    )
+    keys = _modules(header)
+    return next((model for marker, model in MARKERS if any(marker in key for key in keys)), None)
 
 
 def _refuse_whole_model(header: Header, targets: Targets) -> None:
@@ -103,8 +148,25 @@ def _refuse_whole_model(header: Header, targets: Targets) -> None:
         found = targets.find(key.rpartition(".")[0])
         if found is not None:
             part = found[1].component
-            what = "FLUX.1 checkpoint" if part == TRANSFORMER else f"text encoder ({part})"
-            raise AdapterError(f"this file is a full {what}; an adapter (LoRA) is needed")
+            name = f"text encoder ({part})"
+            if part == TRANSFORMER:
+                name = _transformer(header, targets)
+            raise AdapterError(f"this file is a full {name}, not an adapter of it; {NEEDED}")
+
+
+def _transformer(header: Header, targets: Targets) -> str:
+    """Which FLUX.1 a full model is: by the channels of its input, else by its header's title."""
+    for key, info in header.tensors.items():
+        found = targets.find(key.removesuffix(".weight"))
+        if found and found[1].pieces[0].module == "x_embedder" and len(info.shape) == 2:
+            times = info.shape[1] / found[1].shape[1]
+            if times in INPUTS:
+                return f"{INPUTS[int(times)]} model"
+    title = " ".join(header.metadata.get(field, "") for field in _TITLE_FIELDS).lower()
+    name = next((name for name in TITLES if name in title), None)
+    if name:
+        return f"FLUX.1 {name.capitalize()} checkpoint"
+    return "FLUX.1 checkpoint (dev, schnell, Krea or Kontext, which have the same layout)"
 
 
 def _has_roles(header: Header) -> bool:

@@ -179,7 +179,7 @@ def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, i
             raise AdapterError(f"the header's entry for {short(name)} is malformed")
     if dtype not in DTYPE_BYTES:
         raise AdapterError(f"{short(name)} has the dtype {short(dtype)}, which is not supported")
-    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 < n < 1 << 32 for n in shape):
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
         raise AdapterError(f"{short(name)} has the shape {short(str(shape))}: not an adapter's")
     if begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
         raise AdapterError(f"{short(name)}: its size does not follow from its shape and dtype")

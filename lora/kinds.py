@@ -7,34 +7,55 @@ any of them is read.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import isqrt, prod
 
-from torch import Tensor
-
-from lora.deltas import Delta, Factored, Full, LoHa, LoKr, LoRA
 from lora.header import AdapterError, short
 from lora.keys import Place
 
-EXTRAS = frozenset({"alpha", "magnitude", "up_bias", "diff_b"})  # beside the weight's own delta
+NUMBERS = frozenset({"alpha", "oft_scaled"})  # roles of a single number, of any dtype
+EXTRAS = NUMBERS | {"magnitude", "up_bias", "diff_b"}  # beside the weight's own delta
+Sizes = dict[str, int]
+"""What the symbols of a row stand for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One kind of delta: its name, and role -> symbolic shape."""
+    """One kind of delta.
+
+    Attributes:
+        kind: its name.
+        shapes: role -> symbolic shape; "1" is one.
+        sums: how many sums over the rank are in its formula.
+        turns: the highest power of Q that its formula has, or whose digits it loses.
+    """
 
     kind: str
-    shapes: Mapping[str, tuple[str, str]]
+    shapes: Mapping[str, tuple[str, ...]]
+    sums: int = 0
+    turns: int = 0
 
 
-def _layouts() -> dict[frozenset[str], Layout]:
+def _layouts() -> dict[frozenset[str], list[Layout]]:
+    down, up = ("rank", "columns"), ("rows", "rank")
+    back = ("columns", "rank")
     rows = [
-        Layout("LoRA", {"down": ("rank", "columns"), "up": ("rows", "rank")}),
+        Layout("LoRA", {"down": down, "up": up}, sums=1),
         Layout("full difference", {"diff": ("rows", "columns")}),
         Layout("LoHa", {
-            "hada_w1_a": ("rows", "rank"), "hada_w1_b": ("rank", "columns"),
-            "hada_w2_a": ("rows", "rank"), "hada_w2_b": ("rank", "columns"),
-        }),
+            "hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down,
+        }, sums=2),
+        Layout("GLoRA", {
+            "glora_a1": back, "glora_a2": down, "glora_b1": up, "glora_b2": down,
+        }, sums=1),
+        Layout("old GLoRA", {
+            "glora_a1": down, "glora_a2": back, "glora_b1": down, "glora_b2": up,
+        }, sums=1),
+        Layout("OFT of inputs", {"oft_R": ("blocks", "packed")}, turns=4),
     ]  # fmt: skip
+    for kind, factors in (("OFT", ()), ("BOFT", ("factors",))):
+        blocks = {"oft_blocks": (*factors, "blocks", "size", "size")}
+        rows += [Layout(kind, blocks, turns=2)]
+        rows += [Layout(kind, {**blocks, "rescale": ("rows", "1")}, turns=2)]
     first: tuple[dict[str, tuple[str, str]], ...] = (
         {"lokr_w1": ("rows1", "columns1")},
         {"lokr_w1_a": ("rows1", "rank"), "lokr_w1_b": ("rank", "columns1")},
@@ -48,19 +69,24 @@ def _layouts() -> dict[frozenset[str], Layout]:
             "lokr_w2_b": ("rank", "columns2"),
         },
     )
-    rows += [Layout("LoKr", {**w1, **w2}) for w1 in first for w2 in second]
-    return {frozenset(layout.shapes): layout for layout in rows}
+    rows += [
+        Layout("LoKr", {**w1, **w2}, sums=len(w1) + len(w2) - 2) for w1 in first for w2 in second
+    ]
+    found: dict[frozenset[str], list[Layout]] = {}
+    for layout in rows:
+        found.setdefault(frozenset(layout.shapes), []).append(layout)
+    return found
 
 
 LAYOUTS = _layouts()
+"""Roles -> the kinds that have them; where there are two, the shapes tell which."""
 
 
 @dataclass(slots=True)
 class Group:
     """The keys of one module: role -> key, and role -> shape from the header.
 
-    `check` fills in `layout` (None: the module has no delta of its weight) and `rank` (None:
-    nothing is factored, so alpha / rank does not apply).
+    `check` fills in `layout` (None: the module has no delta of its weight) and `sizes`.
     """
 
     place: Place
@@ -69,7 +95,19 @@ class Group:
     keys: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     layout: Layout | None = None
-    rank: int | None = None
+    sizes: Sizes = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int | None:
+        """None: nothing is factored, so alpha / rank does not apply. Known after `check`."""
+        return self.sizes.get("rank")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing: rank 0, or an alpha alone; known after `check`."""
+        if self.keys.keys() == {"alpha"}:
+            return True
+        return self.rank == 0 and not self.keys.keys() & {"magnitude", "diff_b"}
 
     @property
     def kind(self) -> str:
@@ -85,36 +123,49 @@ class Group:
             AdapterError: incomplete, two kinds at once, or shapes that do not fit.
         """
         roles = frozenset(self.keys) - EXTRAS
-        self.layout = LAYOUTS.get(roles)
-        if self.layout is None and roles:
+        if roles and roles not in LAYOUTS:
             raise AdapterError(
                 f"{short(self.spelling)} has {', '.join(sorted(self.keys))}: "
                 "that is incomplete, or two kinds of adapter at once"
             )
-        if self.layout is None and self.keys.keys() & {"magnitude", "up_bias"}:
+        if not roles and self.keys.keys() & {"magnitude", "up_bias", "oft_scaled"}:
             raise AdapterError(f"{short(self.spelling)} has {', '.join(sorted(self.keys))} alone")
-        sizes = self._bind(self.layout) if self.layout else {}
-        self.rank = sizes.get("rank")
+        if roles:
+            self.layout, self.sizes = self._bound(LAYOUTS[roles])
         self._check_extras()
 
-    def _bind(self, layout: Layout) -> dict[str, int]:
+    def _bound(self, layouts: Sequence[Layout]) -> tuple[Layout, Sizes]:
+        """The first of the layouts that fits, and the number that each of its symbols is."""
+        dimensions = {role: len(shape) for role, shape in self.shapes.items()}
+        alike = [
+            layout
+            for layout in layouts
+            if all(len(shape) == dimensions[role] for role, shape in layout.shapes.items())
+        ]
+        errors = []
+        for layout in alike or layouts:
+            try:
+                return layout, self._bind(layout)
+            except AdapterError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _bind(self, layout: Layout) -> Sizes:
         """The number that each symbol of the layout stands for."""
         place = self.place.shape
         if "diff" in layout.shapes:
             self._expect("diff", (place,))
             return {}
-        sizes: dict[str, int] = {}
+        sizes: Sizes = {"1": 1, **({"rows": place[0]} if layout.turns else {})}
         for role, symbols in layout.shapes.items():
             shape = self.shapes[role]
             known = tuple(sizes.setdefault(s, n) for s, n in zip(symbols, shape, strict=False))
-            if len(shape) != 2 or known != shape:
+            if len(shape) != len(symbols) or known != shape:
                 raise self._misfit(role, f"[{', '.join(symbols)}] of one {layout.kind}")
-        if layout.kind == "LoKr":
-            sizes["rows"] = sizes["rows1"] * sizes["rows2"]
-            sizes["columns"] = sizes["columns1"] * sizes["columns2"]
-        if (sizes["rows"], sizes["columns"]) != place:
+        extent = _extent(layout.kind, sizes, place)
+        if extent != place:
             raise AdapterError(
-                f"{short(self.spelling)} changes a weight of {sizes['rows']} x {sizes['columns']}; "
+                f"{short(self.spelling)} changes a weight of {extent[0]} x {extent[1]}; "
                 f"this model's is {' x '.join(map(str, place))}. The file is for another model."
             )
         return sizes
@@ -127,12 +178,15 @@ class Group:
             "up_bias": ((rows,),),
             "diff_b": ((rows,),),
             "alpha": ((), (1,)),
+            "oft_scaled": ((), (1,)),
         }
         for role, shapes in allowed.items():
             if role in self.keys:
                 self._expect(role, shapes)
         if self.keys.keys() & {"up_bias", "diff_b"} and not self.place.has_bias:
             raise AdapterError(f"{short(self.spelling)} changes a bias, and that module has none")
+        if "oft_scaled" in self.keys and "oft_R" not in self.keys:
+            raise AdapterError(f"{short(self.keys['oft_scaled'])} is there without a rotation")
         if "magnitude" in self.keys and not columns:
             raise AdapterError(f"{short(self.spelling)} has a magnitude, and is not a matrix")
 
@@ -147,27 +201,33 @@ class Group:
         )
 
 
-def flat_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _extent(kind: str, sizes: Sizes, place: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the weight that a layout changes, which `place` should have.
+
+    Rotations fix the rows or the columns alone. A size that is not possible is given as 0.
+    """
+    match kind:
+        case "LoKr":
+            return sizes["rows1"] * sizes["rows2"], sizes["columns1"] * sizes["columns2"]
+        case "OFT" | "BOFT":
+            # A butterfly's last factor interleaves 2 ^ (factors - 1) blocks with as many.
+            groups = 2 ** min(max(sizes.get("factors", 1) - 1, 0), 64)
+            possible = sizes["blocks"] % groups == 0 and (kind == "OFT" or sizes["size"] % 2 == 0)
+            return sizes["blocks"] * sizes["size"] * possible, place[-1]
+        case "OFT of inputs":
+            size = sizes["size"] = _packed_size(sizes["packed"])
+            shared = sizes["blocks"] == 1 and size and place[-1] % size == 0
+            return place[0], place[-1] if shared else sizes["blocks"] * size
+    return sizes["rows"], sizes["columns"]
+
+
+def _packed_size(count: int) -> int:
+    """The size of a skew-symmetric matrix with that many values above its diagonal, or 0."""
+    size = (1 + isqrt(1 + 8 * count)) // 2
+    return size if size * (size - 1) // 2 == count else 0
+
+
+def flat_shape(role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without the trailing ones of a 1 x 1 convolution, as some trainers store linears."""
-    return shape[:2] if len(shape) > 2 and prod(shape[2:]) == 1 else shape
-
-
-def build(layout: Layout, tensors: Mapping[str, Tensor], strength: float) -> Delta:
-    """The delta of a checked group from its tensors (role -> tensor)."""
-    if layout.kind == "LoRA":
-        return LoRA(tensors["up"], tensors["down"], strength)
-    if layout.kind == "LoHa":
-        w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{n}"] for n in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        return LoHa(w1_a, w1_b, w2_a, w2_b, strength)
-    if layout.kind == "LoKr":
-        first = (tensors.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b"))
-        second = (tensors.get(f"lokr_{name}") for name in ("w2", "w2_a", "w2_b", "t2"))
-        return LoKr(Factored(*first), Factored(*second), strength)
-    return Full(tensors["diff"], strength)
-
-
-def magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:
-    """A DoRA magnitude as `[rows, 1]` or `[1, columns]`; a bare vector of `rows` is per row."""
-    if magnitude.dim() == 2:
-        return magnitude
-    return magnitude.unsqueeze(1) if magnitude.shape[0] == rows else magnitude.unsqueeze(0)
+    linear = len(shape) > 2 and prod(shape[2:]) == 1 and role != "oft_blocks"
+    return shape[:2] if linear else shape

@@ -40,7 +40,15 @@ class AdapterSettings:
         """What a LoRA without an alpha of its own is multiplied by; 1.0 when nothing is said.
 
         That is alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter.
+
+        Raises:
+            AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad alpha.
         """
+        if self._get(component, "r") == 0:
+            raise AdapterError(
+                f"the file's {ADAPTER_SETTINGS} says that the rank (r) of the {component}'s "
+                "adapter is 0; export it again with the rank that it was trained with"
+            )
         alpha = self._alpha(component, module)
         if alpha is None:
             return 1.0

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from flux.merge import OnePassLike, WorkingWeights
 from flux.quantize import empty_float8, storage, store
 from lora.adapter import Adapter
-from lora.deltas import Contribution, LoRA, Part
+from lora.deltas import Contribution, LoRA, Module, Part
 
 COMPONENT = "transformer"
 
@@ -46,10 +46,10 @@ def pristine(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Te
 
 def adapter(digest: str, **deltas: tuple[LoRA, slice, slice]) -> Adapter:
     """An adapter of deltas by parameter, each with rows of it and the rows they are added to."""
-    found = {
-        (COMPONENT, name): (Contribution(delta, Part(name, source, target)),)
-        for name, (delta, source, target) in deltas.items()
-    }
+    found = {}
+    for name, (delta, source, target) in deltas.items():
+        part = Part(name, source, target)
+        found[COMPONENT, name] = (Contribution(delta, part, Module(COMPONENT, (part,))),)
     size = sum(delta.up.nbytes + delta.down.nbytes for delta, *_ in deltas.values())
     return Adapter(digest, "", len(found), size, (), (), found)
 

@@ -38,7 +38,23 @@ def files():
             "double_blocks.0.img_attn.proj.diff_b": torch.full((w,), 0.25),
             "double_blocks.0.img_attn.norm.query_norm.diff": torch.full((16,), 0.5),
         },
+        "e": rotations(w),
     }
+
+
+def rotations(w):
+    """An OFT, a BOFT and a GLoRA."""
+    generator = torch.Generator().manual_seed(7)
+    fused, linear1 = "double_blocks.0.txt_attn.qkv", "lora_unet_single_blocks_1_linear1"
+    shapes = {
+        f"{fused}.oft_blocks": (4, 3 * w // 4, 3 * w // 4),
+        f"{fused}.diff_b": (3 * w,),
+        f"{linear1}.oft_blocks": (2, 4, 7 * w // 4, 7 * w // 4),
+        f"{Q.replace('to_q', 'to_out.0')}.oft_R.weight": (w // 4, 6),
+        **{f"text_encoder.encoder.layers.0.mlp.fc1.{name}.weight": shape for name, shape in
+           {"a1": (20, 2), "a2": (2, 20), "b1": (36, 2), "b2": (2, 20)}.items()},
+    }  # fmt: skip
+    return {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
 def state(modules):

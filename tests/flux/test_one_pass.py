@@ -142,13 +142,14 @@ def test_a_lack_of_memory_is_no_failure_of_the_kernel(values) -> None:
     assert kernel.written == len(values)
 
 
-def test_other_kinds_keep_their_path_with_what_is_on_the_device(adapters) -> None:
-    """A DoRA, a LoKr, a difference and a bias, also beside a LoRA of the same weight."""
+@pytest.mark.parametrize("last", ["d", "e"])
+def test_other_kinds_keep_their_path_with_what_is_on_the_device(adapters, last) -> None:
+    """DoRA, LoKr, rotations, differences and biases, also beside a LoRA of the same weight."""
 
     def swap(make: Pristine | None, merging: OnePass | None):
         modules = tiny.modules(SIZE)
         weights = WorkingWeights(modules, make, one_pass=merging)
-        for names in ("cd", "bcd", "d"):
+        for names in (f"c{last}", f"bc{last}", last):
             weights.reconcile([(adapters[name], 0.7) for name in names])
         return state(modules)
 
@@ -156,8 +157,9 @@ def test_other_kinds_keep_their_path_with_what_is_on_the_device(adapters) -> Non
     found, expected = swap(None, OnePass(kernel, ROOM, Bus())), swap(None, None)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
-    others = {key for key in adapters["d"].parameters if adapters["d"].low_rank(*key) is None}
-    assert len(others) == len(adapters["d"].parameters)
+    adapter = adapters[last]
+    others = {key for key in adapter.parameters if adapter.low_rank(*key) is None}
+    assert len(others) == len(adapter.parameters)
     assert_bits({key: found[key] for key in others}, {key: expected[key] for key in others})
     assert 0 < kernel.written < len(adapters["b"].parameters)
 

@@ -49,7 +49,16 @@ SPELLINGS = [
     ),
     (0, "transformer.double_blocks.0.img_attn.qkv.0", "lora_down.weight", "lora_up.weight", 2.0),
     (0, "lycoris_transformer_blocks_0_attn_to_q", "lora_down.weight", "lora_up.weight", 2.0),
-]
+    (0, "unet.transformer_blocks.0.attn.to_q", "lora_A.weight", "lora_B.weight", None),
+    (0, "unet.base_model.model.transformer_blocks.0.attn.to_q", "lora_A.weight", "lora_B.weight",
+     None),
+    (0, "lora_unet__transformer_blocks_0_attn_to_q", "lora_down.weight", "lora_up.weight", 2.0),
+    (0, "transformer.transformer_blocks.0.attn.to_q", "lora_linear_layer.down.weight",
+     "lora_linear_layer.up.weight", None),
+    (0, "transformer.transformer_blocks.0.attn.processor.to_q_lora", "down.weight", "up.weight",
+     None),
+    (0, "unet.transformer_blocks.0.attn.processor.to_q_lora", "down.weight", "up.weight", None),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "module", "a", "b", "alpha"), SPELLINGS)

@@ -5,28 +5,9 @@ import torch
 
 from lora.adapter import AdapterError
 from tests import tiny
+from tests.lora.adapters import FUSED, FUSED_PARTS, dora, expect, random, weights
 
 ALPHA, RANK = 3.0, 2
-FUSED = "lora_unet_single_blocks_1_linear1"
-PARTS = (
-    *(f"single_transformer_blocks.1.attn.to_{x}.weight" for x in "qkv"),
-    "single_transformer_blocks.1.proj_mlp.weight",
-)
-
-
-def weights(flux, names=PARTS):
-    parameters = dict(flux["transformer"].named_parameters())
-    return [parameters[name].detach().double() for name in names]
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-
-
-def expect(flux, adapter, dense, names=PARTS, rtol=1e-5):
-    cut = dense.split([weight.shape[0] for weight in weights(flux, names)])
-    expected = {("transformer", n): d for n, d in zip(names, cut, strict=True)}
-    tiny.assert_same(tiny.deltas(adapter, flux), expected, rtol)
 
 
 def lokr_tensors(rows, columns, how1, how2):
@@ -56,8 +37,8 @@ def lokr_tensors(rows, columns, how1, how2):
 @pytest.mark.parametrize("how1", ["whole", "product"])
 @pytest.mark.parametrize("how2", ["whole", "product", "tucker"])
 def test_row_18_lokr(flux, tmp_path, how1, how2):
-    rows = sum(weight.shape[0] for weight in weights(flux))
-    tensors, w1, w2 = lokr_tensors(rows, weights(flux)[0].shape[1], how1, how2)
+    rows = sum(weight.shape[0] for weight in weights(flux, FUSED_PARTS))
+    tensors, w1, w2 = lokr_tensors(rows, weights(flux, FUSED_PARTS)[0].shape[1], how1, how2)
     tensors["alpha"] = torch.tensor(ALPHA)
     adapter = tiny.load(tmp_path / "a", flux, {f"{FUSED}.{k}": v for k, v in tensors.items()})
     strength = 1.0 if (how1, how2) == ("whole", "whole") else ALPHA / RANK
@@ -76,7 +57,10 @@ def test_row_18_lokr_of_lycoris_under_diffusers_names(flux, tmp_path):
 
 
 def test_row_19_loha(flux, tmp_path):
-    rows, columns = sum(w.shape[0] for w in weights(flux)), weights(flux)[0].shape[1]
+    rows, columns = (
+        sum(w.shape[0] for w in weights(flux, FUSED_PARTS)),
+        weights(flux, FUSED_PARTS)[0].shape[1],
+    )
     a1, b1, a2, b2 = (
         random(*shape, seed=i) for i, shape in enumerate([(rows, RANK), (RANK, columns)] * 2)
     )
@@ -86,13 +70,6 @@ def test_row_19_loha(flux, tmp_path):
     adapter = tiny.load(tmp_path / "a", flux, tensors)
     dense = (a1.double() @ b1.double()) * (a2.double() @ b2.double()) * ALPHA / RANK
     expect(flux, adapter, dense)
-
-
-def dora(weight, delta, magnitude):
-    """Liu et al. 2024: m (W + d) / norm(W + d), less W."""
-    moved = weight + delta
-    axis = 1 if magnitude.shape[1] == 1 else 0
-    return magnitude.double() * moved / moved.norm(dim=axis, keepdim=True) - weight
 
 
 DORA = [
@@ -194,8 +171,8 @@ def test_row_21_layer_norms_of_the_text_encoder(flux, tmp_path):
 
 def test_row_22_the_bias_of_up_takes_the_same_strength(flux, tmp_path):
     """PEFT: with lora_bias, up's bias is multiplied by alpha / rank like up itself."""
-    module, rows = "double_blocks.0.img_attn.qkv", 3 * weights(flux)[0].shape[0]
-    down, up = tiny.factors(rows, weights(flux)[0].shape[1], RANK)
+    module, rows = "double_blocks.0.img_attn.qkv", 3 * weights(flux, FUSED_PARTS)[0].shape[0]
+    down, up = tiny.factors(rows, weights(flux, FUSED_PARTS)[0].shape[1], RANK)
     bias = random(rows)
     tensors = {
         f"{module}.lora_A.weight": down,
@@ -225,7 +202,7 @@ def test_row_22_the_bias_of_up_takes_the_same_strength(flux, tmp_path):
     ],
 )
 def test_row_23_stored_dtypes_are_kept_and_computed_in_fp32(flux, tmp_path, dtype):
-    size = weights(flux)[0].shape[0]
+    size = weights(flux, FUSED_PARTS)[0].shape[0]
     module = "lora_unet_double_blocks_0_img_attn_proj"
     down, up = tiny.factors(size, size, RANK, dtype=dtype)
     tensors = {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
@@ -237,7 +214,7 @@ def test_row_23_stored_dtypes_are_kept_and_computed_in_fp32(flux, tmp_path, dtyp
 
 
 def test_linears_stored_as_convolutions(flux, tmp_path):
-    size = weights(flux)[0].shape[0]
+    size = weights(flux, FUSED_PARTS)[0].shape[0]
     module = "lora_unet_double_blocks_0_img_attn_proj"
     down, up = tiny.factors(size, size, RANK)
     tensors = {
@@ -253,7 +230,7 @@ def test_linears_stored_as_convolutions(flux, tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -4.0])
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
 def test_alpha_must_be_finite_and_positive(flux, tmp_path, bad, kind):
-    size = weights(flux)[0].shape[0]
+    size = weights(flux, FUSED_PARTS)[0].shape[0]
     down, up = tiny.factors(size, size, RANK)
     tensors = {
         "lora": {"lora_down.weight": down, "lora_up.weight": up},

@@ -1,4 +1,4 @@
-"""Rows 24 to 26, and every way in which a file can fail to fit: an error that says so."""
+"""Row 25, and every way in which a file can fail to fit: an error that says so."""
 
 import struct
 
@@ -8,38 +8,9 @@ import torch
 from lora import adapter as adapter_module
 from lora.adapter import AdapterError
 from tests import tiny
+from tests.lora.adapters import RANK, TO_Q, lora, refused, width
 
-TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
-RANK = 4
-
-
-def width(flux):
-    return flux["transformer"].norm_out.linear.weight.shape[1]
-
-
-def lora(module, rows, columns, rank=RANK):
-    down, up = tiny.factors(rows, columns, rank)
-    return {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
-
-
-def refused(flux, tmp_path, tensors, match, metadata=None):
-    with pytest.raises(AdapterError, match=match):
-        tiny.load(tmp_path / "a", flux, tensors, metadata)
-
-
-@pytest.mark.parametrize("module", ["img_in", "transformer.x_embedder"])
-def test_row_24_control_loras(flux, tmp_path, module):
-    channels = 2 * flux["transformer"].x_embedder.weight.shape[1]
-    size = width(flux)
-    tensors = lora(module, size, channels) | lora("double_blocks.0.img_attn.qkv", 3 * size, size)
-    refused(flux, tmp_path, tensors, "Control LoRA")
-
-
-def test_row_24_control_loras_store_norm_scales(flux, tmp_path):
-    tensors = lora("double_blocks.0.img_attn.qkv", 3 * width(flux), width(flux))
-    tensors["double_blocks.0.img_attn.norm.query_norm.scale"] = torch.ones(3)
-    refused(flux, tmp_path, tensors, "Control LoRA")
 
 
 @pytest.mark.parametrize("key", ["clip_l", "t5", "bundle_emb.TOK.clip_l_out", "bundle_emb.TOK.t5"])
@@ -48,50 +19,7 @@ def test_row_25_embeddings_are_ignored_and_reported(flux, tmp_path, key):
     adapter = tiny.load(tmp_path / "a", flux, tensors)
     assert adapter.ignored == (key,)
     assert adapter.modules == 1
-    refused(flux, tmp_path, {key: torch.ones(2, 3)}, "changes nothing .*embeddings")
-
-
-OTHER_MODELS = {
-    "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": "Stable Diffusion 1.5",
-    "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "Stable Diffusion",
-    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": "Stable Diffusion XL",
-    "unet.mid_block.attentions.0.proj_in.lora_A.weight": "Stable Diffusion",
-    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": "Stable Diffusion 3",
-    "transformer.double_stream_modulation_img.linear.lora_A.weight": "FLUX.2",
-    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight": "FLUX.2",
-    "diffusion_model.double_blocks.0.img_attn_qkv.lora_A.weight": "HunyuanVideo",
-    "transformer.transformer_blocks.0.img_mod.1.lora_A.weight": "Qwen-Image",
-    "diffusion_model.blocks.0.cross_attn.q.lora_A.weight": "Wan",
-    "diffusion_model.distilled_guidance_layer.in_proj.lora_A.weight": "Chroma",
-    "model.diffusion_model.input_blocks.0.0.weight": "Stable Diffusion",
-    "transformer_blocks.0.attn.to_q.weight": "full FLUX.1 checkpoint",
-    "model.diffusion_model.double_blocks.0.img_attn.qkv.weight": "full FLUX.1 checkpoint",
-    "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight": "full text encoder",
-    "decoder.conv_in.weight": "VAE",
-}
-
-
-@pytest.mark.parametrize(("key", "name"), OTHER_MODELS.items())
-def test_row_26_other_models_are_named(flux, tmp_path, key, name):
-    refused(flux, tmp_path, {key: torch.ones(4, 4)}, name)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "name"),
-    [
-        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "Stable Diffusion XL"),
-        ({"modelspec.architecture": "Flux.2-dev/lora"}, "FLUX.2"),
-        ({"ss_base_model_version": "sd_v1"}, "Stable Diffusion 1.5"),
-    ],
-)
-def test_row_26_the_header_may_tell(flux, tmp_path, metadata, name):
-    refused(flux, tmp_path, lora(TO_Q, width(flux), width(flux)), name, metadata)
-
-
-def test_a_flux_1_header_is_welcome(flux, tmp_path):
-    metadata = {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}
-    tensors = lora(TO_Q, width(flux), width(flux))
-    assert tiny.load(tmp_path / "a", flux, tensors, metadata).modules == 1
+    refused(flux, tmp_path, {key: torch.ones(2, 3)}, "textual inversion")
 
 
 def test_nothing_matched(flux, tmp_path):

@@ -28,6 +28,13 @@ def test_a_sound_header_is_read(tmp_path):
     assert found.tensors["y"].nbytes == 2
 
 
+def test_tensors_may_be_empty(tmp_path):
+    """Tools that prune ranks leave factors of rank 0."""
+    entries = {"x": entry((0, 4), 0, 0), "y": entry(), "z": entry((2, 0), 8, 8)}
+    found = read_header(write(tmp_path / "f", entries, bytes(8))).tensors
+    assert [found[name].shape for name in "xyz"] == [(0, 4), (2,), (2, 0)]
+
+
 @pytest.mark.parametrize("length", [0x280, 0x7B20, 0x3C20, 0x5B0A, 0x4B50, 0x8B1F])
 def test_no_header_length_is_mistaken_for_another_file(tmp_path, length):
     """These lengths, as bytes, begin like a pickle, JSON, a page, a zip or a gzip archive."""
@@ -79,7 +86,6 @@ MALFORMED = {
         bytes(20_000),
         "20000 tensors",
     ),
-    "empty tensors": ({"x": entry((0,), 0, 0)}, b"", "shape"),
     "metadata not strings": ({"__metadata__": {"a": 1}, "x": entry()}, bytes(8), "metadata"),
     "entry not an object": ({"x": 5}, b"", "malformed"),
     "offsets missing": ({"x": {"dtype": "F32", "shape": [2]}}, bytes(8), "malformed"),

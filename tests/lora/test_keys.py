@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora.keys import DIALECTS, Piece, Targets, split_role
+from lora.keys import Piece, Targets
+from lora.spellings import DIALECTS, split_role
 from tests import tiny
 
 TOP = (
@@ -83,6 +84,27 @@ def test_every_transformer_module_has_a_bfl_name(shapes, targets, size):
     assert reached == modules
 
 
+BEFORE_PEFT = {
+    "to_q_lora": "to_q",
+    "to_k_lora": "to_k",
+    "to_v_lora": "to_v",
+    "to_out_lora": "to_out.0",
+    "add_q_proj_lora": "add_q_proj",
+    "add_k_proj_lora": "add_k_proj",
+    "add_v_proj_lora": "add_v_proj",
+    "to_add_out_lora": "to_add_out",
+}
+
+
+def test_the_attention_of_diffusers_before_peft(targets):
+    for spelling, name in BEFORE_PEFT.items():
+        found = targets.find(f"transformer.transformer_blocks.0.attn.processor.{spelling}")
+        assert found is not None
+        assert [piece.module for piece in found[1].pieces] == [f"transformer_blocks.0.attn.{name}"]
+        single = targets.find(f"single_transformer_blocks.1.attn.processor.{spelling}")
+        assert (single is not None) == (name in ("to_q", "to_k", "to_v"))
+
+
 def test_fused_rows_follow_the_models_own_width(targets, size):
     width = size.width
     place = targets.find("single_blocks.1.linear1")[1]
@@ -139,6 +161,8 @@ def test_schnell_lacks_the_guidance_embedder():
         ("a.b.lora_A.default_1.weight", ("a.b", "down")),
         ("a.b.lora.up.weight", ("a.b", "up")),
         ("a.b_lora1.up.weight", ("a.b_lora1", "up")),
+        ("a.b.lora_linear_layer.down.weight", ("a.b", "down")),
+        ("a.b.lora_linear_layer.up.weight", ("a.b", "up")),
         ("a.lora_B.bias", ("a", "up_bias")),
         ("a.lora_magnitude_vector.default.weight", ("a", "magnitude")),
         ("a.lora_magnitude_vector", ("a", "magnitude")),
