@@ -13,8 +13,10 @@ import _card as card
 import _kernels
 import torch
 from _session import DEV, DEV8, Check, Session
+from PIL import Image
 
 from flux.compile import graphs
+from flux.memory import DEVICE_RESERVE
 from flux.quantize import storage
 from flux.request import Request
 from flux.residency import PRISTINE, Key
@@ -45,24 +47,20 @@ def swaps(session: Session) -> None:
     transformers = session.engine._transformers
 
     def turn(where: str, rounds: int = 3) -> None:
-        for key in (DEV8, DEV):
+        for key, other in ((DEV8, DEV), (DEV, DEV8)):
             session.clean()
+            session.merge(other, one)  # or its weights would be pristine ones on the device
             session.merge(key, one)
-            seconds = [
-                session.merge(key, next(turns))
-                for turns in [itertools.cycle((two, one))]
-                for _ in range(2 * rounds)
-            ]
-            restored = session.merge(key, [])
-            figures = {"swap": sorted(seconds)[rounds], "restore": restored}
+            turns = itertools.cycle((two, one))
+            seconds = [session.merge(key, next(turns)) for _ in range(2 * rounds)]
+            figures = {"swap": sorted(seconds)[rounds], "restore": session.merge(key, [])}
+            name = f"{' '.join(key)} {{}}, pristine {where}, ms"
             session.record(
                 "swaps",
-                {
-                    f"{' '.join(key)} {name}, pristine {where}, ms": round(1000 * s, 1)
-                    for name, s in figures.items()
-                },
+                {name.format(what): round(1000 * s, 1) for what, s in figures.items()},
                 runs=[round(1000 * s, 1) for s in seconds],
             )
+        session.clean()
 
     copied = "dev" in transformers._copies
     turn("on the device" if copied else "where the budget has it")
@@ -75,20 +73,39 @@ def swaps(session: Session) -> None:
 
 
 def ratios(session: Session) -> None:
-    """The first image of each size after setup against the second, and the graphs they need."""
-    before, slower = graphs(), {}
+    """The first image of each size after setup against the second, and graphs made since setup."""
+    slower, peaks = {}, {}
     for ratio in ASPECT_RATIOS:
         requests = [session.request(go_fast=True, aspect_ratio=ratio, steps=4) for _ in range(2)]
-        first, second = (session.draw(request).seconds for request in requests)
-        slower[ratio] = round(first / second, 3)
+        first, second = map(session.draw, requests)
+        slower[ratio] = round(first.seconds / second.seconds, 3)
+        peaks[ratio] = second.peak_gb
     session.record(
         "ratios",
         {
-            "graphs in requests": graphs() - before,
+            "graphs in requests": graphs() - session.graphs,
             "first over second image, at most": max(slower.values()),
         },
         first_over_second=slower,
+        peak_gb_beside_weights=peaks,
     )
+
+
+def memory(session: Session) -> None:
+    """Peaks beside the weights for the largest image, in each mode; the reserve must hold them."""
+    side = 64 if session.rehearse else 1440
+    picture = session.out / "picture.png"
+    Image.effect_noise((side, side), 80).convert("RGB").save(picture)
+    modes: dict[str, dict[str, Any]] = {
+        "text": {"aspect_ratio": "custom", "width": 1440, "height": 1440},
+        "image to image": {"image": picture},
+        "inpainting": {"image": picture, "mask": picture},
+    }
+    for name, inputs in modes.items():
+        drawn = session.draw(session.request(steps=2, **inputs))
+        figures = {f"{name}, peak GB beside weights": drawn.peak_gb}
+        session.record("memory", figures, pixels=drawn.image.size)
+    session.record("memory", {"reserve, GB": round(DEVICE_RESERVE / 1e9, 2)})
 
 
 def kernels(session: Session) -> None:

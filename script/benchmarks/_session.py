@@ -71,6 +71,7 @@ class Session:
         self.predictor = MeasuredPredictor()
         self.files: list[Path] = []
         self.adapters: list[Adapters] = []
+        self.graphs = 0  # made in setup
         self._numbers = itertools.count()
 
     def usable(self) -> bool:
@@ -101,7 +102,7 @@ class Session:
         found = resolve(
             Inputs(prompt=self.prompt(), seed=0, guidance_scale=GUIDANCE, **inputs), Settings()
         )
-        if self.rehearse:
+        if self.rehearse and not found.picture:
             found = replace(found, width=found.width // 128 * 16, height=found.height // 128 * 16)
         return found
 

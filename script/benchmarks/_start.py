@@ -85,7 +85,8 @@ def setup(session: Session) -> None:
     start = time.perf_counter()
     session.predictor.setup()
     seconds = time.perf_counter() - start
-    figures: dict[str, Any] = {"READY after, s": round(seconds, 1), "graphs": graphs()}
+    session.graphs = graphs()
+    figures: dict[str, Any] = {"READY after, s": round(seconds, 1), "graphs": session.graphs}
     if session.device.type == "cuda":
         figures["on the device, GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
     transformers = session.engine._transformers

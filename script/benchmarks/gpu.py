@@ -40,6 +40,7 @@ STEPS = (
     Step("ratios", 60, ours.ratios),
     Step("plain", 120, plain.plain),
     Step("schnell", 60, ours.schnell),
+    Step("memory", 30, ours.memory),
     Step("numbers", 40, ours.numbers),
     Step("peft", 60, plain.peft),
     Step("eager", 40, ours.eager),
