@@ -103,11 +103,10 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
     assert "numbers of tokens tried in" in caplog.text
     in_setup = set(seen)
     drawn: list[int] = []
-    forward = FluxTransformer2DModel.forward
 
-    def step(module: object, *args: object, **options: object) -> object:
-        drawn.append(options["hidden_states"].shape[1] + options["txt_ids"].shape[0])
-        return forward(module, *args, **options)
+    def step(_: object, hidden_states: torch.Tensor, **options: object) -> tuple[torch.Tensor]:
+        drawn.append(hidden_states.shape[1] + options["txt_ids"].shape[0])
+        return (hidden_states,)  # what is drawn does not matter
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
     for model in ("dev", "schnell"):

@@ -98,7 +98,7 @@ def start(tmp_path_factory) -> Start:
 
 
 def draw(engine: Engine, check: Callable[[], None] = lambda: None, **inputs) -> Image.Image:
-    quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 2, "seed": 1}
+    quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 1, "seed": 1}
     request = resolve(Inputs(**quick | inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), check)
     return image
