@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import weakref
 
 import pytest
 
@@ -27,3 +28,15 @@ def test_the_log_and_the_collector_are_as_before(caplog, collecting: bool) -> No
         (gc.enable if was else gc.disable)()
     logging.getLogger("a library").warning("a step failed")
     assert caplog.messages == ["a step failed"]
+
+
+def test_without_imports_later_garbage_is_still_collected() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.itself = self
+
+    garbage = weakref.ref(Loop())
+    with importing_libraries():
+        pass
+    gc.collect()
+    assert garbage() is None
