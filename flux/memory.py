@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from weights.inventory import size_of
-from weights.settings import GIB
+from weights.settings import GB
 
 logger = logging.getLogger(__name__)
 
-DEVICE_RESERVE = 6 * GIB  # activations, scratch of a merge, and the allocator's rounding
-HOST_RESERVE = 16 * GIB  # parsed adapters, Python, libraries, pictures
+DEVICE_RESERVE = 6_500_000_000  # activations, scratch of a merge, and the allocator's rounding
+HOST_RESERVE = 17 * GB  # parsed adapters, Python, libraries, pictures
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
 
 

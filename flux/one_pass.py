@@ -26,7 +26,7 @@ from torch import Tensor
 from flux.memory import is_out_of_memory
 from flux.merge import AdapterLike, LowRank, Near, Parameter, Record
 from flux.recent import Recent
-from weights.settings import GIB
+from weights.settings import GB
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class OnePass:
         size = sum(f.up.nbytes + f.down.nbytes for f in factors.values())
         size += sum(adapters[d].nbytes for d in digests if adapters[d].parameters - factors.keys())
         if size > self._limit:
-            logger.info("Adapters of %.1f GiB are merged from the host", size / GIB)
+            logger.info("Adapters of %.1f GB are merged from the host", size / GB)
             self._refused.put(digests, True)
             return None
         self._held.make_room(size)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, TypeGuard, TypeVar
 
 from flux.request import Precision
-from weights.inventory import GB
+from weights.settings import GB
 
 Key = tuple[str, Precision]
 """(variant, precision): a transformer that serves."""

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from flux.memory import bytes_of
 from flux.residency import BudgetError
-from weights.settings import GIB
+from weights.settings import GB
 
 logger = logging.getLogger(__name__)
 
-SLAB = GIB  # a power of two, as the allocator of page-locked memory rounds up to one
+SLAB = 1 << 30  # a power of two, as the allocator of page-locked memory rounds up to one
 ALIGNMENT = 256
 REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
 REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
@@ -67,7 +67,7 @@ class Slabs:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
         except RuntimeError as error:
             raise BudgetError(
-                f"There are no {size / GIB:.2f} GiB more of {kind} ({error}): give the machine "
+                f"There are no {size / GB:.2f} GB more of {kind} ({error}): give the machine "
                 "more, or set FLUX_HOST_MEMORY_GB to what it has for weights"
             ) from error
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from weights.cache import CacheSettings
 from weights.http import HttpSettings
-from weights.settings import GIB, Settings
+from weights.settings import GB, Settings
 
 CIVITAI_OTHERS = ("https://civitai.red", "https://civitai.green")
 
@@ -41,7 +41,7 @@ class LoaderSettings:
     cache: CacheSettings
     sources: SourceSettings = field(default_factory=SourceSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
-    memory_bytes: int = 8 * GIB
+    memory_bytes: int = 8 * GB
     attempts: int = 5
     backoff: float = 1.0
 

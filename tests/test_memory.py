@@ -26,7 +26,7 @@ def gigabytes(name: str) -> float:
     """What FLUX_DEVICE_MEMORY_GB must be for dev or schnell to fit in bf16, and no more."""
     pipeline = diffusers()[name]
     shared = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    return sum(bytes_of(module) for module in (*shared, pipeline.transformer)) / 2**30 + 1e-6
+    return sum(bytes_of(module) for module in (*shared, pipeline.transformer)) / 1e9 + 1e-6
 
 
 def test_a_device_with_room_for_one_serves_all_to_the_bit(start, caplog) -> None:
@@ -153,7 +153,7 @@ def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeyp
     pipeline = diffusers()["dev"]
     dev = bytes_of(pipeline.transformer)
     parts = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
-    room = (2.5 * dev + sum(map(bytes_of, parts))) / 2**30
+    room = (2.5 * dev + sum(map(bytes_of, parts))) / 1e9
     draw = start(FLUX_DEVICE_MEMORY_GB=str(room))
     assert shared.sent == sum(map(bytes_of, parts))
     assert weights.sent == dev

@@ -246,7 +246,7 @@ def test_transformers_that_take_turns_come_from_the_files(start, fast, small, ca
     shared = FluxPipeline.from_pretrained(NANO / "dev", dtype=torch.float32, transformer=None)
     model = template("dev", NANO / "dev" / "transformer", torch.float32)
     needed = sum(map(bytes_of, (shared.vae, shared.text_encoder, shared.text_encoder_2)))
-    room = str((needed + size(model, float8_parameters(model))) / 2**30 + 1e-6)
+    room = str((needed + size(model, float8_parameters(model))) / 1e9 + 1e-6)
     usual = start()
     caplog.clear()
     narrow = fast(FLUX_DEVICE_MEMORY_GB=room)

@@ -33,6 +33,7 @@ from filelock import FileLock, Timeout
 from weights.directories import usable
 from weights.errors import DirectoryError, DiskSpaceError
 from weights.retry import never_cancelled
+from weights.settings import GB
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,8 @@ class CacheSettings:
     """
 
     root: Path
-    max_bytes: int = 50 << 30
-    min_free_bytes: int = 5 << 30
+    max_bytes: int = 50 * GB
+    min_free_bytes: int = 5 * GB
     setting: str = "LORA_CACHE_DIRECTORY"
 
 

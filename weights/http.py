@@ -28,6 +28,7 @@ from weights.errors import (
 )
 from weights.redact import one_line
 from weights.retry import Patience
+from weights.settings import GB
 
 _MAX_JSON_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 4096
@@ -50,7 +51,7 @@ class HttpSettings:
     allow_private_hosts: bool = False
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
-    max_bytes: int = 4 << 30
+    max_bytes: int = 4 * GB
     min_rate: float = 4096.0
     patience_seconds: float = 60.0
 

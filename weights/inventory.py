@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from weights.settings import GB
+
 logger = logging.getLogger(__name__)
 
 HOST = "host memory"
 MAPPED = "memory map"
 PAGE_LOCKED = "page-locked host memory"
 MAPS = Path("/proc/self/maps")  # Linux: this process's memory, a line for each range
-GB = 1e9  # as the field writes sizes of weights
 NUMBERS = 2  # columns from this one on, two of them, are numbers
 
 

@@ -12,7 +12,7 @@ from weights.manifest import REPOSITORIES
 
 T = TypeVar("T")
 U = TypeVar("U")
-GIB = 1 << 30
+GB = 1_000_000_000  # as the field writes sizes of weights
 MAX_INPUT_MEGAPIXELS = 170
 SAFETY_POLICIES = ("auto", "official", "both", "any", "compvis", "falconsai", "open_nsfw")
 
@@ -65,7 +65,7 @@ def _input_megapixels(text: str) -> int:
 
 
 def _gigabytes(text: str) -> int:
-    return int(float(text) * GIB)
+    return int(float(text) * GB)
 
 
 def _url(text: str) -> str:
@@ -168,11 +168,11 @@ class Settings:
     lora_cache_directory: Path = _setting(
         "LORA_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/adapters")
     )
-    lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GIB)
-    lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GIB)
-    lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GIB)
-    lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GIB)
-    lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GIB)
+    lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GB)
+    lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GB)
+    lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GB)
+    lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GB)
+    lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GB)
     lora_allow_private_hosts: bool = _setting("LORA_ALLOW_PRIVATE_HOSTS", _flag, False)
     lora_allow_local_paths: bool = _setting("LORA_ALLOW_LOCAL_PATHS", _flag, False)
     go_fast_multiplier: float = _setting("LORA_GO_FAST_MULTIPLIER", float, 1.5)

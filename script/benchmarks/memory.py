@@ -2,7 +2,7 @@
 
 Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
 what fits is decided by the code that serves (flux/residency.py). A card or host is taken to have
-its nominal GiB, and a card less what CUDA and the safety checkers take.
+its nominal size in GiB, and a card less what CUDA and the safety checkers take.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,14 +17,14 @@ from flux.quantize import float8_parameters
 from flux.residency import ORDER, PRISTINE, BudgetError, Item, Residency
 from flux.transformers import size
 from flux.variants import VARIANTS
-from weights.inventory import GB
-from weights.settings import GIB, Settings
+from weights.settings import GB, Settings
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
 HOSTS = (48, 64, 96, 128)
 CHECKERS = int(0.8 * GB)
 ADAPTERS = Settings().lora_device_bytes
-CUDA_CONTEXT = GIB // 2  # an estimate
+CUDA_CONTEXT = GB // 2  # an estimate
+GIB = 1 << 30
 
 
 def transformers() -> dict[Item, int]:

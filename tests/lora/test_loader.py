@@ -207,7 +207,7 @@ def test_settings_come_from_the_environment():
     )
     assert settings.sources.hf_endpoint == "http://mirror"
     assert (settings.sources.hf_token, settings.sources.civitai_token) == ("hf_x", None)
-    assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache", 1 << 29)
+    assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache", 500_000_000)
     assert settings.http.allow_private_hosts
     assert not settings.sources.allow_local_paths
     assert "hf_x" not in repr(settings)
