@@ -1,18 +1,18 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests. What is large is imported in them: not all processes need it."""
 
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
-import miniature
 import pytest
-from PIL import Image
 
-from tests import official
-from tests.hub import Hub
-from tests.support import Draw, LoggedServer, logged_server, set_up_predictor
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tests.official import Files
+    from tests.support import Draw, LoggedServer
 
 
 def pytest_collection_finish() -> None:
@@ -21,15 +21,20 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory) -> Iterator[LoggedServer]:
+def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""
+    from tests.support import logged_server
+
     with logged_server(tmp_path_factory.mktemp("outputs")) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def photograph() -> Image.Image:
+def photograph() -> "Image.Image":
     """A real photograph, 512 x 600: Grace Hopper, public domain, as matplotlib ships it."""
+    import matplotlib
+    from PIL import Image
+
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     with Image.open(path) as photograph:
         return photograph.convert("RGB")
@@ -38,6 +43,8 @@ def photograph() -> Image.Image:
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of quite other dimensions than the committed one, with an 8x VAE."""
+    import miniature
+
     directory = tmp_path_factory.mktemp("other_checkpoint")
     dimensions = miniature.Dimensions(
         double_blocks=1,
@@ -61,20 +68,25 @@ def other_checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def official_files(tmp_path_factory) -> dict[str, official.Files]:
+def official_files(tmp_path_factory) -> "dict[str, Files]":
     """The files of the four official repositories, in miniature."""
+    from tests import official
+
     return official.build(tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture
 def hub():
     """A stand-in for the sites that adapters come from, on loopback."""
+    from tests.hub import Hub
+
     with Hub() as running:
         yield running
 
 
 @pytest.fixture
-def start(monkeypatch, tmp_path) -> Callable[..., Draw]:
+def start(monkeypatch, tmp_path) -> "Callable[..., Draw]":
     """Set up a predictor under the given environment; returns its `run`, giving images."""
+    from tests.support import set_up_predictor
 
     return partial(set_up_predictor, monkeypatch, tmp_path / "outputs")

@@ -18,7 +18,9 @@ from tests.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from tests.support import LoggedServer, data_uri, difference, logged_server, same
 from weights.errors import WeightsError
 
-RAW = {"output_format": "png", "num_inference_steps": 2}
+SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}  # as quick as it may be
+RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL}
+FAST = {**RAW, "aspect_ratio": "1:1", "go_fast": True}
 VERSION = "0a" * 32
 SECRETS = {
     "HF_TOKEN": "hf_secret_token",
@@ -194,9 +196,9 @@ def test_a_restart_with_a_default_adapter_finds_the_files_on_disk(
     expected = server.draw(**RAW, replicate_weights=two).image
     with logged_server(tmp_path, **environment, COG_WEIGHTS=one) as fine_tune:
         assert any("weights merged" in line for line in fine_tune.lines)
-        fast = fine_tune.draw(**RAW, go_fast=True)
+        fast = fine_tune.draw(**FAST)
         assert "weights merged" not in fast.logs  # setup knows the multiplier
-        assert same(fast.image, server.draw(**RAW, go_fast=True, replicate_weights=one).image)
+        assert same(fast.image, server.draw(**FAST, replicate_weights=one).image)
         assert same(fine_tune.draw(**RAW).image, server.draw(**RAW, replicate_weights=one).image)
         other = fine_tune.draw(**RAW, replicate_weights=two)
         assert same(other.image, expected)
