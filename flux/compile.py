@@ -120,7 +120,7 @@ class Compilation:
             tokens: of the image.
             work: may be called twice.
         """
-        if key in self._eager or tokens == 1:
+        if tokens == 1 or not self.serves(key):
             return _eagerly(work)
         before = graphs()
         try:

@@ -103,7 +103,7 @@ class Engine:
         return self._autoencoder.device
 
     def compiled(self, request: Request) -> bool:
-        """Whether the transformer of a request runs compiled now, and not eagerly."""
+        """Whether the transformer of a request is compiled, and not given up after a failure."""
         return self._compilation is not None and self._compilation.serves(_key(request))
 
     @property

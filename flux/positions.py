@@ -44,7 +44,5 @@ class KeptPositions(nn.Module):
 
 def keep_positions(transformer: nn.Module) -> KeptPositions:
     """Put KeptPositions in the place of a transformer's own module."""
-    embed = transformer.pos_embed
-    if not isinstance(embed, KeptPositions):
-        embed = transformer.pos_embed = KeptPositions(embed)  # type: ignore[arg-type]
-    return embed
+    kept = transformer.pos_embed = KeptPositions(transformer.pos_embed)  # type: ignore[arg-type]
+    return kept

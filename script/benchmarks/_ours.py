@@ -15,6 +15,7 @@ import torch
 from _session import DEV, DEV8, Check, Session
 from PIL import Image
 
+from flux.autoencoder import memory_format
 from flux.compile import graphs
 from flux.memory import DEVICE_RESERVE
 from flux.quantize import storage
@@ -114,16 +115,10 @@ def kernels(session: Session) -> None:
     for go_fast, megapixels in itertools.product((True, False), ("1", "0.25")):
         request = session.request(go_fast=go_fast, megapixels=megapixels, steps=steps)
 
-        def denoising(check: Check, request: Request = request) -> Callable[[], object]:
-            engine = session.engine
-            engine.merge((request.variant.name, request.precision), [], check)
-            prompt, canvas = engine._encode_prompt(request), engine._prepare(request)
-            return partial(engine._denoise, request, prompt, canvas, 1, check)
-
         def work(
-            check: Check, prepare: Any = denoising
+            check: Check, request: Request = request
         ) -> tuple[list[_kernels.Span], float, float]:
-            denoise = prepare(check)
+            denoise = _denoising(session, request, check)
             whole = card.timed(denoise, session.device)
             start = time.perf_counter()
             denoise()
@@ -141,6 +136,14 @@ def kernels(session: Session) -> None:
             {f"{name}: {key}": value for key, value in found.items()},
             kernels=_kernels.longest(spans, steps),
         )
+
+
+def _denoising(session: Session, request: Request, check: Check) -> Callable[[], torch.Tensor]:
+    """A request's steps alone, without adapters; all that comes before them is done here."""
+    engine = session.engine
+    engine.merge((request.variant.name, request.precision), [], check)
+    prompt, canvas = engine._encode_prompt(request), engine._prepare(request)
+    return partial(engine._denoise, request, prompt, canvas, request.seeds[0], check)
 
 
 def schnell(session: Session) -> None:
@@ -174,14 +177,8 @@ def numbers(session: Session) -> None:
         def work(
             check: Check, request: Request = request, compiled: bool = compiled
         ) -> torch.Tensor:
-            engine = session.engine
             with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-                engine.merge((request.variant.name, request.precision), [], check)
-                prompt = engine._encode_prompt(request)
-                found: torch.Tensor = engine._denoise(
-                    request, prompt, engine._prepare(request), 1, check
-                )
-                return found.double()
+                return _denoising(session, request, check)().double()
 
         latents[f"{request.precision} {'compiled' if compiled else 'eager'}"] = session.call(work)
     exact = latents.pop("bf16 eager")
@@ -216,7 +213,7 @@ def decoder(session: Session) -> None:
     """The VAE in both layouts of memory, and encoding a prompt."""
     engine, found = session.engine, {}
     vae, side = engine._autoencoder._vae, 8 if session.rehearse else 128
-    before = torch.channels_last if _is_channels_last(vae) else torch.contiguous_format
+    chosen = memory_format(session.device)
 
     def decode(layout: torch.memory_format) -> float:
         vae.to(memory_format=layout)
@@ -224,7 +221,7 @@ def decoder(session: Session) -> None:
         latents = latents.to(memory_format=layout)
         return card.seconds_of(lambda: vae.decode(latents, return_dict=False), session.device, 3)
 
-    for layout in (torch.channels_last, torch.contiguous_format, before):
+    for layout in (torch.channels_last, torch.contiguous_format, chosen):
         seconds = session.call(lambda _, layout=layout: decode(layout))
         found[f"decode, {str(layout).removeprefix('torch.')}, ms"] = round(1000 * seconds, 2)
 
@@ -234,11 +231,6 @@ def decoder(session: Session) -> None:
 
     found["encode a prompt, ms"] = round(1000 * session.call(encode), 2)
     session.record("decoder", found)
-
-
-def _is_channels_last(module: torch.nn.Module) -> bool:
-    weights = (p for p in module.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
-    return next(weights).is_contiguous(memory_format=torch.channels_last)
 
 
 def backends(session: Session) -> None:

@@ -6,7 +6,6 @@ by the miniature, and noise.
 
 import base64
 import io
-import math
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from common import interleave, medians, report
 from PIL import Image
 from server import Server
+from training.effects import psnr
 
 ROUNDS = 9
 METHODS = range(7)
@@ -34,7 +34,7 @@ def main() -> None:
             found[name][f"method {method}"] = {
                 "ms": round(1000 * median[str(method)], 1),
                 "kB": round(len(content) / 1000, 1),
-                "PSNR dB": round(psnr(picture, content), 2),
+                "PSNR dB": round(psnr(picture, decoded(content)), 2),
             }
     report("encode", {"pixels": [SIDE, SIDE], "quality": QUALITY, "rounds": ROUNDS, "webp": found})
 
@@ -46,11 +46,10 @@ def encode(picture: Image.Image, method: int) -> bytes:
     return buffer.getvalue()
 
 
-def psnr(picture: Image.Image, content: bytes) -> float:
-    """Peak signal to noise of what was encoded, in dB."""
-    with Image.open(io.BytesIO(content)) as decoded:
-        error = np.asarray(picture, float) - np.asarray(decoded.convert("RGB"), float)
-    return 10 * math.log10(255**2 / float((error**2).mean()))
+def decoded(content: bytes) -> Image.Image:
+    """An image file's picture, RGB."""
+    with Image.open(io.BytesIO(content)) as found:
+        return found.convert("RGB")
 
 
 def photograph() -> Image.Image:
@@ -65,8 +64,7 @@ def drawn() -> Image.Image:
     inputs = {"prompt": "a red circle on a blue background", "output_format": "png", "seed": 1}
     with Server({"FLUX_CHECKPOINT": "nano"}) as server:
         (uri,) = server.predict(inputs)["output"]
-    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as found:
-        return found.convert("RGB")
+    return decoded(base64.b64decode(uri.partition(",")[2]))
 
 
 def noise() -> Image.Image:
