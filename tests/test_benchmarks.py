@@ -11,6 +11,8 @@ from pathlib import Path
 import gpu
 import pytest
 import torch
+from _session import Session
+from _start import checkpoint
 from _steps import Results, Step, chosen, supervise
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +62,40 @@ def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
     assert "images     dev fp8, s: " in text
     (machine,) = [row for row in rows if "torch" in row]
     assert machine["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_official_checkpoints_are_used_where_they_are(bench, monkeypatch, there: bool) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr("gpu.is_there", lambda *_: there)
+    monkeypatch.setattr("gpu.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("gpu.supervise", lambda _, start, *__: start(["setup"], {}))
+    monkeypatch.setattr("gpu.subprocess.Popen", lambda command, **_: commands.append(command))
+    bench("--only", "setup")
+    (command,) = commands
+    assert ("--checkpoint official" in " ".join(command)) == there
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path, room) -> None:
+    """And is made once."""
+    made: list[Path] = []
+
+    def build(directory: Path, *_: object) -> None:
+        directory.mkdir(parents=True)
+        made.append(directory)
+
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    monkeypatch.setattr("_start.SHM", memory)
+    monkeypatch.setattr("_start.SYNTHETIC_BYTES", 1 if room else 1e18)
+    monkeypatch.setattr("_start.tempfile.gettempdir", lambda: str(disk))
+    monkeypatch.setattr("_start.synthetic.build", build)
+    for _ in range(2):
+        session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
+        checkpoint(session)
+        assert session.checkpoint == str((memory if room else disk) / "flux-synthetic")
+    assert len(made) == 1
 
 
 # --- steps

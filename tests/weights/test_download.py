@@ -132,7 +132,9 @@ def test_retry_after_is_honoured(hub, fetch):
 
 
 @pytest.mark.parametrize(
-    "later", ["3600", format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)]
+    "later",
+    ["3600", format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)],
+    ids=["seconds", "date"],  # the same names in all processes
 )
 def test_unreasonable_retry_after_is_given_up(hub, fetch, later):
     url = hub.add_file("/x", CONTENT)
