@@ -15,10 +15,9 @@ from server import Server, ServerError
 from tests.adapters import adapter
 from tests.hub import Hub
 from tests.services import Civitai, HuggingFace, Replicate, trained_on_replicate
-from tests.support import LoggedServer, data_uri, difference, logged_server, same
+from tests.support import SMALL, LoggedServer, data_uri, difference, logged_server, same
 from weights.errors import WeightsError
 
-SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}  # as quick as it may be
 RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL}
 FAST = {**RAW, "aspect_ratio": "1:1", "go_fast": True}
 VERSION = "0a" * 32

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import QUICK, same
+from tests.support import QUICK, SMALL, same
 
+RAW = {"output_format": "png", **SMALL}
 LARGE = {"aspect_ratio": "custom", "width": 1440, "height": 1440, "output_format": "png"}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     # stage: (the line of the log after which the cancel is sent, inputs that make it long)
@@ -20,7 +21,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_cancel(server, stage: str) -> None:
-    undisturbed = server.draw(output_format="png").image
+    undisturbed = server.draw(**RAW).image
     line, inputs = STAGES[stage]
     final, _ = server.cancel(line, **inputs)
     assert final["status"] == "canceled", final
@@ -34,11 +35,11 @@ def test_cancel(server, stage: str) -> None:
         assert "Safety: image" not in final["logs"]
     leftovers = [path for path in server.outputs.rglob("*") if path.is_file()]
     assert leftovers == []
-    assert same(server.draw(output_format="png").image, undisturbed)
+    assert same(server.draw(**RAW).image, undisturbed)
 
 
 def test_a_client_that_hangs_up_cancels(server) -> None:
-    undisturbed = server.draw(output_format="png").image
+    undisturbed = server.draw(**RAW).image
     start = len(server.lines)
     with pytest.raises(requests.ReadTimeout):
         server.server.request(
@@ -47,5 +48,5 @@ def test_a_client_that_hangs_up_cancels(server) -> None:
             json={"input": {**QUICK, "num_inference_steps": 50, "num_outputs": 4}},
             timeout=0.3,
         )
-    assert same(server.draw(output_format="png").image, undisturbed)
+    assert same(server.draw(**RAW).image, undisturbed)
     assert len([line for line in server.lines[start:] if "Safety: image" in line]) < 5

@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageFilter
 from server import ServerError
 
 from tests.flux.test_images import COLOURS, P3, expected, patches, picture, rgb_profile
-from tests.support import PROMPT, colours, data_uri, difference, encode, pixels, same
+from tests.support import PROMPT, SMALL, colours, data_uri, difference, encode, pixels, same
 
 SCHNELL = {"model": "schnell", "num_inference_steps": 1}
-RAW = {"output_format": "png"}
+RAW = {"output_format": "png", **SMALL}
 
 
 # --- sizes
@@ -48,7 +48,7 @@ def test_custom_needs_width_and_height(server) -> None:
     ("inputs", "line"),
     [
         ({"width": 300}, "width and height are ignored"),
-        ({"aspect_ratio": "custom", "width": 256, "height": 256}, "megapixels is ignored"),
+        (SMALL, "megapixels is ignored"),
         (SCHNELL, "guidance_scale is ignored: schnell has no guidance embedding"),
     ],
 )
@@ -333,7 +333,7 @@ def test_huge_seeds_work(server) -> None:
 
 @pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
 def test_image_k_is_the_single_image_of_seed_plus_k(server, mode: str) -> None:
-    inputs = {"output_format": "png", **SCHNELL}
+    inputs = {**SCHNELL, **RAW}
     if mode != "txt2img":
         inputs["image"] = data_uri(colours(96, 112))
     if mode == "inpaint":
@@ -350,7 +350,7 @@ def test_schnell_knows_no_guidance(server) -> None:
 
 
 def test_the_log_has_a_progress_line_for_every_step(server) -> None:
-    logs = server.draw(num_inference_steps=6, num_outputs=2).logs
+    logs = server.draw(num_inference_steps=6, num_outputs=2, **SMALL).logs
     for step in range(1, 7):
         assert len(re.findall(rf"\b{step}/6 \[", logs)) >= 2
 
@@ -366,7 +366,7 @@ def test_the_prompt_may_be_empty(server) -> None:
 def test_dev_reads_512_tokens_and_schnell_256(server) -> None:
     start = "red " * 300
     for model, reads in (("dev", True), ("schnell", False)):
-        inputs = {"model": model, "num_inference_steps": 2, **RAW}
+        inputs = {"model": model, **RAW}
         one, other = (server.draw(prompt=start + end, **inputs) for end in ("star", "heart"))
         assert same(one.image, other.image) is not reads
         assert ("T5 reads the first 256 tokens" in one.logs) is not reads
@@ -384,7 +384,7 @@ SIGNATURES = {"webp": b"RIFF", "jpg": b"\xff\xd8\xff", "png": b"\x89PNG"}
 def test_formats_quality_and_files(server, output_format: str) -> None:
     files = []
     for quality in (0, 50, 100):
-        answer = server.draw(output_format=output_format, output_quality=quality)
+        answer = server.draw(output_format=output_format, output_quality=quality, **SMALL)
         files.append(answer.files[0])
         assert answer.files[0].startswith(SIGNATURES[output_format])
         (path,) = [p for p in server.outputs.rglob("*") if p.is_file()]  # earlier ones are gone
@@ -444,7 +444,7 @@ def test_the_server_is_healthy_while_it_draws(server) -> None:
         seen.append(server.server.request("GET", "/health-check").json())
 
     seen: list[dict[str, object]] = []
-    draws = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 50})
+    draws = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 50, **SMALL})
     draws.start()
     while draws.is_alive():
         look()

@@ -15,7 +15,7 @@ from safety.checker import Verdict
 from tests.adapters import adapter
 from tests.embedded import diffusers
 from tests.planted import plant_flags
-from tests.support import QUICK, colours, data_uri, difference, pixels, same
+from tests.support import QUICK, SMALL, colours, data_uri, difference, pixels, same
 from weights.errors import DirectoryError, DiskSpaceError
 
 
@@ -130,7 +130,7 @@ def scores(caplog) -> list[float]:
 
 
 def test_withheld_images_are_left_out_and_named_in_the_log(start, caplog) -> None:
-    varied = {"prompt": "", "num_outputs": 4}
+    varied = {"prompt": "", "num_outputs": 4, **SMALL}
     everything = start(FLUX_NSFW_THRESHOLD="1")(**varied)
     limit = sorted(scores(caplog))[2] - 0.0005  # the log rounds to three places
     caplog.clear()
@@ -148,7 +148,7 @@ def test_withheld_images_are_left_out_and_named_in_the_log(start, caplog) -> Non
 def test_all_withheld_is_an_error_and_leaves_no_files(start, tmp_path) -> None:
     draw = start(FLUX_NSFW_THRESHOLD="0")
     with pytest.raises(ValueError, match="withheld every image; try another prompt"):
-        draw(num_outputs=2)
+        draw(num_outputs=2, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
     assert draw(disable_safety_checker=True)
 
@@ -163,13 +163,13 @@ def test_the_operator_may_forbid_to_disable_the_checker(start, caplog) -> None:
 def test_the_official_pair_decides_what_is_delivered(
     start, official_files, tmp_path, caplog
 ) -> None:
-    everything = start()(num_outputs=4)
+    everything = start()(num_outputs=4, **SMALL)
     for variant in ("dev", "schnell"):
         (tmp_path / "brought").mkdir(exist_ok=True)
         (tmp_path / "brought" / variant).symlink_to(NANO / variant)
     plant_flags(tmp_path / "brought", official_files, everything, {0, 2}, {1, 2})
     caplog.clear()
-    delivered = start(FLUX_CHECKPOINT=str(tmp_path / "brought"))(num_outputs=4)
+    delivered = start(FLUX_CHECKPOINT=str(tmp_path / "brought"))(num_outputs=4, **SMALL)
     assert len(delivered) == 3
     expected = [everything[0], everything[1], everything[3]]
     assert all(same(a, b) for a, b in zip(delivered, expected, strict=True))
@@ -177,7 +177,7 @@ def test_the_official_pair_decides_what_is_delivered(
     assert withheld.startswith("Safety: image 3 of 4 is WITHHELD (compvis ")
     draw = start(FLUX_CHECKPOINT=str(tmp_path / "brought"), FLUX_SAFETY_POLICY="falconsai")
     with pytest.raises(ValueError, match="withheld every image; try another prompt"):
-        draw(num_outputs=2, seed=QUICK["seed"] + 1)
+        draw(num_outputs=2, seed=QUICK["seed"] + 1, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
 
 
@@ -226,7 +226,7 @@ def test_a_failed_encoding_fails_the_request_and_leaves_no_files(
     with monkeypatch.context() as patch:
         patch.setattr("flux.outputs.save", fail)
         with pytest.raises(expected, match=message):
-            draw(num_outputs=2)
+            draw(num_outputs=2, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
     assert draw()
 
