@@ -18,11 +18,12 @@ from flux.quiet import importing_libraries
 from flux.request import Inputs, Request, resolve, scale_multiplier
 from flux.sampling import MEGAPIXEL
 from flux.timing import Stopwatch
-from flux.worker import CheckCancelled, EngineThread
+from flux.worker import EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from safety.checker import Inspection
 from safety.policy import load_checker, parts_of
+from weights.cancel import CheckCancelled
 from weights.inventory import Inventory
 from weights.settings import Settings
 

@@ -40,7 +40,7 @@ from flux.request import Mode, Precision, Request
 from flux.residency import ORDER, BudgetError, Key
 from flux.transformers import COMPONENT
 from flux.variants import VARIANTS
-from flux.worker import Cancelled
+from weights.cancel import Cancelled
 from weights.directories import usable
 from weights.errors import DirectoryError
 from weights.settings import Settings, SettingsError

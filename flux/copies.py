@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flux.merge import Pristine, WorkingWeights
 from flux.staging import Staging
+from weights.cancel import CheckCancelled, never_cancelled
 from weights.inventory import Entry
 
 
@@ -61,7 +62,7 @@ class DeviceCopies:
         self,
         variant: str,
         sources: Mapping[str, Tensor],
-        check_cancelled: Callable[[], None] = lambda: None,
+        check_cancelled: CheckCancelled = never_cancelled,
     ) -> None:
         """Copy the weights of a variant, all or none.
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from flux.request import Mode, Request
 from flux.residency import BudgetError, Key
 from flux.timing import Stopwatch
 from flux.transformers import Transformers
+from weights.cancel import CheckCancelled
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class Engine:
         """The transformers to have on the device before the first request, in this order."""
         return self._transformers.at_start
 
-    def merge(self, key: Key, adapters: Adapters, check_cancelled: Callable[[], None]) -> None:
+    def merge(self, key: Key, adapters: Adapters, check_cancelled: CheckCancelled) -> None:
         """Make the weights that serve contain these adapters and nothing else.
 
         Args:
@@ -132,7 +133,7 @@ class Engine:
         if absent:
             logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
 
-    def warm_up(self, check_cancelled: Callable[[], None]) -> None:
+    def warm_up(self, check_cancelled: CheckCancelled) -> None:
         """Compile the transformers by running one step of each."""
         if self._compilation is None:
             return
@@ -144,7 +145,7 @@ class Engine:
                 except BudgetError as error:
                     logger.info("%s %s is not compiled: %s", *key, error)
 
-    def _rehearse(self, request: Request, check_cancelled: Callable[[], None]) -> None:
+    def _rehearse(self, request: Request, check_cancelled: CheckCancelled) -> None:
         """Run the compiled part of a request: the denoising, without decoding."""
         prompt = self._transformers.with_room(_key(request), partial(self._encode_prompt, request))
         self._denoise(request, prompt, self._prepare(request), request.seeds[0], check_cancelled)
@@ -154,7 +155,7 @@ class Engine:
         request: Request,
         adapters: Adapters,
         stopwatch: Stopwatch,
-        check_cancelled: Callable[[], None],
+        check_cancelled: CheckCancelled,
     ) -> Iterator[Image.Image]:
         """Draw the images of a request, each when it is asked for.
 
@@ -218,7 +219,7 @@ class Engine:
         prompt: PromptEmbeddings,
         canvas: Canvas,
         seed: int,
-        check_cancelled: Callable[[], None],
+        check_cancelled: CheckCancelled,
     ) -> torch.Tensor:
         """Packed latents of one image, [1, tokens, 4 * channels]."""
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from flux.recent import Recent
 from flux.staging import Staging
+from weights.cancel import CheckCancelled, never_cancelled
 
 Parameter = tuple[str, str]
 """(component, parameter name as in the component's `named_parameters()`)."""
@@ -211,7 +212,7 @@ class WorkingWeights:
     def reconcile(
         self,
         desired: Sequence[tuple[AdapterLike, float]],
-        check_cancelled: Callable[[], None] = lambda: None,
+        check_cancelled: CheckCancelled = never_cancelled,
     ) -> Swap:
         """Make the working weights contain `desired` and nothing else.
 

@@ -10,7 +10,6 @@ checkpoint is recognised by its fingerprint (weights/fingerprint.py).
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from torchao.prototype.safetensors.safetensors_support import (
 from flux.components import ADVICE, CheckpointError
 from flux.quantize import empty_float8, float8_parameters, quantize_into, storage
 from flux.staging import Staging
+from weights.cancel import CheckCancelled
 from weights.errors import InvalidFileError
 from weights.fingerprint import fingerprint, stored_tensors
 
@@ -169,9 +169,7 @@ class Prequantized:
                 f"{first} is {found.get(first)}, expected {wanted.get(first)}"
             )
 
-    def fill(
-        self, module: nn.Module, staging: Staging, check_cancelled: Callable[[], None]
-    ) -> None:
+    def fill(self, module: nn.Module, staging: Staging, check_cancelled: CheckCancelled) -> None:
         """Copy the weights into the same storage of a float8 transformer, which is pristine then.
 
         Args:

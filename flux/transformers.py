@@ -29,6 +29,7 @@ from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, stor
 from flux.request import Precision
 from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Residency, is_transformer
 from flux.staging import Staging
+from weights.cancel import CheckCancelled, never_cancelled
 from weights.inventory import Entry, size_of
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Transformers:
         self,
         key: Key,
         adapters: Sequence[tuple[AdapterLike, float]],
-        check_cancelled: Callable[[], None] = lambda: None,
+        check_cancelled: CheckCancelled = never_cancelled,
     ) -> Swap:
         """Have a transformer on the device, with these adapters in it and nothing else.
 
@@ -163,7 +164,7 @@ class Transformers:
         held = [t for value in self.modules[key].parameters() for t in storage(value)]
         return Entry.of(name, held, self._sources[key], self._seconds[key])
 
-    def _bring(self, key: Key, check_cancelled: Callable[[], None]) -> None:
+    def _bring(self, key: Key, check_cancelled: CheckCancelled) -> None:
         """Memory for a transformer, and records of what is in it.
 
         That is nothing yet, or its prequantized weights, where they save opening the pristine.
@@ -217,7 +218,7 @@ class Transformers:
             return False
         return self._weights[key].differs(adapters)
 
-    def _copy_pristine(self, variant: str, check_cancelled: Callable[[], None]) -> None:
+    def _copy_pristine(self, variant: str, check_cancelled: CheckCancelled) -> None:
         """Have a variant's pristine weights on the device, unless its memory does not suffice."""
         item, master = (variant, PRISTINE), self._masters[variant]
         self._make_room(self._residency.admit(item))

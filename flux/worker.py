@@ -15,16 +15,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from weights.cancel import Cancelled, CheckCancelled
+
 T = TypeVar("T")
 WAKE_SECONDS = 0.05  # how often the waiting thread gives a cancel the chance to strike
-
-
-class Cancelled(Exception):  # noqa: N818  (not an error: what was asked for happened)
-    """The caller has cancelled the request."""
-
-
-CheckCancelled = Callable[[], None]
-"""Called where stopping is safe; raises Cancelled once the caller has cancelled."""
 
 
 class _Task(Generic[T]):

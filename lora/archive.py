@@ -10,10 +10,10 @@ import re
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from weights.cancel import CheckCancelled
 from weights.errors import InvalidFileError
 
 Kind = Literal["safetensors", "tar"]
@@ -65,7 +65,7 @@ def _describe(head: bytes) -> str:
 
 
 def take_weights(
-    archive: Path, target: Path, name: str, max_bytes: int, check_cancelled: Callable[[], None]
+    archive: Path, target: Path, name: str, max_bytes: int, check_cancelled: CheckCancelled
 ) -> tuple[str, ...]:
     """Copy the only .safetensors of a tar to `target`; returns trigger words found beside it.
 
@@ -114,7 +114,7 @@ class _Reader:
     """Collects from the members of one tar what an adapter needs."""
 
     def __init__(
-        self, name: str, target: Path, max_bytes: int, check_cancelled: Callable[[], None]
+        self, name: str, target: Path, max_bytes: int, check_cancelled: CheckCancelled
     ) -> None:
         self._name, self._target = name, target
         self._max_bytes, self._check_cancelled = max_bytes, check_cancelled

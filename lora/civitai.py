@@ -13,7 +13,7 @@ from lora.reference import CivitaiReference
 from weights.errors import NotFoundError, SourceUnavailableError, WeightsError
 from weights.http import Credential, HttpClient, Remote
 from weights.redact import one_line
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ Json = Mapping[str, Any]
 
 
 def resolve(
-    reference: CivitaiReference, credential: Credential, client: HttpClient, patience: Patience
+    reference: CivitaiReference, credential: Credential, client: HttpClient, retry: RetryPolicy
 ) -> Artifact:
     """Ask CivitAI which file a reference means: its version, download URL and SHA-256.
 
@@ -48,7 +48,7 @@ def resolve(
 
     def ask_site(site: str, path: str) -> Json:
         remote = Remote(f"{site}/api/v1/{path}", reference.display, credential)
-        answer = client.get_json(remote, patience)
+        answer = client.get_json(remote, retry)
         if not isinstance(answer, dict):
             raise _unreadable(reference)
         return answer

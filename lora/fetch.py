@@ -9,12 +9,12 @@ from lora.artifact import Artifact, Fetched, HubFile
 from lora.sources import Sources
 from weights.download import Expected, LogProgress, download, sha256_of
 from weights.http import Remote
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
 
-def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience) -> Fetched:
+def fetch(artifact: Artifact, target: Path, sources: Sources, retry: RetryPolicy) -> Fetched:
     """Download the file of an artifact, and take it out of its archive if it is in one.
 
     target: where to put a file that is not already kept by somebody else.
@@ -26,7 +26,7 @@ def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience
     match artifact.location:
         case HubFile():
             fetched = huggingface.download(
-                artifact, artifact.location, sources.settings, patience, progress
+                artifact, artifact.location, sources.settings, retry, progress
             )
         case Remote():
             expected = Expected(
@@ -39,7 +39,7 @@ def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience
                 artifact.location,
                 target,
                 expected=expected,
-                patience=patience,
+                retry=retry,
                 on_progress=progress,
             )
             fetched = Fetched(target, digest)
@@ -49,11 +49,11 @@ def fetch(artifact: Artifact, target: Path, sources: Sources, patience: Patience
         case bytes():
             target.write_bytes(artifact.location)
             fetched = Fetched(target, sha256_of(target))
-    return _opened(fetched, target, artifact.source, sources, patience)
+    return _opened(fetched, target, artifact.source, sources, retry)
 
 
 def _opened(
-    fetched: Fetched, target: Path, name: str, sources: Sources, patience: Patience
+    fetched: Fetched, target: Path, name: str, sources: Sources, retry: RetryPolicy
 ) -> Fetched:
     """Take the weights out of an archive; a file that is none passes as it is."""
     is_weights = False
@@ -63,7 +63,7 @@ def _opened(
             return fetched
         inner = target.with_name(target.name + ".inner")
         limit = sources.client.settings.max_bytes
-        words = take_weights(fetched.path, inner, name, limit, patience.check_cancelled)
+        words = take_weights(fetched.path, inner, name, limit, retry.check_cancelled)
         return Fetched(inner, sha256_of(inner), trigger_words=words)
     finally:
         if not is_weights and not fetched.in_place:

@@ -23,7 +23,7 @@ from lora.settings import SourceSettings
 from weights.download import Progress, sha256_of
 from weights.errors import InvalidFileError, NotFoundError
 from weights.hub import discreet, progress_bar, translated
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 _TIMEOUT = 10.0
 _USUAL_STEMS = ("pytorch_lora_weights", "lora")
@@ -56,7 +56,7 @@ def download(
     artifact: Artifact,
     location: HubFile,
     settings: SourceSettings,
-    patience: Patience,
+    retry: RetryPolicy,
     on_progress: Progress,
 ) -> Fetched:
     """Fetch a file into the cache of huggingface_hub, or find it there, and verify it."""
@@ -64,7 +64,7 @@ def download(
     token: str | bool = settings.hf_token or False
 
     def report(done: int, total: int | None, _: str) -> None:
-        patience.check_cancelled()
+        retry.check_cancelled()
         on_progress(done, total)
 
     there = try_to_load_from_cache(repo, file, settings.hf_cache_dir, commit)

@@ -22,12 +22,13 @@ from lora.reference import Reference
 from lora.settings import LoaderSettings
 from lora.sources import Sources, is_presigned
 from weights.cache import FileCache, Record
+from weights.cancel import CheckCancelled, never_cancelled
 from weights.directories import is_full
 from weights.download import check_size
 from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
 from weights.http import HttpClient
 from weights.redact import one_line
-from weights.retry import Patience, never_cancelled
+from weights.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class AdapterLoader(Generic[A]):
     ) -> None:
         self.close()
 
-    def load(self, text: str, check_cancelled: Callable[[], None] = never_cancelled) -> Loaded[A]:
+    def load(self, text: str, check_cancelled: CheckCancelled = never_cancelled) -> Loaded[A]:
         """Return the adapter that a reference means now.
 
         Raises WeightsError with a message for the user, and whatever check_cancelled raises; it
@@ -141,21 +142,19 @@ class AdapterLoader(Generic[A]):
         except FileNotFoundError:  # evicted by another process since it was found
             return self._deliver(*self._locate(reference, check_cancelled))
 
-    def _locate(
-        self, reference: Reference, check_cancelled: Callable[[], None]
-    ) -> tuple[Record, Hit]:
+    def _locate(self, reference: Reference, check_cancelled: CheckCancelled) -> tuple[Record, Hit]:
         """Find or fetch the file that a reference means now."""
         key = self._sources.key(reference)
         known = self._cache.find(key)
         if known is not None and reference.immutable:
             return known, "disk"
-        patience = Patience(
+        retry = RetryPolicy(
             self._settings.attempts, self._settings.backoff, check_cancelled=check_cancelled
         )
-        asking = patience if known is None else replace(patience, attempts=1)
+        asking = retry if known is None else replace(retry, attempts=1)
         try:
             artifact = self._sources.resolve(reference, asking)
-            record, hit = self._obtain(artifact, patience)
+            record, hit = self._obtain(artifact, retry)
         except SourceUnavailableError as error:
             if known is None:
                 raise
@@ -164,23 +163,23 @@ class AdapterLoader(Generic[A]):
         self._cache.remember(key, replace(record, lasting=not is_presigned(reference)))
         return record, hit
 
-    def _obtain(self, artifact: Artifact, patience: Patience) -> tuple[Record, Hit]:
+    def _obtain(self, artifact: Artifact, retry: RetryPolicy) -> tuple[Record, Hit]:
         """Return the record of an artifact; one process fetches it, the others wait for it."""
         pin = artifact.pin or f"unpinned {uuid4()}"
         check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
-        with self._cache.fetching(pin, patience.check_cancelled) as target:
+        with self._cache.fetching(pin, retry.check_cancelled) as target:
             known = self._cache.find(pin)
             if known is not None:
                 return known, "disk"
-            record = self._fetch(artifact, target, patience)
+            record = self._fetch(artifact, target, retry)
             if artifact.pin is not None:
                 self._cache.remember(pin, record)
             return record, "download" if record.evictable else "disk"
 
-    def _fetch(self, artifact: Artifact, target: Path, patience: Patience) -> Record:
+    def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> Record:
         self._cache.make_room(artifact.size or 0)
         try:
-            fetched = fetch(artifact, target, self._sources, patience)
+            fetched = fetch(artifact, target, self._sources, retry)
         except OSError as error:
             if not is_full(error):
                 raise

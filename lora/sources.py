@@ -19,7 +19,7 @@ from lora.settings import SourceSettings
 from weights.errors import InvalidFileError, NotFoundError
 from weights.http import Credential, HttpClient, Remote
 from weights.redact import one_line
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 _SIGNING_PREFIXES = ("x-amz-", "x-goog-")
 _SIGNING = {
@@ -49,7 +49,7 @@ class Sources:
                 secret, place = None, ""
         return f"{type(reference).__name__} {reference.key} {place} {_fingerprint(secret)}"
 
-    def resolve(self, reference: Reference, patience: Patience) -> Artifact:
+    def resolve(self, reference: Reference, retry: RetryPolicy) -> Artifact:
         """Find out what a reference is at this moment; raises WeightsError."""
         match reference:
             case HuggingFaceReference():
@@ -57,13 +57,13 @@ class Sources:
                 secret = self.settings.hf_token
             case CivitaiReference():
                 credential = self._civitai(reference)
-                artifact = civitai.resolve(reference, credential, self.client, patience)
+                artifact = civitai.resolve(reference, credential, self.client, retry)
                 secret = credential.token
             case ReplicateReference():
-                artifact = self._replicate(reference, patience)
+                artifact = self._replicate(reference, retry)
                 secret = self.settings.replicate_token
             case UrlReference():
-                return self._url(reference, patience)
+                return self._url(reference, retry)
             case DataReference():
                 return _data(reference)
             case LocalReference():
@@ -75,13 +75,13 @@ class Sources:
         endpoint, others = self.settings.civitai_endpoint, self.settings.civitai_others
         return Credential("CIVITAI_API_TOKEN", endpoint, token, others)
 
-    def _replicate(self, reference: ReplicateReference, patience: Patience) -> Artifact:
+    def _replicate(self, reference: ReplicateReference, retry: RetryPolicy) -> Artifact:
         endpoint = self.settings.replicate_endpoint
         version = f"/versions/{reference.version}" if reference.version else ""
         url = f"{endpoint}/{reference.owner}/{reference.name}{version}/_weights"
         credential = Credential("REPLICATE_API_TOKEN", endpoint, self.settings.replicate_token)
         try:
-            artifact = self._probe(Remote(url, reference.display, credential), url, patience)
+            artifact = self._probe(Remote(url, reference.display, credential), url, retry)
         except (NotFoundError, InvalidFileError) as error:
             raise NotFoundError(
                 f"{reference.display}: Replicate offers no weights under this name. Check the "
@@ -92,12 +92,12 @@ class Sources:
             return artifact
         return replace(artifact, pin=f"replicate {url}", revision=reference.version[:12])
 
-    def _url(self, reference: UrlReference, patience: Patience) -> Artifact:
+    def _url(self, reference: UrlReference, retry: RetryPolicy) -> Artifact:
         remote = Remote(reference.url, reference.display)
-        return self._probe(remote, unsigned(reference.url), patience)
+        return self._probe(remote, unsigned(reference.url), retry)
 
-    def _probe(self, remote: Remote, identity: str, patience: Patience) -> Artifact:
-        probe = self.client.probe(remote, patience)
+    def _probe(self, remote: Remote, identity: str, retry: RetryPolicy) -> Artifact:
+        probe = self.client.probe(remote, retry)
         if probe.content_type in ("text/html", "application/xhtml+xml"):
             raise InvalidFileError(
                 f"{remote.name}: this is a web page, not a file with weights. Give the link of the "

@@ -14,7 +14,7 @@ from tests.official import wanted
 from tests.services import HuggingFace
 from tests.support import LoggedServer, logged_server, same
 from weights.manifest import REPOSITORIES
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 NOWHERE = "http://127.0.0.1:9"
 TOKEN = "hf_secret_token"
@@ -119,7 +119,7 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(Patience, "pause", lambda *_: None)
+        monkeypatch.setattr(RetryPolicy, "pause", lambda *_: None)
         Predictor().setup()
 
     yield run

@@ -30,9 +30,9 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from weights.cancel import CheckCancelled, never_cancelled
 from weights.directories import usable
 from weights.errors import DirectoryError, DiskSpaceError
-from weights.retry import never_cancelled
 from weights.settings import GB
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class FileCache:
 
     @contextlib.contextmanager
     def fetching(
-        self, key: str, check_cancelled: Callable[[], None] = never_cancelled
+        self, key: str, check_cancelled: CheckCancelled = never_cancelled
     ) -> Iterator[Path]:
         """Hold the lock for downloading a key's file; yields the path to download to.
 
@@ -254,7 +254,7 @@ def _write(path: Path, record: Record) -> None:
 
 
 @contextlib.contextmanager
-def _acquired(lock: FileLock, check_cancelled: Callable[[], None]) -> Iterator[None]:
+def _acquired(lock: FileLock, check_cancelled: CheckCancelled) -> Iterator[None]:
     """Wait for a lock, asking now and then whether the request was cancelled."""
     while True:
         check_cancelled()

@@ -12,7 +12,7 @@ import requests
 
 from weights.errors import InvalidFileError, SourceUnavailableError, WeightsError
 from weights.http import HttpClient, Remote, content_length, read_body
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def download(
     target: Path,
     *,
     expected: Expected,
-    patience: Patience,
+    retry: RetryPolicy,
     on_progress: Progress,
 ) -> str:
     """Fetch a file to `target` and return its SHA-256.
@@ -81,8 +81,8 @@ def download(
     Raises WeightsError, and whatever check_cancelled raises.
     """
     part = target.with_name(target.name + ".part")
-    transfer = _Transfer(client, remote, part, expected, patience, on_progress)
-    patience.persist(transfer.run, progress=lambda: _size(part))
+    transfer = _Transfer(client, remote, part, expected, retry, on_progress)
+    retry.run(transfer.run, progress=lambda: _size(part))
     digest = sha256_of(part)
     if expected.sha256 not in (None, digest):
         part.unlink()
@@ -108,11 +108,11 @@ class _Transfer:
         remote: Remote,
         part: Path,
         expected: Expected,
-        patience: Patience,
+        retry: RetryPolicy,
         on_progress: Progress,
     ) -> None:
         self._client, self._remote, self._part = client, remote, part
-        self._expected, self._patience, self._on_progress = expected, patience, on_progress
+        self._expected, self._retry, self._on_progress = expected, retry, on_progress
         self._validator = _strong(expected.validator)
 
     def run(self) -> None:
@@ -171,7 +171,7 @@ class _Transfer:
         with self._part.open("r+b" if start else "wb") as file:
             file.seek(start)
             for chunk in read_body(response, self._remote, _CHUNK):
-                self._patience.check_cancelled()
+                self._retry.check_cancelled()
                 file.write(chunk)
                 done += len(chunk)
                 check_size(self._remote.name, done, self._client.settings.max_bytes)
@@ -181,7 +181,7 @@ class _Transfer:
 
     def _check_rate(self, received: int, seconds: float) -> None:
         settings = self._client.settings
-        if seconds > settings.patience_seconds and received < settings.min_rate * seconds:
+        if seconds > settings.min_rate_seconds and received < settings.min_rate * seconds:
             raise WeightsError(
                 f"{self._remote.name}: the server sends less than {settings.min_rate:.0f} bytes "
                 f"per second. Put the file on a faster one."

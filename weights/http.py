@@ -27,7 +27,7 @@ from weights.errors import (
     WeightsError,
 )
 from weights.redact import one_line
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 from weights.settings import GB
 
 _MAX_JSON_BYTES = 8 << 20
@@ -44,7 +44,7 @@ class HttpSettings:
     allow_private_hosts: reach addresses outside the public internet, for a store of one's own.
     connect_timeout, read_timeout: seconds to wait for a connection, and for the next bytes.
     max_bytes: the largest file to accept.
-    min_rate, patience_seconds: bytes per second below which a download is given up, judged once
+    min_rate, min_rate_seconds: bytes per second below which a download is given up, judged once
         it has run that many seconds.
     """
 
@@ -53,7 +53,7 @@ class HttpSettings:
     read_timeout: float = 30.0
     max_bytes: int = 4 * GB
     min_rate: float = 4096.0
-    patience_seconds: float = 60.0
+    min_rate_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class HttpClient:
                 _raise_for_status(response, remote)
             yield response
 
-    def probe(self, remote: Remote, patience: Patience) -> Probe:
+    def probe(self, remote: Remote, retry: RetryPolicy) -> Probe:
         """Ask about a file without fetching it.
 
         This is a GET that is dropped after its header: URLs presigned for GET refuse a HEAD.
@@ -160,9 +160,9 @@ class HttpClient:
                     content_type=response.headers.get("Content-Type", "").split(";")[0].lower(),
                 )
 
-        return patience.persist(ask)
+        return retry.run(ask)
 
-    def get_json(self, remote: Remote, patience: Patience) -> object:
+    def get_json(self, remote: Remote, retry: RetryPolicy) -> object:
         """Return the parsed body of a small JSON answer."""
 
         def ask() -> bytes:
@@ -170,7 +170,7 @@ class HttpClient:
             with self.open(remote, headers) as response, _translated(remote):
                 return bytes(response.raw.read(_MAX_JSON_BYTES))
 
-        body = patience.persist(ask)
+        body = retry.run(ask)
         try:
             return json.loads(body)
         except ValueError as error:

@@ -23,7 +23,7 @@ from weights.download import sha256_of
 from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
 from weights.hub import discreet, progress_bar, translated
 from weights.manifest import Repository
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 from weights.settings import Settings
 from weights.stamp import write_stamp
 
@@ -42,7 +42,7 @@ class HubSettings:
     endpoint: str = "https://huggingface.co"
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
-    patience: Patience = field(default_factory=lambda: Patience(attempts=3))
+    retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(attempts=3))
 
     @classmethod
     def of(cls, settings: Settings) -> "HubSettings":

@@ -1,4 +1,4 @@
-"""Trying again, within reason and until cancelled.
+"""Repeat what may succeed later, within limits and until cancelled.
 
 urllib3 has retries of its own, but they sleep without asking whether the request was cancelled,
 and know nothing of a download that broke off and can go on where it stopped.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from weights.cancel import CheckCancelled, never_cancelled
 from weights.errors import SourceUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -19,13 +20,9 @@ _LONGEST_NAP = 0.1
 T = TypeVar("T")
 
 
-def never_cancelled() -> None:
-    """Let a request go on; the default for callers that have nothing to cancel."""
-
-
 @dataclass(frozen=True)
-class Patience:
-    """How long to go on trying.
+class RetryPolicy:
+    """How often an unavailable source is asked again.
 
     attempts: tries without any progress between them.
     backoff: seconds before the second try; doubles with each further one.
@@ -36,7 +33,7 @@ class Patience:
     attempts: int = 5
     backoff: float = 1.0
     longest_wait: float = 30.0
-    check_cancelled: Callable[[], None] = never_cancelled
+    check_cancelled: CheckCancelled = never_cancelled
 
     def pause(self, seconds: float) -> None:
         """Wait, asking all the while whether the request was cancelled."""
@@ -45,7 +42,7 @@ class Patience:
             self.check_cancelled()
             time.sleep(min(left, _LONGEST_NAP))
 
-    def persist(self, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    def run(self, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Repeat the action while its source is unavailable, and return its result.
 
         progress: how far the action has come (bytes, say); a failed try that came further than

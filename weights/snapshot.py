@@ -62,7 +62,7 @@ def _run(
 
     def succeeds(one: Fetching, action: Callable[[], None]) -> bool:
         try:
-            hub.patience.persist(action)
+            hub.retry.run(action)
         except WeightsError as error:
             if one.wanted.name not in unverified or not isinstance(
                 error, SourceUnavailableError | AccessDeniedError | NotFoundError

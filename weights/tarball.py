@@ -21,7 +21,7 @@ from weights.download import Expected, LogProgress, download
 from weights.errors import DiskSpaceError, InvalidFileError
 from weights.http import HttpClient, HttpSettings, Remote
 from weights.redact import without_secrets
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _MAX_BYTES = 1 << 40
 _CHUNK = 1 << 20
 
 
-def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
+def unpacked(url: str, root: Path, retry: RetryPolicy | None = None) -> Path:
     """Return the directory with the unpacked tar of a URL; an existing one is used as it is.
 
     root: where checkpoints are kept, each in a directory named by the hash of its URL.
@@ -43,7 +43,7 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
             return _inside(target)
         shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)  # of a start cut short
         try:
-            archive = _fetched(url, name, target, patience or Patience())
+            archive = _fetched(url, name, target, retry or RetryPolicy())
             _unpack(archive, name, target)
         except OSError as error:
             shutil.rmtree(target.with_suffix(".draft"), ignore_errors=True)
@@ -56,18 +56,18 @@ def unpacked(url: str, root: Path, patience: Patience | None = None) -> Path:
         return _inside(target)
 
 
-def _fetched(url: str, name: str, target: Path, patience: Patience) -> Path:
+def _fetched(url: str, name: str, target: Path, retry: RetryPolicy) -> Path:
     bare, fragment = urldefrag(url)
     _, _, sha256 = fragment.partition("sha256=")
     remote = Remote(bare, name)
     archive = target.with_suffix(".tar")
     client = HttpClient(HttpSettings(allow_private_hosts=True, max_bytes=_MAX_BYTES))
     try:
-        probe = client.probe(remote, patience)
+        probe = client.probe(remote, retry)
         logger.info("Checkpoint %s: %.2f GB to fetch", name, (probe.size or 0) / 1e9)
         expected = Expected(probe.size, sha256.lower() or None, probe.validator)
         log = LogProgress(name)
-        download(client, remote, archive, expected=expected, patience=patience, on_progress=log)
+        download(client, remote, archive, expected=expected, retry=retry, on_progress=log)
     finally:
         client.close()
     return archive

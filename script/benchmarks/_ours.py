@@ -12,7 +12,7 @@ from typing import Any
 import _card as card
 import _kernels
 import torch
-from _session import DEV, DEV8, Check, Session
+from _session import DEV, DEV8, Session
 from PIL import Image
 
 from flux.autoencoder import memory_format
@@ -23,6 +23,7 @@ from flux.request import Request
 from flux.residency import PRISTINE, Key
 from flux.sampling import ASPECT_RATIOS
 from safety.checker import SafetyError
+from weights.cancel import CheckCancelled
 
 EVERY = 40  # of the weights, one in so many is compared bit by bit
 
@@ -116,7 +117,7 @@ def kernels(session: Session) -> None:
         request = session.request(go_fast=go_fast, megapixels=megapixels, steps=steps)
 
         def work(
-            check: Check, request: Request = request
+            check: CheckCancelled, request: Request = request
         ) -> tuple[list[_kernels.Span], float, float]:
             denoise = _denoising(session, request, check)
             whole = card.timed(denoise, session.device)
@@ -138,7 +139,9 @@ def kernels(session: Session) -> None:
         )
 
 
-def _denoising(session: Session, request: Request, check: Check) -> Callable[[], torch.Tensor]:
+def _denoising(
+    session: Session, request: Request, check: CheckCancelled
+) -> Callable[[], torch.Tensor]:
     """A request's steps alone, without adapters; all that comes before them is done here."""
     engine = session.engine
     engine.merge((request.variant.name, request.precision), [], check)
@@ -175,7 +178,7 @@ def numbers(session: Session) -> None:
         request = replace(request, prompt="numbers")
 
         def work(
-            check: Check, request: Request = request, compiled: bool = compiled
+            check: CheckCancelled, request: Request = request, compiled: bool = compiled
         ) -> torch.Tensor:
             with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
                 return _denoising(session, request, check)().double()
@@ -225,7 +228,7 @@ def decoder(session: Session) -> None:
         seconds = session.call(lambda _, layout=layout: decode(layout))
         found[f"decode, {str(layout).removeprefix('torch.')}, ms"] = round(1000 * seconds, 2)
 
-    def encode(_: Check) -> float:
+    def encode(_: CheckCancelled) -> float:
         work = partial(engine._prompts._encode, session.prompt(), 512)
         return card.seconds_of(work, session.device, 3)
 

@@ -10,10 +10,11 @@ from statistics import median
 
 import _card as card
 import torch
-from _session import DEV, GUIDANCE, STEPS, Check, Session
+from _session import DEV, GUIDANCE, STEPS, Session
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from flux.request import Mode
+from weights.cancel import CheckCancelled
 
 RECOMPILE_LIMIT = 64  # two pipelines in one process compile the same code
 
@@ -67,7 +68,7 @@ def _series(session: Session, pipeline: FluxPipeline, step: str, name: str, roun
     """Draw some images after a short one, and record the median."""
     side, full = (64, 2) if session.rehearse else (1024, STEPS["dev"])
 
-    def draw(check: Check, steps: int) -> float:
+    def draw(check: CheckCancelled, steps: int) -> float:
         def stop(*_: object) -> dict[str, torch.Tensor]:
             check()
             return {}

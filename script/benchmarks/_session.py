@@ -20,6 +20,7 @@ from flux.residency import Key
 from flux.timing import Stopwatch
 from lora.adapter import Adapter
 from predict import Predictor
+from weights.cancel import CheckCancelled
 from weights.settings import Settings
 
 PROMPT = "a red circle on a blue background, number {}"
@@ -28,7 +29,6 @@ GUIDANCE = 3.5
 DEV, DEV8 = ("dev", "bf16"), ("dev", "fp8")
 
 Adapters = list[tuple[Adapter, float]]
-Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Session:
         """The predictor's."""
         return self.predictor._engine
 
-    def call(self, work: Callable[[Check], Any]) -> Any:
+    def call(self, work: Callable[[CheckCancelled], Any]) -> Any:
         """Run work in the engine thread, as every request is."""
         return self.predictor._thread.call(work)
 
@@ -112,7 +112,7 @@ class Session:
         """Draw a request's first image."""
         stopwatch, cuda = Stopwatch(), self.device.type == "cuda"
 
-        def work(check: Check) -> Image.Image:
+        def work(check: CheckCancelled) -> Image.Image:
             with torch.compiler.set_stance("force_eager") if eager else nullcontext():
                 return next(iter(self.engine.generate(request, adapters or [], stopwatch, check)))
 

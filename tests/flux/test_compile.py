@@ -20,9 +20,9 @@ from flux.offload import COMPONENTS
 from flux.request import Inputs, Mode, resolve
 from flux.residency import ORDER, BudgetError
 from flux.timing import Stopwatch
-from flux.worker import Cancelled
 from tests.flux.engines import parts
 from tests.support import colours, same
+from weights.cancel import Cancelled, CheckCancelled, never_cancelled
 from weights.settings import Settings, SettingsError
 
 HERE = Deployment("nano", torch.device("cpu"), torch.float32)
@@ -97,7 +97,7 @@ def start(tmp_path_factory) -> Start:
     return make
 
 
-def draw(engine: Engine, check: Callable[[], None] = lambda: None, **inputs) -> Image.Image:
+def draw(engine: Engine, check: CheckCancelled = never_cancelled, **inputs) -> Image.Image:
     quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 1, "seed": 1}
     request = resolve(Inputs(**quick | inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), check)

@@ -10,7 +10,7 @@ from tests.services import sha256
 from weights.download import Expected, LogProgress, download
 from weights.errors import InvalidFileError, NotFoundError, SourceUnavailableError, WeightsError
 from weights.http import Credential, HttpClient, HttpSettings, Remote
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 
 UNKNOWN = Expected()
 CONTENT = bytes(range(256)) * 4000
@@ -31,7 +31,7 @@ def fetch(tmp_path):
             Remote(url, "the file"),
             target,
             expected=expected,
-            patience=Patience(attempts, backoff=0.01, check_cancelled=check),
+            retry=RetryPolicy(attempts, backoff=0.01, check_cancelled=check),
             on_progress=LogProgress("the file", every=0.0),
         )
         return target
@@ -191,7 +191,7 @@ def test_dripping_server_is_given_up(hub, fetch):
     url = hub.add_file("/x", CONTENT)
     hub.drip("/x", size=10, seconds=0.02)
     with pytest.raises(WeightsError, match="less than 1000000 bytes per second"):
-        fetch(url, min_rate=1e6, patience_seconds=0.1)
+        fetch(url, min_rate=1e6, min_rate_seconds=0.1)
 
 
 def test_cancel_reaches_a_slow_download_at_once(hub, fetch):
@@ -255,6 +255,6 @@ def test_cookies_of_one_request_do_not_go_out_with_the_next(hub):
     url = hub.add_file("/x", CONTENT, headers={"Set-Cookie": "session=mine; Path=/"})
     client = HttpClient(HttpSettings(allow_private_hosts=True))
     for _ in range(2):
-        client.probe(Remote(url, "x"), Patience())
+        client.probe(Remote(url, "x"), RetryPolicy())
     client.close()
     assert [request.headers.get("cookie") for request in hub.requests] == [None, None]

@@ -22,7 +22,7 @@ from weights.errors import (
 )
 from weights.manifest import REPOSITORIES
 from weights.repository import HubSettings, Wanted
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 from weights.settings import Settings
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
@@ -34,7 +34,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 @pytest.fixture
 def settings(hub, tmp_path):
-    yield HubSettings(hub.url, cache_dir=tmp_path / "hf", patience=Patience(2, backoff=0.01))
+    yield HubSettings(hub.url, cache_dir=tmp_path / "hf", retry=RetryPolicy(2, backoff=0.01))
     close_session()
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from tests.services import tar
 from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
-from weights.retry import Patience
+from weights.retry import RetryPolicy
 from weights.tarball import unpacked
 
 FILES = {"dev/model_index.json": b"{}", "schnell/model_index.json": b"{}", "dev/big": b"x" * 90_000}
-QUICK = Patience(2, backoff=0.01)
+QUICK = RetryPolicy(2, backoff=0.01)
 
 
 def contents(directory):
@@ -52,7 +52,7 @@ def test_a_broken_connection_goes_on_where_it_stopped(hub, tmp_path, caplog):
     content = tar(FILES)
     url = hub.add_file("/store/flux.tar", content)
     hub.cut("/store/flux.tar", after=60_000, times=3)  # the probe takes the first
-    assert contents(unpacked(url, tmp_path, Patience(4, backoff=0.01))) == FILES
+    assert contents(unpacked(url, tmp_path, RetryPolicy(4, backoff=0.01))) == FILES
     assert [r.headers["range"] for r in hub.requests if "range" in r.headers]
     assert f"{len(content) / 1e9:.2f} GB to fetch" in caplog.text
 
