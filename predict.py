@@ -215,7 +215,7 @@ class Predictor(BaseRunner):
         self._engine = Engine(pipelines, transformers, self._settings.prompt_cache, compilation)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
-        self._loader: AdapterLoader[Adapter] = AdapterLoader(
+        self._loader = AdapterLoader(
             LoaderSettings.of(self._settings),
             lambda path, digest: load_adapter(path, digest, targets),
         )

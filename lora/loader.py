@@ -10,17 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from lora import huggingface
-from lora.artifact import Artifact
 from lora.fetch import fetch
-from lora.links import parse_reference
-from lora.reference import Reference
+from lora.header import AdapterError
 from lora.settings import LoaderSettings
-from lora.sources import Sources, is_presigned
+from lora.sources import huggingface, parse_reference
+from lora.sources.reference import Access, Artifact, Reference, cache_key
 from weights.cache import FileCache, Record
 from weights.cancel import CheckCancelled, never_cancelled
 from weights.directories import is_full
@@ -30,6 +27,9 @@ from weights.http import HttpClient
 from weights.redact import one_line
 from weights.retry import RetryPolicy
 
+if TYPE_CHECKING:
+    from lora.adapter import Adapter
+
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 5
@@ -38,41 +38,14 @@ _MAX_WORDS = 10
 Hit = Literal["memory", "disk", "download"]
 
 
-class AdapterLike(Protocol):
-    """What the loader needs to know of a parsed adapter: its size, and what to log."""
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory it occupies, in bytes."""
-
-    @property
-    def format(self) -> str:
-        """Name of the file's key format."""
-
-    @property
-    def modules(self) -> int:
-        """How many modules of the model it changes."""
-
-    @property
-    def ignored(self) -> Sequence[str]:
-        """Keys of the file that have no effect."""
-
-    @property
-    def trigger_words(self) -> Sequence[str]:
-        """Words that its metadata says a prompt should contain."""
-
-
-A = TypeVar("A", bound=AdapterLike)
-
-
 @dataclass(frozen=True)
-class Loaded(Generic[A]):
+class LoadedAdapter:
     """A loaded adapter and its origin.
 
     digest, size: SHA-256 and bytes of its file. hit: where it was found.
     """
 
-    adapter: A
+    adapter: "Adapter"
     digest: str
     source: str
     revision: str
@@ -98,73 +71,67 @@ class Loaded(Generic[A]):
         return ", ".join(parts)
 
 
-class AdapterLoader(Generic[A]):
+class AdapterLoader:
     """Loads adapters by reference, through a cache of files and one of parsed adapters.
 
-    parse: reads a .safetensors file, given its path and SHA-256; raises ValueError for a bad one.
     For one thread at a time; several processes may share the directory of the cache.
+
+    Args:
+        parse: reads a .safetensors file, given its path and SHA-256; raises AdapterError.
     """
 
-    def __init__(self, settings: LoaderSettings, parse: Callable[[Path, str], A]) -> None:
+    def __init__(self, settings: LoaderSettings, parse: Callable[[Path, str], "Adapter"]) -> None:
         self._settings = settings
         self._parse = parse
-        self._client = HttpClient(settings.http)
-        self._sources = Sources(settings.sources, self._client)
+        self._access = Access(settings.sources, HttpClient(settings.http))
         hub_cache = settings.sources.hf_cache_dir
         self._cache = FileCache(settings.cache, lambda path: huggingface.remove(path, hub_cache))
-        self._memory: _Memory[A] = _Memory(settings.memory_bytes)
+        self._memory = _Memory(settings.memory_bytes)
 
     def close(self) -> None:
         """Close the connections kept open."""
-        self._client.close()
+        self._access.client.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def load(self, text: str, check_cancelled: CheckCancelled = never_cancelled) -> Loaded[A]:
+    def load(self, text: str, check_cancelled: CheckCancelled = never_cancelled) -> LoadedAdapter:
         """Return the adapter that a reference means now.
 
-        Raises WeightsError with a message for the user, and whatever check_cancelled raises; it
-        is called before each try and for each chunk of a download.
+        Args:
+            check_cancelled: called before each try of a source and for each chunk of a download.
+
+        Raises:
+            WeightsError: with a message for the user.
         """
         allowed = self._settings.sources.allow_local_paths
         reference = parse_reference(text, allow_local_paths=allowed)
-        try:
-            return self._deliver(*self._locate(reference, check_cancelled))
-        except FileNotFoundError:  # evicted by another process since it was found
-            return self._deliver(*self._locate(reference, check_cancelled))
-
-    def _locate(self, reference: Reference, check_cancelled: CheckCancelled) -> tuple[Record, Hit]:
-        """Find or fetch the file that a reference means now."""
-        key = self._sources.key(reference)
-        known = self._cache.find(key)
-        if known is not None and reference.immutable:
-            return known, "disk"
         retry = RetryPolicy(
             self._settings.attempts, self._settings.backoff, check_cancelled=check_cancelled
         )
-        asking = retry if known is None else replace(retry, attempts=1)
         try:
-            artifact = self._sources.resolve(reference, asking)
-            record, hit = self._obtain(artifact, retry)
+            return self._read(*self._find(reference, retry))
+        except FileNotFoundError:  # evicted by another process since it was found
+            return self._read(*self._find(reference, retry))
+
+    def _find(self, reference: Reference, retry: RetryPolicy) -> tuple[Record, Hit]:
+        """The file that a reference means now, fetched if it is not on the disk."""
+        key = cache_key(reference, self._settings.sources)
+        known = self._cache.find(key)
+        if known is not None and reference.immutable:
+            return known, "disk"
+        try:
+            artifact = reference.resolve(
+                self._access, retry if known is None else replace(retry, attempts=1)
+            )
+            record, hit = self._fetch_once(artifact, retry)
         except SourceUnavailableError as error:
             if known is None:
                 raise
             logger.warning("%s Using the file from before, which may be out of date.", error)
             return known, "disk"
-        self._cache.remember(key, replace(record, lasting=not is_presigned(reference)))
+        self._cache.remember(key, replace(record, lasting=reference.lasting))
         return record, hit
 
-    def _obtain(self, artifact: Artifact, retry: RetryPolicy) -> tuple[Record, Hit]:
-        """Return the record of an artifact; one process fetches it, the others wait for it."""
+    def _fetch_once(self, artifact: Artifact, retry: RetryPolicy) -> tuple[Record, Hit]:
+        """Fetch an artifact unless it is on the disk; of several processes, only one does."""
         pin = artifact.pin or f"unpinned {uuid4()}"
         check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
         with self._cache.fetching(pin, retry.check_cancelled) as target:
@@ -179,7 +146,7 @@ class AdapterLoader(Generic[A]):
     def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> Record:
         self._cache.make_room(artifact.size or 0)
         try:
-            fetched = fetch(artifact, target, self._sources, retry)
+            fetched = fetch(artifact, target, self._access, retry)
         except OSError as error:
             if not is_full(error):
                 raise
@@ -201,15 +168,19 @@ class AdapterLoader(Generic[A]):
             evictable=fetched.evictable,
         )
 
-    def _deliver(self, record: Record, hit: Hit) -> Loaded[A]:
-        """Parse the file of a record, unless its adapter is in memory."""
+    def _read(self, record: Record, hit: Hit) -> LoadedAdapter:
+        """The adapter in a file, parsed unless it is in memory."""
         adapter = self._memory.get(record.sha256)
-        if adapter is None:
-            adapter = self._parsed(record)
+        if adapter is not None:
+            hit = "memory" if hit == "disk" else hit
+        else:
+            try:
+                with self._cache.in_use(record) as path:
+                    adapter = self._parse(path, record.sha256)
+            except AdapterError as error:
+                raise InvalidFileError(f"{record.source}: {error}") from error
             self._memory.put(record.sha256, adapter)
-        elif hit == "disk":
-            hit = "memory"
-        return Loaded(
+        return LoadedAdapter(
             adapter=adapter,
             digest=record.sha256,
             source=record.source,
@@ -219,27 +190,20 @@ class AdapterLoader(Generic[A]):
             hit=hit,
         )
 
-    def _parsed(self, record: Record) -> A:
-        with self._cache.in_use(record) as path:
-            try:
-                return self._parse(path, record.sha256)
-            except ValueError as error:
-                raise InvalidFileError(f"{record.source}: {error}") from error
 
-
-class _Memory(Generic[A]):
+class _Memory:
     """Parsed adapters by digest, the least recently used leaving first."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._adapters: OrderedDict[str, A] = OrderedDict()
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
 
-    def get(self, digest: str) -> A | None:
+    def get(self, digest: str) -> "Adapter | None":
         if digest in self._adapters:
             self._adapters.move_to_end(digest)
         return self._adapters.get(digest)
 
-    def put(self, digest: str, adapter: A) -> None:
+    def put(self, digest: str, adapter: "Adapter") -> None:
         self._adapters[digest] = adapter
         while sum(kept.nbytes for kept in self._adapters.values()) > self._budget:
             self._adapters.popitem(last=False)

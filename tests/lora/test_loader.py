@@ -3,10 +3,12 @@
 import multiprocessing
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
+from lora.header import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from tests.lora.files import parse, safetensors
@@ -112,7 +114,7 @@ def test_bad_file_is_named_and_the_next_request_is_fine(hub, new_loader):
     def refuse_bad(path, digest):
         adapter = parse(path, digest)
         if adapter.content == "bad":
-            raise ValueError("no module of FLUX.1 matches")
+            raise AdapterError("no module of FLUX.1 matches")
         return adapter
 
     loader = new_loader(parse=refuse_bad)
@@ -171,7 +173,7 @@ def test_file_evicted_just_before_it_is_opened_is_fetched_again(
 
 def _load(settings, text, start, hits):
     start.wait(30)
-    with AdapterLoader(settings, parse) as loader:
+    with closing(AdapterLoader(settings, parse)) as loader:
         hits.put(loader.load(text).hit)
 
 

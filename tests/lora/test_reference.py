@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lora.links import parse_reference
-from lora.reference import (
-    CivitaiReference,
-    DataReference,
-    HuggingFaceReference,
-    LocalReference,
-    ReplicateReference,
-    UrlReference,
-)
+from lora.sources import parse_reference
+from lora.sources.civitai import CivitaiReference
+from lora.sources.data import DataReference
+from lora.sources.huggingface import HuggingFaceReference
+from lora.sources.local import LocalReference
+from lora.sources.replicate import ReplicateReference
+from lora.sources.url import UrlReference
 from weights.errors import ReferenceFormatError
 
 VERSION = "0a" * 32

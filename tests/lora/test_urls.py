@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora.sources import unsigned
+from lora.sources.url import unsigned
 from tests.lora.files import safetensors
 from tests.services import tar, trained_on_replicate
 from weights.errors import (

@@ -6,10 +6,14 @@ fetches somebody else's file.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from lora.artifact import Artifact
-from lora.reference import CivitaiReference
+from lora.settings import SourceSettings
+from lora.sources.air import read_air
+from lora.sources.link import Link
+from lora.sources.reference import Access, Reference, fingerprint
+from lora.sources.url import UrlArtifact
 from weights.errors import NotFoundError, SourceUnavailableError, WeightsError
 from weights.http import Credential, HttpClient, Remote
 from weights.redact import one_line
@@ -19,45 +23,129 @@ logger = logging.getLogger(__name__)
 
 _BASE_MODEL = "Flux.1"
 _EXACT = (f"{_BASE_MODEL} D", f"{_BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
+_HOSTS = {"civitai.com", "civitai.red", "civitai.green"}
 _MAX_LISTED = 10
 
 Json = Mapping[str, Any]
 
 
-def resolve(
-    reference: CivitaiReference, credential: Credential, client: HttpClient, retry: RetryPolicy
-) -> Artifact:
-    """Ask CivitAI which file a reference means: its version, download URL and SHA-256.
+@dataclass(frozen=True)
+class CivitaiReference(Reference):
+    """A model page or a version on CivitAI. Both have numbers, which are not the same ones.
 
-    What the first site of the credential does not have is asked for at the next: CivitAI shows
-    each of its sites a part of the same models.
+    CivitAI is several sites (civitai.com, .red, .green) with the same numbers.
+
+    token: one that the user put into the link. file: one of several in a version, by its number.
     """
 
-    def ask(path: str) -> Json:
-        missing: NotFoundError | None = None
-        for site in (credential.origin, *credential.others):
-            try:
-                return ask_site(site, path)
-            except NotFoundError as error:
-                missing = missing or error
-            except SourceUnavailableError:
-                if missing is None:
-                    raise
-        assert missing is not None
-        raise missing
+    model: int | None = None
+    version: int | None = None
+    token: str | None = field(default=None, repr=False)
+    file: int | None = None
 
-    def ask_site(site: str, path: str) -> Json:
+    forms = (
+        "civitai.com/models/123 or civitai.com/models/123?modelVersionId=456",
+        "urn:air:flux1:lora:civitai:123@456                          CivitAI's own identifier",
+    )
+
+    @classmethod
+    def parse(cls, link: Link) -> Self | None:
+        if air := read_air(link):
+            if air.source != "civitai":
+                return None
+            return cls(
+                _number(link, air.id.removesuffix(".safetensors")),
+                _number(link, air.version) if air.version else None,
+                file=_number(link, air.file) if air.file else None,
+            )
+        if link.url.host not in _HOSTS:
+            return None
+        token = link.url.query.get("token", [None])[0]
+        asked = link.url.query.get("modelVersionId", [None])[0]
+        match link.url.segments:
+            case ["api", "download", "models", number, *_] | [
+                "api",
+                "v1",
+                "model-versions",
+                number,
+            ]:
+                return cls(version=_number(link, number), token=token)
+            case ["models", number, *_] | ["api", "v1", "models", number]:
+                version = None if asked is None else _number(link, asked)
+                return cls(_number(link, number), version, token)
+        raise link.refused("a CivitAI page is written civitai.com/models/123")
+
+    @property
+    def display(self) -> str:
+        file = f" file {self.file}" if self.file else ""
+        if self.model is None:
+            return f"civitai.com/api/download/models/{self.version}{file}"
+        version = f"?modelVersionId={self.version}" if self.version else ""
+        return f"civitai.com/models/{self.model}{version}{file}"
+
+    @property
+    def key(self) -> str:
+        """Identity, with the token: what one token may see is not for another."""
+        return f"{self.display} {self.token or ''}"
+
+    @property
+    def immutable(self) -> bool:
+        return self.version is not None
+
+    def credential(self, settings: SourceSettings) -> Credential:
+        return Credential(
+            "CIVITAI_API_TOKEN",
+            settings.civitai_endpoint,
+            self.token or settings.civitai_token,
+            settings.civitai_others,
+        )
+
+    def resolve(self, access: Access, retry: RetryPolicy) -> UrlArtifact:
+        """Ask CivitAI which file is meant: its version, download URL and SHA-256."""
+        credential = self.credential(access.settings)
+
+        def ask(path: str) -> Json:
+            return _ask(self, path, credential, access.client, retry)
+
+        if self.version is None:
+            version = _newest(self, ask(f"models/{self.model}"))
+        else:
+            version = _named(self, ask)
+        return _artifact(self, version, credential)
+
+
+def _number(link: Link, digits: str) -> int:
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 16):
+        raise link.refused("models and versions on CivitAI have numbers")
+    return int(digits)
+
+
+def _ask(
+    reference: CivitaiReference,
+    path: str,
+    credential: Credential,
+    client: HttpClient,
+    retry: RetryPolicy,
+) -> Json:
+    """The answer of the API; what the first site does not have is asked for at the next.
+
+    CivitAI shows each of its sites a part of the same models.
+    """
+    missing: NotFoundError | None = None
+    for site in (credential.origin, *credential.others):
         remote = Remote(f"{site}/api/v1/{path}", reference.display, credential)
-        answer = client.get_json(remote, retry)
-        if not isinstance(answer, dict):
+        try:
+            answer = client.get_json(remote, retry)
+            if isinstance(answer, dict):
+                return answer
             raise _unreadable(reference)
-        return answer
-
-    if reference.version is None:
-        version = _newest(reference, ask(f"models/{reference.model}"))
-    else:
-        version = _named(reference, ask)
-    return _artifact(reference, version, credential)
+        except NotFoundError as error:
+            missing = missing or error
+        except SourceUnavailableError:
+            if missing is None:
+                raise
+    assert missing is not None
+    raise missing
 
 
 def _newest(reference: CivitaiReference, model: Json) -> Json:
@@ -106,7 +194,7 @@ def _refuse_checkpoint(reference: CivitaiReference, kind: object) -> None:
         raise WeightsError(f"{reference.display}: this is a whole checkpoint. Choose a LoRA.")
 
 
-def _artifact(reference: CivitaiReference, version: Json, credential: Credential) -> Artifact:
+def _artifact(reference: CivitaiReference, version: Json, credential: Credential) -> UrlArtifact:
     file = _file(reference, version)
     number, size, url = version.get("id"), file.get("sizeKB"), file.get("downloadUrl")
     hashes = file.get("hashes")
@@ -114,11 +202,12 @@ def _artifact(reference: CivitaiReference, version: Json, credential: Credential
     if not isinstance(url, str) or not isinstance(number, int):
         raise _unreadable(reference)
     words = version.get("trainedWords")
-    return Artifact(
-        pin=f"civitai {credential.origin} {number} {url} {sha256}",
+    owner = fingerprint(credential.token)
+    return UrlArtifact(
+        pin=f"civitai {credential.origin} {number} {url} {sha256} {owner}",
         source=reference.display,
         revision=f"version {number}",
-        location=Remote(url, reference.display, credential),
+        remote=Remote(url, reference.display, credential),
         size=int(size * 1024) if isinstance(size, int | float) else None,
         sha256=sha256.lower() if isinstance(sha256, str) else None,
         trigger_words=tuple(str(word) for word in words) if isinstance(words, list) else (),

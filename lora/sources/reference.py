@@ -1,0 +1,133 @@
+"""What every source of adapters has: a reference, what it means now, and how that is fetched.
+
+A new source is a module with a subclass of `Reference` and, unless it is a file behind a URL, a
+subclass of `Artifact`. `lora/sources/__init__.py` lists the references.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from lora.settings import SourceSettings
+from lora.sources.link import Link
+from weights.download import Progress
+from weights.http import Credential, HttpClient
+from weights.retry import RetryPolicy
+
+
+@dataclass(frozen=True)
+class Access:
+    """How sources are reached: their endpoints and tokens, and the HTTP client."""
+
+    settings: SourceSettings
+    client: HttpClient
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file on this disk: a .safetensors file, or a tar that holds one.
+
+    in_place: it lies where its owner keeps it, and must not be moved.
+    evictable: it may be deleted to make room.
+    """
+
+    path: Path
+    sha256: str
+    in_place: bool = False
+    evictable: bool = True
+    trigger_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact(ABC):
+    """The exact file that a reference means at the moment.
+
+    pin: identifies these bytes as seen with these credentials, so that a cached file with this pin
+        can be used without a request; None if the source cannot tell two versions apart.
+    source, revision: for logs and errors; no secrets.
+    size: bytes, perhaps rounded. sha256: lower-case hex.
+    """
+
+    pin: str | None
+    source: str
+    revision: str
+    size: int | None = None
+    sha256: str | None = None
+    trigger_words: tuple[str, ...] = ()
+
+    @abstractmethod
+    def fetch(
+        self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
+    ) -> Fetched:
+        """Bring the file to this disk, and verify it.
+
+        Args:
+            target: where to put it, unless it is kept elsewhere.
+
+        Raises:
+            WeightsError: nothing but an unfinished download is then left at `target`.
+        """
+
+
+class Reference(ABC):
+    """What a user's text names, at one of the sources.
+
+    forms: how users write it, for the error about text that is no reference.
+    """
+
+    forms: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, link: Link) -> "Reference | None":
+        """Read a link, without network and files; None if it belongs to another source.
+
+        Raises:
+            ReferenceFormatError: it belongs to this source, and is wrong.
+        """
+
+    @property
+    @abstractmethod
+    def display(self) -> str:
+        """Name for logs and errors; holds no secret."""
+
+    @property
+    def key(self) -> str:
+        """Identity; may hold secrets."""
+        return self.display
+
+    @property
+    def immutable(self) -> bool:
+        """Whether it names the same bytes for ever."""
+        return False
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it can be of use after a day; a presigned URL cannot."""
+        return True
+
+    def credential(self, settings: SourceSettings) -> Credential | None:
+        """The source's address, and the operator's token for it."""
+        return None
+
+    @abstractmethod
+    def resolve(self, access: Access, retry: RetryPolicy) -> Artifact:
+        """Find out which file it means now.
+
+        Raises:
+            WeightsError: with a message for the user.
+        """
+
+
+def cache_key(reference: Reference, settings: SourceSettings) -> str:
+    """Identity of a reference in a cache: what one token sees is not for another."""
+    credential = reference.credential(settings)
+    seen = "" if credential is None else f"{credential.origin} {fingerprint(credential.token)}"
+    return f"{type(reference).__name__} {reference.key} {seen}"
+
+
+def fingerprint(token: str | None) -> str:
+    """A token as a part of a key: its SHA-256."""
+    return hashlib.sha256(token.encode()).hexdigest() if token else "anonymous"
