@@ -35,11 +35,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from flux.deployment import Deployment
-from flux.memory import is_out_of_memory
-from flux.request import Mode, Precision, Request
-from flux.residency import ORDER, BudgetError, Key
+from flux.memory import is_out_of_memory, with_fallback
+from flux.request import Mode, Request
+from flux.residency import ORDER, BudgetError
 from flux.transformers import COMPONENT
-from flux.variants import VARIANTS
+from flux.variants import VARIANTS, Key, Precision
 from weights.cancel import Cancelled
 from weights.directories import usable
 from weights.errors import DirectoryError
@@ -122,22 +122,28 @@ class Compilation:
         """
         if tokens == 1 or not self.serves(key):
             return _eagerly(work)
-        before = graphs()
-        try:
-            return work()
-        except (Cancelled, BudgetError):
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
+
+        def compiled() -> T:
+            before = graphs()
+            try:
+                return work()
+            finally:
+                if made := graphs() - before:
+                    logger.info("Compiled %d graphs for %s %s", made, *key)
+
+        def eagerly() -> T:
+            result = _eagerly(work)
+            self._eager.add(key)
+            logger.warning("%s %s draws eagerly until the next start: that went well", *key)
+            return result
+
+        def recoverable(error: Exception) -> bool:
+            if isinstance(error, Cancelled | BudgetError) or is_out_of_memory(error):
+                return False
             logger.warning("%s %s failed compiled; trying it eagerly", *key, exc_info=error)
-        finally:
-            if made := graphs() - before:
-                logger.info("Compiled %d graphs for %s %s", made, *key)
-        result = _eagerly(work)  # out of the except block, which holds on to tensors
-        self._eager.add(key)
-        logger.warning("%s %s draws eagerly until the next start: that went well", *key)
-        return result
+            return True
+
+        return with_fallback(compiled, eagerly, recoverable)
 
 
 def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> list[Key]:
@@ -147,8 +153,8 @@ def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> li
     none of them has is compiled with one that takes turns with them.
     """
     wanted = list(at_start)
-    missing = set(precisions) - {precision for _, precision in wanted}
-    first = {precision: (variant, precision) for variant, precision in reversed(ORDER)}
+    missing = set(precisions) - {key.precision for key in wanted}
+    first = {key.precision: key for key in reversed(ORDER)}
     return [key for precision, key in first.items() if precision in missing] + wanted
 
 
@@ -160,13 +166,13 @@ def rehearsal(key: Key, token: int) -> Request:
         token: pixels along the side of a token.
     """
     rows, columns = WARM_UP_TOKENS
-    variant = VARIANTS[key[0]]
+    variant = VARIANTS[key.variant]
     variant = replace(variant, max_sequence_length=variant.max_sequence_length - 1)
     return Request(
         prompt="",
         variant=variant,
         mode=Mode.TEXT_TO_IMAGE,
-        precision=key[1],
+        precision=key.precision,
         width=columns * token,
         height=rows * token,
         picture=None,

@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,16 +17,21 @@ from torch import nn
 from flux.autoencoder import Autoencoder
 from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
 from flux.inpaint import repainted_cells, soft_alpha
+from flux.memory import with_fallback
 from flux.merge import AdapterLike, WorkingWeights
 from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request
-from flux.residency import BudgetError, Key
+from flux.residency import BudgetError
 from flux.timing import Stopwatch
-from flux.transformers import Transformers
+from flux.transformers import COMPONENT, Transformers
+from flux.variants import Key
 from weights.cancel import CheckCancelled
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PIPELINES = {
     Mode.TEXT_TO_IMAGE: FluxPipeline,
@@ -73,7 +78,7 @@ class Engine:
         compilation: Compilation | None = None,
     ) -> None:
         self._pipelines = {
-            (key, mode): _sibling(pipelines[key[0]], kind, transformer)
+            (key, mode): _sibling(pipelines[key.variant], kind, transformer)
             for key, transformer in transformers.modules.items()
             for mode, kind in PIPELINES.items()
         }
@@ -92,7 +97,7 @@ class Engine:
 
         The transformer is dev's, which has every parameter of schnell's.
         """
-        dev = self._pipelines[("dev", "bf16"), Mode.TEXT_TO_IMAGE]
+        dev = self._pipelines[Key("dev", "bf16"), Mode.TEXT_TO_IMAGE]
         return {
             name: {key: value.shape for key, value in getattr(dev, name).named_parameters()}
             for name in ("transformer", *ENCODERS)
@@ -105,7 +110,7 @@ class Engine:
 
     def compiled(self, request: Request) -> bool:
         """Whether the transformer of a request is compiled, and not given up after a failure."""
-        return self._compilation is not None and self._compilation.serves(_key(request))
+        return self._compilation is not None and self._compilation.serves(request.key)
 
     @property
     def at_start(self) -> Sequence[Key]:
@@ -120,18 +125,17 @@ class Engine:
             adapters: with their effective scales.
             check_cancelled: called before each weight is written.
         """
-        swaps = (
-            self._transformers.with_room(
-                key, partial(self._encoders.reconcile, adapters, check_cancelled)
-            ),
-            self._transformers.reconcile(key, adapters, check_cancelled),
-        )
-        merged, restored = (sum(getattr(s, n) for s in swaps) for n in ("merged", "restored"))
-        absent = sum(component == "transformer" for component, _ in swaps[1].absent)
+        encoders = self._on_device(key, self._encoders.reconcile, adapters, check_cancelled)
+        transformer = self._transformers.reconcile(key, adapters, check_cancelled)
+        merged = encoders.merged + transformer.merged
+        restored = encoders.restored + transformer.restored
+        absent = sum(component == COMPONENT for component, _ in transformer.absent)
         if merged or restored:
             logger.info("Adapters: %d weights merged, %d restored", merged, restored)
         if absent:
-            logger.info("Adapters: %d weights are left out, %s has none of them", absent, key[0])
+            logger.info(
+                "Adapters: %d weights are left out, %s has none of them", absent, key.variant
+            )
 
     def warm_up(self, check_cancelled: CheckCancelled) -> None:
         """Compile the transformers by running one step of each."""
@@ -147,8 +151,10 @@ class Engine:
 
     def _rehearse(self, request: Request, check_cancelled: CheckCancelled) -> None:
         """Run the compiled part of a request: the denoising, without decoding."""
-        prompt = self._transformers.with_room(_key(request), partial(self._encode_prompt, request))
-        self._denoise(request, prompt, self._prepare(request), request.seeds[0], check_cancelled)
+        key, seed = request.key, request.seeds[0]
+        prompt = self._on_device(key, self._encode_prompt, request)
+        canvas = self._on_device(key, self._prepare, request)
+        self._on_device(key, self._denoise, request, prompt, canvas, seed, check_cancelled)
 
     def generate(
         self,
@@ -168,19 +174,20 @@ class Engine:
         if not request.sigmas and request.picture:
             yield from [request.picture] * len(request.seeds)
             return
-        key = _key(request)
-        with_room = partial(self._transformers.with_room, key)
+        key = request.key
         with self._stage(stopwatch, "adapters"):
             self.merge(key, adapters, check_cancelled)
         with self._stage(stopwatch, "text"):
-            prompt = with_room(partial(self._encode_prompt, request))
+            prompt = self._on_device(key, self._encode_prompt, request)
         check_cancelled()
         with self._stage(stopwatch, "input"):
-            canvas = with_room(partial(self._prepare, request))
+            canvas = self._on_device(key, self._prepare, request)
         for seed in request.seeds:
             check_cancelled()
             with self._stage(stopwatch, "denoising"):
-                latents = self._denoise(request, prompt, canvas, seed, check_cancelled)
+                latents = self._on_device(
+                    key, self._denoise, request, prompt, canvas, seed, check_cancelled
+                )
             check_cancelled()
             with self._stage(stopwatch, "decoding"):
                 image = self._decode(request, canvas, latents)
@@ -192,8 +199,16 @@ class Engine:
         """A stage of the stopwatch, including the work that it has queued on a GPU."""
         with stopwatch.stage(name):
             yield
-            if self._autoencoder.device.type == "cuda":
-                torch.cuda.synchronize(self._autoencoder.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def _on_device(self, key: Key, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Do some work on the device, again with less there if its memory does not suffice.
+
+        Raises:
+            BudgetError: it does not suffice then either.
+        """
+        return self._transformers.with_room(key, partial(work, *args, **options))
 
     def _encode_prompt(self, request: Request) -> PromptEmbeddings:
         state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
@@ -228,8 +243,8 @@ class Engine:
             return {}
 
         def denoise() -> torch.Tensor:
-            with self._positions[key].kept():
-                latents: torch.Tensor = self._pipelines[key, request.mode](
+            with self._positions[request.key].kept():
+                latents: torch.Tensor = self._pipelines[request.key, request.mode](
                     prompt_embeds=prompt.tokens,
                     pooled_prompt_embeds=prompt.pooled,
                     width=canvas.width,
@@ -244,29 +259,26 @@ class Engine:
                 ).images
             return latents
 
-        key, work = _key(request), denoise
-        if self._compilation is not None:
-            work = partial(self._compilation.run, key, canvas.tokens, denoise)
-        return self._transformers.with_room(key, work)
+        if self._compilation is None:
+            return denoise()
+        return self._compilation.run(request.key, canvas.tokens, denoise)
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
         decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
-        with_room = partial(self._transformers.with_room, _key(request))
-        try:
-            drawn = with_room(decode)
-        except BudgetError as error:
-            logger.warning("Decoding in tiles: %s", error.__cause__ or error)
-            drawn = None
-        if drawn is None:  # out of the except block, which holds on to tensors
-            drawn = with_room(partial(decode, tiled=True))
-        drawn = drawn.crop((0, 0, request.width, request.height))
+
+        def recoverable(error: Exception) -> bool:
+            if isinstance(error, BudgetError):
+                logger.warning("Decoding in tiles: %s", error.__cause__ or error)
+            return isinstance(error, BudgetError)
+
+        drawn = with_fallback(
+            partial(self._on_device, request.key, decode),
+            partial(self._on_device, request.key, decode, tiled=True),
+            recoverable,
+        ).crop((0, 0, request.width, request.height))
         if request.picture and request.mask:
             return Image.composite(drawn, request.picture, soft_alpha(request.mask))
         return drawn
-
-
-def _key(request: Request) -> Key:
-    return request.variant.name, request.precision
 
 
 def _sibling(

@@ -21,11 +21,11 @@ from flux.one_pass import one_pass
 from flux.prequantized import Prequantized, path_of
 from flux.quantize import quantizes_activations
 from flux.quiet import without_progress_bars
-from flux.request import Precision
 from flux.residency import BudgetError
 from flux.slabs import PageLocked, hold
 from flux.staging import move
 from flux.transformers import COMPONENT, Transformers
+from flux.variants import Precision
 from weights.inventory import Inventory
 from weights.settings import Settings
 

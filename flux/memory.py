@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from weights.inventory import size_of
 from weights.settings import GB
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEVICE_RESERVE = 6_500_000_000  # activations, scratch of a merge, and the allocator's rounding
 HOST_RESERVE = 17 * GB  # parsed adapters, Python, libraries, pictures
@@ -83,3 +87,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(inner, BaseException):
         return is_out_of_memory(inner)
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+def with_fallback(
+    work: Callable[[], T], fallback: Callable[[], T], recoverable: Callable[[Exception], bool]
+) -> T:
+    """Do some work; if it fails in a way that can be recovered from, do other work instead.
+
+    An exception keeps the frames that it passed through, and with them tensors on the device, until
+    its except block ends. So the other work starts after that.
+
+    Args:
+        recoverable: called with the exception; it is raised again if the answer is no.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not recoverable(error):
+            raise
+    return fallback()

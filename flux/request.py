@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from os import PathLike
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
 from flux.images import PictureError, read_mask, read_picture, resize
 from flux.sampling import ASPECT_RATIOS, MEGAPIXEL, fit_size, nearest_multiple, sigmas
-from flux.variants import VARIANTS, Variant
+from flux.variants import VARIANTS, Key, Precision, Variant
 from weights.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Precision = Literal["bf16", "fp8"]
 SEED_RANGE = 2**64  # what torch.Generator takes; seeds wrap around
 
 
@@ -95,6 +94,11 @@ class Request:
     output_format: str
     output_quality: int
     check_safety: bool
+
+    @property
+    def key(self) -> Key:
+        """The transformer that draws it."""
+        return Key(self.variant.name, self.precision)
 
 
 def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = None) -> Request:

@@ -17,40 +17,42 @@ has them too.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Literal, TypeGuard, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
-from flux.request import Precision
+from flux.variants import Key, Precision
 from weights.settings import GB
 
-Key = tuple[str, Precision]
-"""(variant, precision): a transformer that serves."""
 PRISTINE: Literal["pristine"] = "pristine"
-Item = tuple[str, Precision | Literal["pristine"]]
-"""What takes room: a transformer, or the pristine weights of a variant."""
+
+
+class PristineCopy(NamedTuple):
+    """The pristine weights of a variant, on the device."""
+
+    variant: str
+    form: Literal["pristine"] = PRISTINE
+
+
+Item = Key | PristineCopy
+"""What takes room."""
 Place = Literal["device", "host"]
 """Whose memory a budget is of."""
 T = TypeVar("T")
 
 START: tuple[Item, ...] = (
-    ("dev", "bf16"),
-    ("dev", "fp8"),
-    ("dev", PRISTINE),
-    ("schnell", "fp8"),
-    ("schnell", "bf16"),
-    ("schnell", PRISTINE),
+    Key("dev", "bf16"),
+    Key("dev", "fp8"),
+    PristineCopy("dev"),
+    Key("schnell", "fp8"),
+    Key("schnell", "bf16"),
+    PristineCopy("schnell"),
 )
 """What comes to the device first when the server starts."""
-ORDER: tuple[Key, ...] = tuple((name, form) for name, form in START if form != PRISTINE)
+ORDER = tuple(item for item in START if isinstance(item, Key))
 """Which transformers do."""
 REMEDIES: Mapping[Place, str] = {
     "device": "a larger device or FLUX_OFFLOAD",
     "host": "a host with more memory",
 }
-
-
-def is_transformer(item: Item) -> TypeGuard[Key]:
-    """Whether an item is a transformer that serves."""
-    return item[1] != PRISTINE
 
 
 class BudgetError(RuntimeError):

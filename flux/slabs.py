@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flux.memory import bytes_of
+from flux.memory import bytes_of, with_fallback
 from flux.residency import BudgetError
 from weights.settings import GB
 
@@ -78,16 +78,22 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
     Returns:
         whether there was memory for it; if not, the parameters are unchanged.
     """
-    try:
-        views = _copies(module, page_locked)
-    except BudgetError as error:
-        logger.warning("Weights stay in the memory map. %s", str(error))
-    else:
-        for parameter, view in zip(module.parameters(), views, strict=True):
+
+    def copy() -> bool:
+        for parameter, view in zip(module.parameters(), _copies(module, page_locked), strict=True):
             parameter.data = view
         return True
-    give_back()  # out of the except block, which holds on to the slabs that there was memory for
-    return False
+
+    def without() -> bool:
+        give_back()  # the slabs that there was memory for
+        return False
+
+    def recoverable(error: Exception) -> bool:
+        if isinstance(error, BudgetError):
+            logger.warning("Weights stay in the memory map. %s", str(error))  # no traceback kept
+        return isinstance(error, BudgetError)
+
+    return with_fallback(copy, without, recoverable)
 
 
 class PageLocked:

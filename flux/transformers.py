@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 
 from flux.copies import DeviceCopies
 from flux.masters import Master
-from flux.memory import empty_cache, is_out_of_memory
+from flux.memory import empty_cache, is_out_of_memory, with_fallback
 from flux.merge import AdapterLike, OnePassLike, Pristine, Swap, WorkingWeights
 from flux.offload import Empty, Home, OnDevice
 from flux.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
-from flux.request import Precision
-from flux.residency import ORDER, PRISTINE, BudgetError, Item, Key, Residency, is_transformer
+from flux.residency import ORDER, BudgetError, Item, PristineCopy, Residency
 from flux.staging import Staging
+from flux.variants import Key, Precision
 from weights.cancel import CheckCancelled, never_cancelled
 from weights.inventory import Entry, size_of
 
@@ -70,10 +71,10 @@ class Transformers:
         self._home: Home = home or OnDevice(device)
         self._staging = Staging(self._home.memory, self._home.stream)
         self.modules: dict[Key, nn.Module] = {
-            key: skeleton(masters[key[0]].template) for key in ORDER
+            key: skeleton(masters[key.variant].template) for key in ORDER
         }
         self._float8 = {
-            key: float8_parameters(module) if key[1] == "fp8" else frozenset()
+            key: float8_parameters(module) if key.precision == "fp8" else frozenset()
             for key, module in self.modules.items()
         }
         self._weights: dict[Key, WorkingWeights] = {}
@@ -82,18 +83,18 @@ class Transformers:
         self._copies = DeviceCopies(self._home.memory, self._staging)
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
         if self._home.stream and self._home.shares_device:  # the host's are not at hand there
-            sizes |= {(name, PRISTINE): sizes[name, "bf16"] for name in masters}
+            sizes |= {PristineCopy(name): sizes[Key(name, "bf16")] for name in masters}
         shares = self._home.shares_device
         self._residency = Residency(sizes, budget, "device" if shares else "host")
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
-        self._to_copy = {name for name, form in at_start if form == PRISTINE}
+        self._to_copy = {item.variant for item in at_start if isinstance(item, PristineCopy)}
         self._hold_masters()
 
     @property
     def resident(self) -> tuple[Key, ...]:
         """The transformers on the device, the least recently used first."""
-        return tuple(k for k in self._residency.resident if is_transformer(k))
+        return tuple(k for k in self._residency.resident if isinstance(k, Key))
 
     def reconcile(
         self,
@@ -115,7 +116,7 @@ class Transformers:
                 logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
             if self._wants_copy(key, adapters, fresh=fresh):
-                self._copy_pristine(key[0], check_cancelled)
+                self._copy_pristine(key.variant, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
@@ -131,14 +132,19 @@ class Transformers:
         Raises:
             BudgetError: it does not suffice then either.
         """
-        try:
-            return work()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            logger.warning("Out of memory on %s, trying again with less there", self._device)
-            logger.warning("%s", error)
-        for other in self._residency.resident:  # after the except block, which holds on to tensors
+
+        def recoverable(error: Exception) -> bool:
+            if is_out_of_memory(error):
+                logger.warning("Out of memory on %s, trying again with less there", self._device)
+                logger.warning("%s", error)
+                return True
+            return False
+
+        return with_fallback(work, partial(self._alone, key, work), recoverable)
+
+    def _alone(self, key: Key, work: Callable[[], T]) -> T:
+        """Do some work with one transformer alone on the device."""
+        for other in self._residency.resident:
             if other != key and self._home.shares_device:
                 self._evict(other)
         empty_cache(self._device)
@@ -169,18 +175,22 @@ class Transformers:
 
         That is nothing yet, or its prequantized weights, where they save opening the pristine.
         """
-        module, empty, master = self.modules[key], self._home.allocator(), self._masters[key[0]]
-        ready_made = None if key[1] == "bf16" or master.is_open else master.prequantized
+        module, empty, master = (
+            self.modules[key],
+            self._home.allocator(),
+            self._masters[key.variant],
+        )
+        ready_made = None if key.precision == "bf16" or master.is_open else master.prequantized
         try:
             for name, parameter in list(module.named_parameters()):
                 _set(module, name, self._empty(key, name, parameter, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
                 ready_made.fill(module, self._staging, check_cancelled)
             self._home.enter(module)
-            self._sources[key] = str(ready_made.path) if ready_made else f"{key[0]} pristine"
+            self._sources[key] = str(ready_made.path) if ready_made else f"{key.variant} pristine"
             self._weights[key] = WorkingWeights(
                 {COMPONENT: module},
-                self._pristine(key[0]),
+                self._pristine(key.variant),
                 store,
                 self._staging,
                 one_pass=self._one_pass,
@@ -207,20 +217,20 @@ class Transformers:
         They come with the first transformer that is made of them in setup, and later when adapters
         change. Where the bf16 transformer holds no adapter, it does as well.
         """
-        variant = key[0]
-        item: Item = (variant, PRISTINE)
+        variant = key.variant
+        item = PristineCopy(variant)
         if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
             return False
         if variant in self._to_copy:
             return self._weights[key].differs(())  # what comes from a file is pristine already
-        plain = self._weights.get((variant, "bf16"))
+        plain = self._weights.get(Key(variant, "bf16"))
         if fresh or (plain and not plain.differs(())):
             return False
         return self._weights[key].differs(adapters)
 
     def _copy_pristine(self, variant: str, check_cancelled: CheckCancelled) -> None:
         """Have a variant's pristine weights on the device, unless its memory does not suffice."""
-        item, master = (variant, PRISTINE), self._masters[variant]
+        item, master = PristineCopy(variant), self._masters[variant]
         self._make_room(self._residency.admit(item))
         if variant in self._copies:
             return
@@ -260,8 +270,8 @@ class Transformers:
     def _evict(self, item: Item) -> None:
         """Give back the memory of a transformer, with its records, or of pristine weights."""
         self._residency.drop(item)
-        if not is_transformer(item):
-            if self._copies.drop(item[0]):
+        if isinstance(item, PristineCopy):
+            if self._copies.drop(item.variant):
                 logger.info("%s %s leaves %s", *item, self._home.memory)
             return
         self._seconds.pop(item, None)
@@ -276,7 +286,7 @@ class Transformers:
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> Pristine:
         """Where a variant's pristine values are nearest; see `DeviceCopies.nearest`."""
-        plain: Key = (variant, "bf16")
+        plain = Key(variant, "bf16")
         on_host = host or self._masters[variant].at_hand
         return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
 

@@ -1,6 +1,16 @@
-"""FLUX.1's two variants as rows of data."""
+"""FLUX.1's two variants as rows of data, and the transformers that serve."""
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Precision = Literal["bf16", "fp8"]
+
+
+class Key(NamedTuple):
+    """Which transformer serves: one of a variant, in a precision."""
+
+    variant: str
+    precision: Precision
 
 
 @dataclass(frozen=True)

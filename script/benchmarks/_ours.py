@@ -20,8 +20,9 @@ from flux.compile import graphs
 from flux.memory import DEVICE_RESERVE
 from flux.quantize import storage
 from flux.request import Request
-from flux.residency import PRISTINE, Key
+from flux.residency import PristineCopy
 from flux.sampling import ASPECT_RATIOS
+from flux.variants import Key
 from safety.checker import SafetyError
 from weights.cancel import CheckCancelled
 
@@ -68,7 +69,7 @@ def swaps(session: Session) -> None:
     turn("on the device" if copied else "where the budget has it")
     session.record("swaps", {"nothing to change, ms": round(1000 * session.merge(DEV, []), 2)})
     if copied:
-        item = ("dev", PRISTINE)
+        item = PristineCopy("dev")
         session.call(lambda _: (transformers._evict(item), transformers._residency.exclude(item)))
         session.call(lambda _: transformers._masters["dev"].at_hand())
         turn("on the host")
@@ -144,7 +145,7 @@ def _denoising(
 ) -> Callable[[], torch.Tensor]:
     """A request's steps alone, without adapters; all that comes before them is done here."""
     engine = session.engine
-    engine.merge((request.variant.name, request.precision), [], check)
+    engine.merge(request.key, [], check)
     prompt, canvas = engine._encode_prompt(request), engine._prepare(request)
     return partial(engine._denoise, request, prompt, canvas, request.seeds[0], check)
 
@@ -152,7 +153,7 @@ def _denoising(
 def schnell(session: Session) -> None:
     """schnell in both precisions and sizes; it comes with its first request."""
     for precision, go_fast in (("fp8", True), ("bf16", False)):
-        seconds = session.merge(("schnell", precision), [])
+        seconds = session.merge(Key("schnell", precision), [])
         session.record("schnell", {f"schnell {precision} comes in, s": round(seconds, 2)})
         for megapixels in ("1", "0.25"):
             session.series(

@@ -16,8 +16,8 @@ from PIL import Image
 
 from flux.memory import answers
 from flux.request import Inputs, Request, resolve
-from flux.residency import Key
 from flux.timing import Stopwatch
+from flux.variants import Key
 from lora.adapter import Adapter
 from predict import Predictor
 from weights.cancel import CheckCancelled
@@ -26,7 +26,7 @@ from weights.settings import Settings
 PROMPT = "a red circle on a blue background, number {}"
 STEPS = {"dev": 28, "schnell": 4}
 GUIDANCE = 3.5
-DEV, DEV8 = ("dev", "bf16"), ("dev", "fp8")
+DEV, DEV8 = Key("dev", "bf16"), Key("dev", "fp8")
 
 Adapters = list[tuple[Adapter, float]]
 

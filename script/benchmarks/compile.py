@@ -20,11 +20,13 @@ import _full_depth as full_depth
 import torch
 from common import BLUE, GREY, chart, interleave, medians, report
 
+from flux.variants import Key
+
 HEADS = 3
 BLOCKS = (4, 8)  # a fifth of FLUX.1's: the whole takes longer with every block
 TOKENS = (255, 63)  # of the image and the text: equal to no width, see flux/compile.py
 OTHERS = ((64, 64), (192, 32), (1024, 64), (99, 256))  # requests after the first
-KEY = ("dev", "bf16")
+KEY = Key("dev", "bf16")
 ROUNDS = 9
 
 

@@ -14,9 +14,9 @@ from torch import nn
 from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.offload import COMPONENTS
 from flux.quantize import float8_parameters
-from flux.residency import ORDER, PRISTINE, BudgetError, Item, Residency
+from flux.residency import ORDER, PRISTINE, BudgetError, Item, PristineCopy, Residency
 from flux.transformers import size
-from flux.variants import VARIANTS
+from flux.variants import VARIANTS, Key
 from weights.settings import GB, Settings
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
@@ -31,10 +31,9 @@ def transformers() -> dict[Item, int]:
     """Bytes of each transformer."""
     found = {variant: flux1.transformer(variant) for variant in VARIANTS}
     return {
-        (variant, precision): size(
-            found[variant], float8_parameters(found[variant]) if precision == "fp8" else frozenset()
-        )
-        for variant, precision in ORDER
+        key: size(module, float8_parameters(module) if key.precision == "fp8" else frozenset())
+        for key in ORDER
+        for module in [found[key.variant]]
     }
 
 
@@ -68,7 +67,10 @@ def at_start(sizes: Mapping[Item, int], budget: int) -> str:
 def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[str]:
     """A line for each card: what is on it at the start without offloading, and without T5."""
     lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
-    items = {**sizes, **{(variant, PRISTINE): sizes[variant, "bf16"] for variant in VARIANTS}}
+    items = {
+        **sizes,
+        **{PristineCopy(variant): sizes[Key(variant, "bf16")] for variant in VARIANTS},
+    }
     for gibibytes in CARDS:
         free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE - ADAPTERS
         found = []

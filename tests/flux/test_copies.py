@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from flux.masters import Master
 from flux.offload import OnDevice
 from flux.quantize import float8_parameters, storage
-from flux.residency import ORDER, PRISTINE
+from flux.residency import ORDER, PristineCopy
 from flux.transformers import Transformers, size
+from flux.variants import Key
 from tests import tiny
 from tests.flux.streams import Late
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
-AT_START = (DEV, DEV8, ("dev", PRISTINE))  # as on a card of 80 GB
+AT_START = (DEV, DEV8, PristineCopy("dev"))  # as on a card of 80 GB
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def room_for(masters, *items) -> int:
     sizes = {key: size(found.modules[key], frozenset()) for key in ORDER}
     for key in (DEV8, SCHNELL8):
         sizes[key] = size(found.modules[key], float8_parameters(found.modules[key]))
-    sizes |= {("dev", PRISTINE): sizes[DEV]}
+    sizes |= {PristineCopy("dev"): sizes[DEV]}
     return sum(sizes[item] for item in items)
 
 
@@ -230,7 +231,7 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
 
 def test_pristine_items_are_no_transformers(masters) -> None:
     found = make(masters)
-    assert all(form != PRISTINE for _, form in found.at_start)
+    assert all(isinstance(item, Key) for item in found.at_start)
 
 
 @pytest.mark.gpu

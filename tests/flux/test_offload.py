@@ -48,7 +48,7 @@ def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:
     }
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     inputs["timestep"] = torch.tensor([0.5])
-    if key[0] == "dev":
+    if key.variant == "dev":
         inputs["guidance"] = torch.tensor([3.0])
     module = found.modules[key]
     with torch.no_grad():

@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from flux.residency import ORDER, PRISTINE, BudgetError, Residency
+from flux.residency import ORDER, BudgetError, PristineCopy, Residency
 
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 FLUX = {DEV: 238, DEV8: 120, SCHNELL8: 120, SCHNELL: 238}  # tenths of a gigabyte
-OF_DEV, OF_SCHNELL = ("dev", PRISTINE), ("schnell", PRISTINE)
+OF_DEV, OF_SCHNELL = PristineCopy("dev"), PristineCopy("schnell")
 WITH_PRISTINE = {**FLUX, OF_DEV: 238, OF_SCHNELL: 238}
 
 

@@ -100,7 +100,7 @@ def test_merged_and_quantized_once(masters, adapters, key) -> None:
     for desired in ([(one, 0.8), (two, -0.5)], [], [(two, 1.5)], [(one, 0.01)], []):
         for each in ORDER if desired else (key,):
             transformers.reconcile(each, desired)
-        expected = freshly_merged(masters[key[0]], desired, float8=key[1] == "fp8")
+        expected = freshly_merged(masters[key.variant], desired, float8=key.precision == "fp8")
         assert_bits(transformers.modules[key], expected)
 
 
@@ -287,8 +287,8 @@ def test_declared_sizes_are_what_the_weights_take(masters) -> None:
         transformers.reconcile(key, [])
         module = transformers.modules[key]
         taken = sum(t.numel() * t.element_size() for p in module.parameters() for t in storage(p))
-        float8 = float8_parameters(module) if key[1] == "fp8" else frozenset()
-        assert size(skeleton(masters[key[0]]), float8) == taken
+        float8 = float8_parameters(module) if key.precision == "fp8" else frozenset()
+        assert size(skeleton(masters[key.variant]), float8) == taken
 
 
 @pytest.mark.gpu
@@ -301,7 +301,7 @@ def test_on_a_gpu(masters, adapters) -> None:
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
         transformers.reconcile(key, [])
-        expected = freshly_merged(masters[key[0]], [], float8=key[1] == "fp8")
+        expected = freshly_merged(masters[key.variant], [], float8=key.precision == "fp8")
         assert_bits(transformers.modules[key].cpu(), expected)
 
 
