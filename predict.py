@@ -195,10 +195,8 @@ class Predictor(BaseRunner):
         with importing_libraries():
             import torch
 
-            from flux.compile import compile_blocks
-            from flux.deployment import Deployment, sources_of
-            from flux.engine import Engine
-            from flux.load import load_pipelines, working_transformers
+            from flux.deployment import Deployment
+            from flux.load import load_engine
             from lora.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
@@ -208,11 +206,7 @@ class Predictor(BaseRunner):
         self._checker = load_checker(
             self._settings, deployment.checkpoint, deployment.device, deployment.dtype, inventory
         )
-        sources = sources_of(deployment.checkpoint, self._settings)
-        pipelines = load_pipelines(sources, deployment, inventory)
-        transformers = working_transformers(pipelines, sources, deployment, self._settings)
-        compilation = compile_blocks(transformers.modules, deployment, self._settings)
-        self._engine = Engine(pipelines, transformers, self._settings.prompt_cache, compilation)
+        self._engine = load_engine(deployment, self._settings, inventory)
         self._outputs = Outputs(self._settings.output_directory)
         targets = Targets(self._engine.shapes)
         self._loader = AdapterLoader(
@@ -220,7 +214,7 @@ class Predictor(BaseRunner):
             lambda path, digest: load_adapter(path, digest, targets),
         )
         self._make_ready(check_cancelled)
-        inventory.add(*transformers.entries())
+        inventory.add(*self._engine.entries())
         inventory.log()
 
     def _make_ready(self, check_cancelled: CheckCancelled) -> None:

@@ -1,1 +1,1 @@
-"""Everything that is FLUX.1: request rules, loading, prompts, denoising, pictures."""
+"""Everything that is FLUX.1: request rules, loading, prompts, denoising, images."""

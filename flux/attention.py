@@ -3,7 +3,7 @@
 On cards of capability 9.0 and 10.0 PyTorch prefers cuDNN's (sdp_utils.cpp,
 `check_prefer_cudnn_attention`), which builds a plan for every number of tokens and keeps it for the
 thread that asked (cudnn/MHA.cpp, `MHAParams`). Others saw 0.02 to 0.44 s for a plan
-(https://github.com/modelscope/FunASR/issues/3704, on a B200), which the first picture of each size
+(https://github.com/modelscope/FunASR/issues/3704, on a B200), which the first image of each size
 would wait for. So the engine thread attends once in each of the contract's sizes in setup.
 
 Refused: TORCH_CUDNN_SDPA_AVOID_RECOMPILE, which PyTorch calls experimental.
@@ -78,7 +78,7 @@ def attend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Attend once as a block of the transformer does, over text and picture together."""
+    """Attend once as a block of the transformer does, over text and image together."""
     config: Any = transformer.config
     shape = (1, tokens, config.num_attention_heads, config.attention_head_dim)
     probe = torch.ones(shape, device=device, dtype=dtype)
@@ -111,7 +111,7 @@ def build_plans(
     for done, tokens in enumerate(lengths):
         if (seconds := clock() - start) > LIMIT:
             logger.warning(
-                "attention: plans for %d of %d numbers of tokens took %.1f s; the first picture of "
+                "attention: plans for %d of %d numbers of tokens took %.1f s; the first image of "
                 "another size takes longer",
                 *(done, len(lengths), seconds),
             )
@@ -121,7 +121,7 @@ def build_plans(
 
 
 def lengths_of_sizes(token: int) -> list[int]:
-    """Tokens of text and picture in each ratio, for both megapixels and variants; each once.
+    """Tokens of text and image in each ratio, for both megapixels and variants; each once.
 
     Args:
         token: pixels along the side of a token.

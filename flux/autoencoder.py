@@ -1,4 +1,4 @@
-"""Pictures to latents and back, through the VAE."""
+"""Images to latents and back, through the VAE."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,8 +27,13 @@ class Autoencoder:
     def __init__(self, pipeline: FluxPipeline) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
-        self.cell: int = pipeline.vae_scale_factor
+        self.vae_scale_factor: int = pipeline.vae_scale_factor
         """Pixels along the side of a latent."""
+
+    @property
+    def token_size(self) -> int:
+        """Pixels along the side of a token: the transformer sees 2 x 2 latents as one."""
+        return 2 * self.vae_scale_factor
 
     @property
     def device(self) -> torch.device:
@@ -36,9 +41,9 @@ class Autoencoder:
         device: torch.device = self._vae.device
         return device
 
-    def encode(self, picture: Image.Image) -> torch.Tensor:
-        """An RGB picture's latents, [1, channels, height / cell, width / cell]."""
-        pixels = self._pipeline.image_processor.preprocess(picture)
+    def encode(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image's latents, [1, channels, height / f, width / f]; f is the scale factor."""
+        pixels = self._pipeline.image_processor.preprocess(image)
         mean: torch.Tensor = self._vae.encode(
             pixels.to(self._vae.device, self._vae.dtype)
         ).latent_dist.mode()
@@ -47,27 +52,28 @@ class Autoencoder:
     def decode(
         self, latents: torch.Tensor, width: int, height: int, *, tiled: bool = False
     ) -> Image.Image:
-        """The RGB picture of packed latents, [1, tokens, 4 * channels].
+        """The RGB image of packed latents, [1, tokens, 4 * channels].
 
         Args:
             latents: as a transformer draws them.
-            width, height: of the picture, in pixels.
+            width, height: of the image, in pixels.
             tiled: decode overlapping tiles and blend them: less memory, and slightly another
-                picture, as a tile does not see the others.
+                image, as a tile does not see the others.
         """
         config = self._vae.config
-        latents = self._pipeline._unpack_latents(latents, height, width, self.cell)
+        latents = self._pipeline._unpack_latents(latents, height, width, self.vae_scale_factor)
         latents = latents / config.scaling_factor + config.shift_factor
         with self._tiling() if tiled else nullcontext():
             pixels = self._vae.decode(latents, return_dict=False)[0]
         processor = self._pipeline.image_processor
-        picture: Image.Image = processor.postprocess(pixels, output_type="pil")[0]
-        return picture
+        image: Image.Image = processor.postprocess(pixels, output_type="pil")[0]
+        return image
 
     @contextmanager
     def _tiling(self) -> Iterator[None]:
         """diffusers' tiling; its own size of a tile is 1024 pixels, which saves nothing here."""
-        self._vae.tile_latent_min_size, self._vae.tile_sample_min_size = TILE, TILE * self.cell
+        self._vae.tile_latent_min_size = TILE
+        self._vae.tile_sample_min_size = TILE * self.vae_scale_factor
         self._vae.enable_tiling()
         try:
             yield

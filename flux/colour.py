@@ -17,41 +17,41 @@ MAX_PROFILE_BYTES = 4 << 20  # CMYK profiles are the largest, at about 2 MB
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of the profile's colour space
 
 
-def to_srgb(picture: Image.Image) -> Image.Image:
+def to_srgb(image: Image.Image) -> Image.Image:
     """Convert an image by its colour profile.
 
     Args:
-        picture: 8 bits a channel, of any mode.
+        image: 8 bits a channel, of any mode.
 
     Returns:
         RGB, or RGBA for an image with transparency; the image itself if it has no profile, one of
         sRGB, or one that cannot be used, which the log says. The result carries no profile.
     """
-    profile = picture.info.get("icc_profile")
+    profile = image.info.get("icc_profile")
     if not profile:
-        return picture
+        return image
     try:
-        converted = _converted(picture, profile)
+        converted = _converted(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         logger.info("The image's colour profile is ignored: %s", error)
-        converted = picture.copy()
+        converted = image.copy()
     converted.info.pop("icc_profile", None)  # or it would be written into an output file
     return converted
 
 
-def _converted(picture: Image.Image, profile: bytes) -> Image.Image:
+def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     if len(profile) > MAX_PROFILE_BYTES:
         raise ValueError(f"it has {len(profile)} bytes, and at most {MAX_PROFILE_BYTES} are read")
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     description = ImageCms.getProfileDescription(source).strip()
     if "sRGB" in description:
-        return picture.copy()
+        return image.copy()
     space = source.profile.xcolor_space.strip()
-    alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-    colours = _without_alpha(picture)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    colours = _without_alpha(image)
     mode = MODES.get(space)
     if mode is None or (colours.mode, mode) not in _FITTING:
-        raise ValueError(f"it is for {space}, and the image is {picture.mode}")
+        raise ValueError(f"it is for {space}, and the image is {image.mode}")
     result = ImageCms.profileToProfile(
         colours.convert(mode),
         source,
@@ -70,8 +70,8 @@ def _converted(picture: Image.Image, profile: bytes) -> Image.Image:
 _FITTING = {("RGB", "RGB"), ("L", "L"), ("L", "RGB"), ("CMYK", "CMYK")}
 
 
-def _without_alpha(picture: Image.Image) -> Image.Image:
+def _without_alpha(image: Image.Image) -> Image.Image:
     """Its colours alone, as RGB, L or CMYK."""
-    if picture.mode in ("1", "L", "LA", "La"):
-        return picture.convert("L")
-    return picture if picture.mode in ("RGB", "CMYK") else picture.convert("RGB")
+    if image.mode in ("1", "L", "LA", "La"):
+        return image.convert("L")
+    return image if image.mode in ("RGB", "CMYK") else image.convert("RGB")

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real picture, of 0.25 megapixels, but odd
+WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
 
 
 def compile_blocks(
@@ -175,7 +175,7 @@ def rehearsal(key: Key, token: int) -> Request:
         precision=key.precision,
         width=columns * token,
         height=rows * token,
-        picture=None,
+        image=None,
         mask=None,
         sigmas=(1.0,),
         seeds=(0,),

@@ -1,22 +1,20 @@
 """The engine: requests in, images out, one after another."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 from torch import nn
 
 from flux.autoencoder import Autoencoder
+from flux.canvas import Canvas, prepare
 from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
-from flux.inpaint import repainted_cells, soft_alpha
+from flux.inpaint import soft_alpha
 from flux.memory import with_fallback
 from flux.merge import AdapterLike, WorkingWeights
 from flux.positions import keep_positions
@@ -27,6 +25,7 @@ from flux.timing import Stopwatch
 from flux.transformers import COMPONENT, Transformers
 from flux.variants import Key
 from weights.cancel import CheckCancelled
+from weights.inventory import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +40,6 @@ PIPELINES = {
 ENCODERS = ("text_encoder", "text_encoder_2")
 Adapters = Sequence[tuple[AdapterLike, float]]
 """Adapters with their scales."""
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """The size that is generated, and the pipeline's arguments for the input image.
-
-    Attributes:
-        width, height: in pixels; the request's size, extended to whole tokens of this VAE.
-        tokens: of the transformer.
-        arguments: of the pipeline's call: the input picture's latents, and the mask.
-    """
-
-    width: int
-    height: int
-    tokens: int
-    arguments: dict[str, Any]
 
 
 class Engine:
@@ -89,7 +72,6 @@ class Engine:
         self._transformers = transformers
         self._compilation = compilation
         self._encoders = WorkingWeights({name: getattr(shared, name) for name in ENCODERS})
-        self._token = 2 * self._autoencoder.cell  # pixels along the side of a token
 
     @property
     def shapes(self) -> dict[str, dict[str, torch.Size]]:
@@ -111,6 +93,10 @@ class Engine:
     def compiled(self, request: Request) -> bool:
         """Whether the transformer of a request is compiled, and not given up after a failure."""
         return self._compilation is not None and self._compilation.serves(request.key)
+
+    def entries(self) -> list[Entry]:
+        """Rows for the table of setup: the transformers."""
+        return self._transformers.entries()
 
     @property
     def at_start(self) -> Sequence[Key]:
@@ -145,7 +131,7 @@ class Engine:
             for key in to_warm_up(self.at_start, self._transformers.precisions):
                 try:
                     self.merge(key, (), check_cancelled)
-                    self._rehearse(rehearsal(key, self._token), check_cancelled)
+                    self._rehearse(rehearsal(key, self._autoencoder.token_size), check_cancelled)
                 except BudgetError as error:
                     logger.info("%s %s is not compiled: %s", *key, error)
 
@@ -153,7 +139,7 @@ class Engine:
         """Run the compiled part of a request: the denoising, without decoding."""
         key, seed = request.key, request.seeds[0]
         prompt = self._on_device(key, self._encode_prompt, request)
-        canvas = self._on_device(key, self._prepare, request)
+        canvas = self._on_device(key, prepare, request, self._autoencoder)
         self._on_device(key, self._denoise, request, prompt, canvas, seed, check_cancelled)
 
     def generate(
@@ -171,8 +157,8 @@ class Engine:
         Yields:
             RGB images of the request's size.
         """
-        if not request.sigmas and request.picture:
-            yield from [request.picture] * len(request.seeds)
+        if not request.sigmas and request.image:
+            yield from [request.image] * len(request.seeds)
             return
         key = request.key
         with self._stage(stopwatch, "adapters"):
@@ -181,7 +167,7 @@ class Engine:
             prompt = self._on_device(key, self._encode_prompt, request)
         check_cancelled()
         with self._stage(stopwatch, "input"):
-            canvas = self._on_device(key, self._prepare, request)
+            canvas = self._on_device(key, prepare, request, self._autoencoder)
         for seed in request.seeds:
             check_cancelled()
             with self._stage(stopwatch, "denoising"):
@@ -214,20 +200,6 @@ class Engine:
         state = tuple(self._encoders.fingerprint(name) for name in ENCODERS)
         return self._prompts.encode(request.prompt, request.variant.max_sequence_length, state)
 
-    def _prepare(self, request: Request) -> Canvas:
-        columns = math.ceil(request.width / self._token)
-        rows = math.ceil(request.height / self._token)
-        width, height = columns * self._token, rows * self._token
-        arguments: dict[str, Any] = {}
-        if request.picture:
-            latents = self._autoencoder.encode(_extend(request.picture, width, height))
-            arguments |= {"image": latents, "strength": 1.0}  # the sigmas hold the strength
-        if request.mask:
-            mask = torch.from_numpy(np.array(_extend(request.mask, width, height)))
-            cells = repainted_cells(mask[None, None] / 255, self._autoencoder.cell)
-            arguments |= {"mask_image": cells, "masked_image_latents": latents}
-        return Canvas(width, height, columns * rows, arguments)
-
     def _denoise(
         self,
         request: Request,
@@ -245,8 +217,8 @@ class Engine:
         def denoise() -> torch.Tensor:
             with self._positions[request.key].kept():
                 latents: torch.Tensor = self._pipelines[request.key, request.mode](
-                    prompt_embeds=prompt.tokens,
-                    pooled_prompt_embeds=prompt.pooled,
+                    prompt_embeds=prompt.prompt_embeds,
+                    pooled_prompt_embeds=prompt.pooled_prompt_embeds,
                     width=canvas.width,
                     height=canvas.height,
                     num_inference_steps=len(request.sigmas),
@@ -261,7 +233,7 @@ class Engine:
 
         if self._compilation is None:
             return denoise()
-        return self._compilation.run(request.key, canvas.tokens, denoise)
+        return self._compilation.run(request.key, canvas.image_seq_len, denoise)
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
         decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
@@ -276,8 +248,8 @@ class Engine:
             partial(self._on_device, request.key, decode, tiled=True),
             recoverable,
         ).crop((0, 0, request.width, request.height))
-        if request.picture and request.mask:
-            return Image.composite(drawn, request.picture, soft_alpha(request.mask))
+        if request.image and request.mask:
+            return Image.composite(drawn, request.image, soft_alpha(request.mask))
         return drawn
 
 
@@ -288,11 +260,3 @@ def _sibling(
     sibling = kind(**pipeline.components | {"transformer": transformer})
     sibling.set_progress_bar_config(mininterval=0)  # a line for every step, however fast
     return sibling
-
-
-def _extend(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Extend an image to the right and below by repeating its edge."""
-    pixels = np.asarray(image)
-    missing = [(0, height - image.height), (0, width - image.width)]
-    missing += [(0, 0)] * (pixels.ndim - 2)
-    return Image.fromarray(np.pad(pixels, missing, mode="edge"))

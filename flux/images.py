@@ -29,34 +29,34 @@ WEBP_METHOD = 1
 """Of 0 (fast) to 6 (small). Pillow's own 4 takes three times as long for 9 % (docs/encode.json)."""
 
 
-class PictureError(ValueError):
-    """An input picture that cannot be used; the message says why."""
+class ImageError(ValueError):
+    """An input image that cannot be used; the message says why."""
 
 
-def read_picture(source: os.PathLike[str] | str, max_pixels: int) -> Image.Image:
-    """Read an input picture as RGB: upright by its EXIF orientation, over white, first frame.
+def read_image(source: os.PathLike[str] | str, max_pixels: int) -> Image.Image:
+    """Read an input image as RGB: upright by its EXIF orientation, over white, first frame.
 
     Args:
         source: the file that the server delivered.
-        max_pixels: larger pictures are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        PictureError: for what is not a delivered file, not a picture, broken, or too large.
+        ImageError: for what is not a delivered file, not an image, broken, or too large.
     """
     return _read("image", source, max_pixels, mode="RGB", background="white")
 
 
 def read_mask(source: os.PathLike[str] | str, max_pixels: int) -> Image.Image:
-    """Read a mask as 8-bit grey, over black; otherwise as `read_picture`."""
+    """Read a mask as 8-bit grey, over black; otherwise as `read_image`."""
     return _read("mask", source, max_pixels, mode="L", background="black")
 
 
-def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize to exactly this size, in pixels; a mask without ringing, which would leak."""
-    if picture.size == (width, height):
-        return picture
-    smooth = Image.Resampling.BILINEAR if picture.mode == "L" else Image.Resampling.LANCZOS
-    return picture.resize((width, height), smooth)
+    if image.size == (width, height):
+        return image
+    smooth = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
+    return image.resize((width, height), smooth)
 
 
 def save(image: Image.Image, path: Path, output_format: str, quality: int) -> None:
@@ -71,38 +71,38 @@ def _read(
     name: str, source: os.PathLike[str] | str, max_pixels: int, *, mode: str, background: str
 ) -> Image.Image:
     if isinstance(source, str):  # the server delivers files as paths; a plain str is the caller's
-        raise PictureError(
+        raise ImageError(
             f"{name}: {without_secrets(source)[:100]!r} is neither a URL (http://... or "
             "https://..., in lower case) nor a data URI"
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on broken metadata, and the size check below
-            with Image.open(source, formats=_formats()) as picture:
-                _check_size(name, picture, max_pixels)
-                picture.load()
-                _check_size(name, picture, max_pixels)  # an icon's directory need not tell it
-                read = _to_8_bits(picture)
+            with Image.open(source, formats=_formats()) as image:
+                _check_size(name, image, max_pixels)
+                image.load()
+                _check_size(name, image, max_pixels)  # an icon's directory need not tell it
+                read = _to_8_bits(image)
                 if mode == "RGB":  # a mask's values are numbers, not colours
                     read = to_srgb(read)
-                return _upright(_flatten(read, background).convert(mode), picture)
-    except PictureError:
+                return _upright(_flatten(read, background).convert(mode), image)
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(_too_large(name, max_pixels)) from error
+        raise ImageError(_too_large(name, max_pixels)) from error
     except UnidentifiedImageError as error:
         if _is_heic(source):
-            raise PictureError(
-                f"{name}: this is an HEIC picture, as phones take them, and HEIC is not read; "
+            raise ImageError(
+                f"{name}: this is an HEIC image, as phones take them, and HEIC is not read; "
                 "convert it to JPEG, or set the phone's camera to its most compatible format"
             ) from error
-        raise PictureError(
-            f"{name}: cannot be read as a picture: it is in no known format; send a JPEG, PNG, "
+        raise ImageError(
+            f"{name}: cannot be read as an image: it is in no known format; send a JPEG, PNG, "
             "WebP or another file that Pillow reads"
         ) from error
     except Exception as error:  # Pillow's plugins raise almost anything on hostile files
-        raise PictureError(
-            f"{name}: cannot be read as a picture: the file is broken or incomplete "
+        raise ImageError(
+            f"{name}: cannot be read as an image: the file is broken or incomplete "
             f"({type(error).__name__}); send it again, or as JPEG, PNG or WebP"
         ) from error
 
@@ -119,50 +119,50 @@ def _formats() -> list[str]:
     return [name for name in Image.OPEN if name not in REFUSED_FORMATS]
 
 
-def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
-    if picture.width * picture.height > max_pixels:
-        raise PictureError(_too_large(name, max_pixels))
-    if max(picture.size) > MAX_SIDE:
-        raise PictureError(
-            f"{name}: {picture.width} x {picture.height} pixels; at most {MAX_SIDE} a side are read"
+def _check_size(name: str, image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(_too_large(name, max_pixels))
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} pixels; at most {MAX_SIDE} a side are read"
         )
 
 
 def _too_large(name: str, max_pixels: int) -> str:
     return (
         f"{name}: has more pixels than this server's limit of {max_pixels / MEGAPIXEL:g} "
-        "megapixels; send a smaller picture"
+        "megapixels; send a smaller image"
     )
 
 
-def _upright(picture: Image.Image, original: Image.Image) -> Image.Image:
-    """Rotate a picture by its EXIF orientation; damaged EXIF is ignored."""
+def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Rotate an image by its EXIF orientation; damaged EXIF is ignored."""
     try:
         turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1))
     except Exception:
-        return picture
-    return picture if turn is None else picture.transpose(turn)
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
-def _flatten(picture: Image.Image, background: str) -> Image.Image:
+def _flatten(image: Image.Image, background: str) -> Image.Image:
     """Put transparency over a plain background."""
-    if not picture.has_transparency_data:
-        return picture
-    layer = picture.convert("RGBA")
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer)
 
 
-def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as mode L; other pictures as they are.
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as mode L; other images as they are.
 
     I;16 files use the whole range. Those of mode I (32 bits) and F (float) do not say which
     they use: the smallest of 0 to 1 (float only), 0 to 255 and 0 to 65535 that holds them all.
     """
-    if not (picture.mode.startswith("I") or picture.mode == "F"):
-        return picture
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-    ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(picture.mode, (65535,))
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+    ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     top = next((top for top in ranges if values.max() <= top), ranges[-1])
     grey = Image.fromarray(np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8))
-    grey.info = picture.info
+    grey.info = image.info
     return grey

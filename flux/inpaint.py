@@ -14,30 +14,30 @@ from torch.nn import functional
 FEATHER = 8  # pixels: width of the soft edge, inside the repainted area
 
 
-def repainted_cells(mask: torch.Tensor, cell: int) -> torch.Tensor:
+def repainted_cells(mask: torch.Tensor, vae_scale_factor: int) -> torch.Tensor:
     """Mark every latent cell that a mask touches.
 
     Args:
-        mask: [1, 1, height, width], 0 to 1, 1 where the picture is repainted; both sides
-            multiples of `cell`.
-        cell: pixels along the side of a latent cell.
+        mask: [1, 1, height, width], 0 to 1, 1 where the image is repainted; both sides
+            multiples of `vae_scale_factor`.
+        vae_scale_factor: pixels along the side of a latent cell.
 
     Returns:
         The same shape, 0 or 1, constant within each cell.
     """
-    touched = functional.max_pool2d((mask > 0).to(mask.dtype), cell)
-    return functional.interpolate(touched, scale_factor=cell, mode="nearest")
+    touched = functional.max_pool2d((mask > 0).to(mask.dtype), vae_scale_factor)
+    return functional.interpolate(touched, scale_factor=vae_scale_factor, mode="nearest")
 
 
 def soft_alpha(mask: Image.Image) -> Image.Image:
-    """The share of the drawn picture in each pixel: the mask, softened towards what is kept.
+    """The share of the drawn image in each pixel: the mask, softened towards what is kept.
 
     It is 0 exactly where the mask is 0, and never above the mask. Along the edge it rises with
     the distance (Chebyshev, in pixels) to the nearest kept pixel, up to FEATHER; strips too
     narrow for that reach the full value in their middle.
 
     Args:
-        mask: mode L, white where the picture is repainted.
+        mask: mode L, white where the image is repainted.
 
     Returns:
         Mode L, of the mask's size.

@@ -1,4 +1,4 @@
-"""Checkpoints to pipelines: dev and schnell, with one VAE and one pair of text encoders."""
+"""Checkpoints to an engine: dev and schnell, with one VAE and one pair of text encoders."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,8 +12,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from flux.attention import attend, build_plans, builds_plans, set_attention_backend
 from flux.autoencoder import memory_format
+from flux.compile import compile_blocks
 from flux.components import load_component, load_module, load_tokenizer
-from flux.deployment import Deployment
+from flux.deployment import Deployment, sources_of
+from flux.engine import Engine
 from flux.masters import PART, Master, load_transformer, template
 from flux.memory import bytes_of, device_budget, host_budget
 from flux.offload import OnHost, offload
@@ -37,6 +39,21 @@ PRECISIONS: Mapping[str, Sequence[Precision]] = {
     "fp8": ("fp8",),
 }
 """What FLUX_AT_START names."""
+
+
+def load_engine(deployment: Deployment, settings: Settings, inventory: Inventory) -> Engine:
+    """Load everything that draws, from files that are there.
+
+    Raises:
+        CheckpointError: files are missing or do not fit together.
+        BudgetError: there is no room for what must be there.
+        SettingsError: the device lacks what a setting asks for.
+    """
+    sources = sources_of(deployment.checkpoint, settings)
+    pipelines = load_pipelines(sources, deployment, inventory)
+    transformers = working_transformers(pipelines, sources, deployment, settings)
+    compilation = compile_blocks(transformers.modules, deployment, settings)
+    return Engine(pipelines, transformers, settings.prompt_cache, compilation)
 
 
 def load_pipelines(

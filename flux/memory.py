@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEVICE_RESERVE = 6_500_000_000  # activations, scratch of a merge, and the allocator's rounding
-HOST_RESERVE = 17 * GB  # parsed adapters, Python, libraries, pictures
+HOST_RESERVE = 17 * GB  # parsed adapters, Python, libraries, images
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
 
 

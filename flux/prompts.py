@@ -18,13 +18,13 @@ class PromptEmbeddings:
     """What the transformer reads of a prompt, on the device and in the compute dtype.
 
     Attributes:
-        tokens: T5's hidden states, [1, max_sequence_length, T5 width].
-        pooled: CLIP's pooled output, [1, CLIP width].
+        prompt_embeds: T5's hidden states, [1, max_sequence_length, T5 width].
+        pooled_prompt_embeds: CLIP's pooled output, [1, CLIP width].
         remarks: what the encoders did not read, for the log.
     """
 
-    tokens: torch.Tensor
-    pooled: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
     remarks: tuple[str, ...]
 
 
@@ -58,12 +58,12 @@ class PromptEncoder:
         return self._cache[key]
 
     def _encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeddings:
-        tokens, pooled, _ = self._pipeline.encode_prompt(
+        embeds, pooled, _ = self._pipeline.encode_prompt(
             prompt,
             device=self._pipeline.vae.device,  # the transformer, and T5 perhaps, are on the host
             max_sequence_length=max_sequence_length,
         )
-        return PromptEmbeddings(tokens, pooled, self._remarks(prompt, max_sequence_length))
+        return PromptEmbeddings(embeds, pooled, self._remarks(prompt, max_sequence_length))
 
     def _remarks(self, prompt: str, t5_limit: int) -> tuple[str, ...]:
         """For each encoder that cuts the prompt: how much of it is read."""

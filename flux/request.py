@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from flux.images import PictureError, read_mask, read_picture, resize
+from flux.images import ImageError, read_image, read_mask, resize
 from flux.sampling import ASPECT_RATIOS, MEGAPIXEL, fit_size, nearest_multiple, sigmas
 from flux.variants import VARIANTS, Key, Precision, Variant
 from weights.settings import Settings
@@ -57,7 +57,7 @@ class Inputs:
 
 
 class Mode(Enum):
-    """What is drawn: a new picture, a variation of one, or a part of one."""
+    """What is drawn: a new image, a variation of one, or a part of one."""
 
     TEXT_TO_IMAGE = "txt2img"
     IMAGE_TO_IMAGE = "img2img"
@@ -70,10 +70,10 @@ class Request:
 
     Attributes:
         width, height: of the output, in pixels; multiples of 16.
-        picture: RGB, of the output's size; None in txt2img.
-        mask: mode L, of the output's size, white where the picture is repainted; inpaint only.
+        image: RGB, of the output's size; None in txt2img.
+        mask: mode L, of the output's size, white where the image is repainted; inpaint only.
         sigmas: noise levels before the variant's shift, one for each step; empty at strength 0,
-            where the output is the input picture.
+            where the output is the input image.
         seeds: one for each image, 0 to 2**64 - 1.
         guidance: for the guidance embedding; None for a variant that has none.
         adapters: references, as the caller wrote them, with their effective scales.
@@ -85,7 +85,7 @@ class Request:
     precision: Precision
     width: int
     height: int
-    picture: Image.Image | None
+    image: Image.Image | None
     mask: Image.Image | None
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -116,12 +116,12 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
     mode = _mode(inputs)
     limit = settings.max_input_megapixels * MEGAPIXEL
     try:
-        picture = None if inputs.image is None else read_picture(inputs.image, limit)
+        image = None if inputs.image is None else read_image(inputs.image, limit)
         mask = None if inputs.mask is None else read_mask(inputs.mask, limit)
-    except PictureError as error:
+    except ImageError as error:
         raise RequestError(str(error)) from error
-    width, height = _size(inputs, picture)
-    precision = _precision(inputs, picture)
+    width, height = _size(inputs, image)
+    precision = _precision(inputs, image)
     first_seed = _seed(inputs.seed)
     logger.info("Using seed: %d", first_seed)
     if not variant.guidance:
@@ -133,7 +133,7 @@ def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = No
         precision=precision,
         width=width,
         height=height,
-        picture=picture and resize(picture, width, height),
+        image=image and resize(image, width, height),
         mask=mask and resize(mask, width, height),
         sigmas=_noise_levels(inputs, mode, mask),
         seeds=tuple((first_seed + k) % SEED_RANGE for k in range(int(inputs.num_outputs))),
@@ -161,15 +161,15 @@ def _mode(inputs: Inputs) -> Mode:
     return Mode.TEXT_TO_IMAGE
 
 
-def _size(inputs: Inputs, picture: Image.Image | None) -> tuple[int, int]:
+def _size(inputs: Inputs, image: Image.Image | None) -> tuple[int, int]:
     """The output's width and height in pixels; logs each input that has no effect on them."""
     quarter = inputs.megapixels == "0.25"
     custom = inputs.aspect_ratio == "custom"
-    if picture is not None:
+    if image is not None:
         if inputs.aspect_ratio != "1:1" or inputs.width or inputs.height:
             logger.info("aspect_ratio, width and height are ignored: the image sets the size")
-        size = fit_size(*picture.size, quarter=quarter)
-        if size == fit_size(*picture.size, quarter=not quarter):
+        size = fit_size(*image.size, quarter=quarter)
+        if size == fit_size(*image.size, quarter=not quarter):
             logger.info("megapixels has no say: the image is no larger than a quarter of one")
         elif not quarter and size[0] * size[1] > 1.1 * MEGAPIXEL:
             logger.info("megapixels is exceeded: the image sets the size, %d x %d", *size)
@@ -189,16 +189,16 @@ def _size(inputs: Inputs, picture: Image.Image | None) -> tuple[int, int]:
     return (width // 2, height // 2) if quarter else (width, height)
 
 
-def _precision(inputs: Inputs, picture: Image.Image | None) -> Precision:
+def _precision(inputs: Inputs, image: Image.Image | None) -> Precision:
     """fp8 for go_fast, unless a custom size is drawn, which the contract runs in bf16."""
-    if inputs.go_fast and inputs.aspect_ratio == "custom" and picture is None:
+    if inputs.go_fast and inputs.aspect_ratio == "custom" and image is None:
         logger.info("go_fast is ignored: custom sizes run in bf16")
         return "bf16"
     return "fp8" if inputs.go_fast else "bf16"
 
 
 def _noise_levels(inputs: Inputs, mode: Mode, mask: Image.Image | None) -> tuple[float, ...]:
-    """Empty at strength 0, and with a black mask, where the output is the input picture."""
+    """Empty at strength 0, and with a black mask, where the output is the input image."""
     if mask and not mask.getbbox():
         logger.info("The mask is black everywhere: nothing is repainted")
         return ()

@@ -28,7 +28,7 @@ def nearest_multiple(length: float) -> int:
 
 
 def fit_size(width: int, height: int, *, quarter: bool) -> tuple[int, int]:
-    """The output size for an input picture: scaled down as far as the limits ask, never up.
+    """The output size for an input image: scaled down as far as the limits ask, never up.
 
     Neither side passes 1440 pixels, nor with `quarter` the area a quarter megapixel, before
     both sides are rounded to the nearest multiple of 16.

@@ -4,7 +4,7 @@
 some shapes on an H100: rows of 9216 values are refused up to 256 rows, and taken from 257 on; rows
 of 3072 values are taken at 127 (https://github.com/pytorch/ao/issues/4582). FLUX.1 has such shapes:
 the text of schnell is 256 tokens, which the second linear of a feed-forward multiplies in rows of
-12288 values, small input pictures have few tokens, and the modulations (`norm*.linear`) have one
+12288 values, small input images have few tokens, and the modulations (`norm*.linear`) have one
 row. Cards of capability 12 refuse all of them (https://github.com/pytorch/pytorch/issues/192707).
 
 So every shape is tried once, at its first use: as it is, then with rows of zeros added, up to a
@@ -32,7 +32,7 @@ from flux.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 
 MORE_ROWS = (272, 528, 1040)  # to try where fewer are refused: 257 are enough for rows of 9216
-SHAPES = 4096  # whose outcome is remembered; a size of picture has about ten
+SHAPES = 4096  # whose outcome is remembered; a size of image has about ten
 
 
 class Float8Weight(Float8Tensor):  # type: ignore[misc]

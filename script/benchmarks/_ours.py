@@ -16,6 +16,7 @@ from _session import DEV, DEV8, Session
 from PIL import Image
 
 from flux.autoencoder import memory_format
+from flux.canvas import prepare
 from flux.compile import graphs
 from flux.memory import DEVICE_RESERVE
 from flux.quantize import storage
@@ -146,7 +147,7 @@ def _denoising(
     """A request's steps alone, without adapters; all that comes before them is done here."""
     engine = session.engine
     engine.merge(request.key, [], check)
-    prompt, canvas = engine._encode_prompt(request), engine._prepare(request)
+    prompt, canvas = engine._encode_prompt(request), prepare(request, engine._autoencoder)
     return partial(engine._denoise, request, prompt, canvas, request.seeds[0], check)
 
 

@@ -102,7 +102,7 @@ class Session:
         found = resolve(
             Inputs(prompt=self.prompt(), seed=0, guidance_scale=GUIDANCE, **inputs), Settings()
         )
-        if self.rehearse and not found.picture:
+        if self.rehearse and not found.image:
             found = replace(found, width=found.width // 128 * 16, height=found.height // 128 * 16)
         return found
 

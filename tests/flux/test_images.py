@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from flux.images import PictureError, read_mask, read_picture
+from flux.images import ImageError, read_image, read_mask
 
 LIMIT = 1 << 20
 GAMMA = 2.19921875  # Adobe RGB's, which an ICC curve holds exactly
@@ -112,7 +112,7 @@ def test_colours_are_those_that_the_profile_means(tmp_path, caplog, primaries, k
         image.save(path, kind, icc_profile=rgb_profile(primaries), lossless=True)
     else:
         path = written(tmp_path / "x", image, rgb_profile(primaries), kind)
-    read = read_picture(path, LIMIT)
+    read = read_image(path, LIMIT)
     assert np.abs(patches(read) - expected(np.array(COLOURS), primaries)).max() < 2
     assert "converted from made for a test to sRGB" in caplog.text
     assert "icc_profile" not in read.info
@@ -121,7 +121,7 @@ def test_colours_are_those_that_the_profile_means(tmp_path, caplog, primaries, k
 def test_transparency_is_kept_and_laid_over_white_after_the_conversion(tmp_path) -> None:
     image = picture("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))
-    read = read_picture(written(tmp_path / "x", image, rgb_profile(P3)), LIMIT)
+    read = read_image(written(tmp_path / "x", image, rgb_profile(P3)), LIMIT)
     share = np.asarray(image.getchannel("A"), dtype=float)[8, 8::16, None] / 255
     over_white = share * expected(np.array(COLOURS), P3) + 255 * (1 - share)
     assert np.abs(patches(read) - over_white).max() < 2.5
@@ -134,20 +134,20 @@ def test_grey_profiles(tmp_path, mode) -> None:
         image = Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16))
     else:
         image = Image.new("L", (16, 16), 128).convert(mode)
-    read = read_picture(written(tmp_path / "x", image, grey_profile()), LIMIT)
+    read = read_image(written(tmp_path / "x", image, grey_profile()), LIMIT)
     assert np.abs(patches(read) - encoded(np.array(128 / 255))).max() < 2
 
 
 def test_cmyk_by_its_own_profile(tmp_path) -> None:
     image = Image.new("CMYK", (32, 16), (200, 100, 50, 0))
     image.paste((0, 0, 0, 255), (16, 0, 32, 16))
-    read = read_picture(written(tmp_path / "x", image, cmyk_profile(), "TIFF"), LIMIT)
+    read = read_image(written(tmp_path / "x", image, cmyk_profile(), "TIFF"), LIMIT)
     assert np.abs(patches(read) - [[255, 255, 255], [0, 0, 0]]).max() < 3
 
 
 def test_a_profile_of_srgb_changes_nothing(tmp_path) -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    read = read_picture(written(tmp_path / "x", picture(), srgb), LIMIT)
+    read = read_image(written(tmp_path / "x", picture(), srgb), LIMIT)
     assert (np.asarray(read) == np.asarray(picture())).all()
 
 
@@ -166,7 +166,7 @@ def test_a_profile_that_cannot_be_used_is_ignored_with_a_log_line(
     tmp_path, caplog, icc, reason
 ) -> None:
     caplog.set_level(logging.INFO)
-    read = read_picture(written(tmp_path / "x", picture(), icc, "TIFF"), LIMIT)
+    read = read_image(written(tmp_path / "x", picture(), icc, "TIFF"), LIMIT)
     assert (np.asarray(read) == np.asarray(picture())).all()
     assert "The image's colour profile is ignored: " in caplog.text
     assert reason in caplog.text
@@ -182,8 +182,8 @@ def test_a_mask_is_not_colour(tmp_path) -> None:
 def test_heic_is_named_and_says_what_to_do(tmp_path) -> None:
     path = tmp_path / "IMG_0001.HEIC"
     path.write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(400))
-    with pytest.raises(PictureError, match=r"image: this is an HEIC picture.* convert it to JPEG"):
-        read_picture(path, LIMIT)
+    with pytest.raises(ImageError, match=r"image: this is an HEIC image.* convert it to JPEG"):
+        read_image(path, LIMIT)
 
 
 def test_avif_is_read(tmp_path) -> None:
@@ -191,4 +191,4 @@ def test_avif_is_read(tmp_path) -> None:
     picture().save(buffer, "AVIF", quality=90)
     path = tmp_path / "x.avif"
     path.write_bytes(buffer.getvalue())
-    assert np.abs(patches(read_picture(path, LIMIT)) - np.array(COLOURS)).max() < 12
+    assert np.abs(patches(read_image(path, LIMIT)) - np.array(COLOURS)).max() < 12

@@ -85,8 +85,8 @@ def test_an_image_sets_the_size(picture, size, megapixels, expected) -> None:
         image=picture(*size), megapixels=megapixels, aspect_ratio="custom", width=256
     )
     assert (request.width, request.height) == expected
-    assert request.picture is not None
-    assert request.picture.size == expected
+    assert request.image is not None
+    assert request.image.size == expected
 
 
 def test_modes(picture) -> None:
