@@ -223,7 +223,7 @@ class Predictor(BaseRunner):
         adapters = self._adapters(wanted, check_cancelled)
         self._engine.warm_up(check_cancelled)
         for key in self._engine.at_start:
-            multiplier = scale_multiplier(key.precision, self._settings)
+            multiplier = scale_multiplier(key.precision)
             scaled = [(adapter, scale * multiplier) for adapter, scale in adapters]
             self._engine.merge(key, scaled, check_cancelled)
 

@@ -49,7 +49,6 @@ class Engine:
         pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders; they
             need no transformers.
         transformers: those that draw.
-        prompt_cache: how many encoded prompts are kept.
         compilation: of these transformers; None where they are not compiled.
     """
 
@@ -57,7 +56,6 @@ class Engine:
         self,
         pipelines: dict[str, FluxPipeline],
         transformers: Transformers,
-        prompt_cache: int,
         compilation: Compilation | None = None,
     ) -> None:
         self._pipelines = {
@@ -68,7 +66,7 @@ class Engine:
         self._positions = {k: keep_positions(t) for k, t in transformers.modules.items()}
         shared = next(iter(pipelines.values()))  # its VAE and text encoders serve both
         self._autoencoder = Autoencoder(shared)
-        self._prompts = PromptEncoder(shared, prompt_cache)
+        self._prompts = PromptEncoder(shared)
         self._transformers = transformers
         self._compilation = compilation
         self._encoders = WorkingWeights({name: getattr(shared, name) for name in ENCODERS})

@@ -29,11 +29,11 @@ from flux.staging import move
 from flux.transformers import COMPONENT, Transformers
 from flux.variants import Precision
 from weights.inventory import Inventory
-from weights.settings import Settings
+from weights.settings import AtStart, Settings
 
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
 MODULES = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
-PRECISIONS: Mapping[str, Sequence[Precision]] = {
+PRECISIONS: Mapping[AtStart, Sequence[Precision]] = {
     "all": ("bf16", "fp8"),
     "bf16": ("bf16",),
     "fp8": ("fp8",),
@@ -53,7 +53,7 @@ def load_engine(deployment: Deployment, settings: Settings, inventory: Inventory
     pipelines = load_pipelines(sources, deployment, inventory)
     transformers = working_transformers(pipelines, sources, deployment, settings)
     compilation = compile_blocks(transformers.modules, deployment, settings)
-    return Engine(pipelines, transformers, settings.prompt_cache, compilation)
+    return Engine(pipelines, transformers, compilation)
 
 
 def load_pipelines(

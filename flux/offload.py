@@ -15,7 +15,7 @@ host, provided that the hooks read the same memory that is written. Three choice
   write the parameters that the hooks have installed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from flux.slabs import Slabs
 from flux.staging import CopyStream, copy_stream
-from weights.settings import SettingsError
+from weights.settings import Offload, SettingsError
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
 """Takes memory for a tensor of a shape and dtype."""
 
 HOOKS = ("layer_execution_tracker", "lazy_prefetch_group_offloading", "group_offloading")
 """What group offloading registers on modules, the last one first."""
-COMPONENTS = {
+COMPONENTS: Mapping[Offload, frozenset[str]] = {
     "none": frozenset[str](),
     "t5": frozenset({"text_encoder_2"}),
     "all": frozenset({"text_encoder_2", "transformer"}),
@@ -39,7 +39,7 @@ COMPONENTS = {
 """FLUX_OFFLOAD -> the components that live on the host."""
 
 
-def offloaded(setting: str, device: torch.device) -> frozenset[str]:
+def offloaded(setting: Offload, device: torch.device) -> frozenset[str]:
     """The components that a setting of FLUX_OFFLOAD keeps on the host.
 
     Raises:

@@ -19,9 +19,9 @@ class SourceSettings:
     allow_local_paths: let a reference name a file on this machine.
     """
 
-    hf_endpoint: str = "https://huggingface.co"
-    civitai_endpoint: str = "https://civitai.com"
-    replicate_endpoint: str = "https://replicate.com"
+    hf_endpoint: str = Settings.hf_endpoint
+    civitai_endpoint: str = Settings.civitai_endpoint
+    replicate_endpoint: str = Settings.replicate_endpoint
     hf_token: str | None = field(default=None, repr=False)
     civitai_token: str | None = field(default=None, repr=False)
     replicate_token: str | None = field(default=None, repr=False)
@@ -52,7 +52,6 @@ class LoaderSettings:
             cache=CacheSettings(
                 root=settings.lora_cache_directory,
                 max_bytes=settings.lora_cache_bytes,
-                min_free_bytes=settings.lora_min_free_bytes,
             ),
             sources=SourceSettings(
                 hf_endpoint=settings.hf_endpoint,
@@ -68,7 +67,6 @@ class LoaderSettings:
                 allow_private_hosts=settings.lora_allow_private_hosts,
                 max_bytes=settings.lora_max_file_bytes,
             ),
-            memory_bytes=settings.lora_memory_bytes,
         )
 
 

@@ -21,25 +21,21 @@ from safety.checker import CheckerError, Verdict
 SPECIAL_CARE = 0.01  # what the class adds to every concept once a special one is seen
 DIGITS = 3  # to which the class rounds before it compares with zero
 UNSAFE_LABEL = "nsfw"
+COMPVIS_THRESHOLD = 0.0  # a concept that scores more is flagged, as in the class itself
+FALCONSAI_THRESHOLD = 0.5  # the probability of "nsfw" from which an image is flagged
 
 
 class CompVis:
     """CompVis' checker: CLIP's view of an image against 17 concepts, each with its threshold.
 
     diffusers' class blacks flagged images out in its forward, so this asks its modules instead.
-
-    Args:
-        threshold: the score above which an image is flagged; the class's own is 0.
     """
 
-    def __init__(
-        self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._processor = _load_processor(CLIPImageProcessorPil, directory)
         self._model = _load(StableDiffusionSafetyChecker, directory).to(device)
         self._model.vision_model.to(dtype)
         self._model.visual_projection.to(dtype)
-        self._threshold = threshold
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """What is on the device for it."""
@@ -57,26 +53,19 @@ class CompVis:
         concepts = _similarity(embedding, model.concept_embeds) - model.concept_embeds_weights
         care = SPECIAL_CARE if round(float(special.max()), DIGITS) > 0 else 0.0
         score = round(float(concepts.max()) + care, DIGITS)
-        return Verdict(flagged=not score <= self._threshold, scores={"compvis": score})
+        return Verdict(flagged=not score <= COMPVIS_THRESHOLD, scores={"compvis": score})
 
 
 class Falconsai:
-    """Falconsai's ViT, which tells "normal" from "nsfw".
+    """Falconsai's ViT, which tells "normal" from "nsfw"."""
 
-    Args:
-        threshold: the probability of "nsfw", 0 to 1, from which an image is flagged.
-    """
-
-    def __init__(
-        self, directory: Path, threshold: float, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._processor = _load_processor(ViTImageProcessorPil, directory)
         self._model = _load(ViTForImageClassification, directory).to(device, dtype)
         labels = {str(label).lower(): i for i, label in self._model.config.id2label.items()}
         if UNSAFE_LABEL not in labels:
             raise CheckerError(f"{directory}: no label {UNSAFE_LABEL} among {', '.join(labels)}")
         self._unsafe = int(labels[UNSAFE_LABEL])
-        self._threshold = threshold
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """What is on the device for it."""
@@ -88,7 +77,7 @@ class Falconsai:
         pixels = _pixels(self._processor, image).to(self._model.device, self._model.dtype)
         logits = self._model(pixels).logits.float()
         score = float(logits.softmax(-1)[0, self._unsafe])
-        return Verdict(flagged=not score < self._threshold, scores={"falconsai": score})
+        return Verdict(flagged=not score < FALCONSAI_THRESHOLD, scores={"falconsai": score})
 
 
 def _load(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401

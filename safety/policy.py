@@ -12,7 +12,7 @@ from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
 from weights.inventory import Inventory
 from weights.manifest import REPOSITORIES
-from weights.settings import Settings
+from weights.settings import SafetyPolicy, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,8 @@ class Policy:
     in_turn: bool = False
 
 
-POLICIES: Mapping[str, Policy] = {
+POLICIES: Mapping[SafetyPolicy, Policy] = {
     "official": Policy(("compvis", "falconsai"), all, in_turn=True),
-    "both": Policy(("compvis", "falconsai"), all),
     "any": Policy(("compvis", "falconsai"), any),
     "compvis": Policy(("compvis",)),
     "falconsai": Policy(("falconsai",)),
@@ -94,18 +93,17 @@ def load_checker(
             return OpenNSFW(settings.nsfw_threshold)
     from safety.official import CompVis, Falconsai
 
-    kinds: dict[str, tuple[type[CompVis] | type[Falconsai], float]] = {
-        "compvis": (CompVis, settings.compvis_threshold),
-        "falconsai": (Falconsai, settings.falconsai_threshold),
+    kinds: dict[str, type[CompVis] | type[Falconsai]] = {
+        "compvis": CompVis,
+        "falconsai": Falconsai,
     }
     checkers: list[Checker] = []
     for checker in policy.checkers:
-        kind, threshold = kinds[checker]
         part = f"safety/{checker}"
         directory = directory_of(part, checkpoint, settings)
         try:
             with inventory.loading(f"safety {checker}", directory) as tensors:
-                loaded = kind(directory, threshold, device, dtype)
+                loaded = kinds[checker](directory, device, dtype)
                 tensors.extend(loaded.parameters())
         except CheckerError as error:
             remedy = REPOSITORIES[part].remedy
@@ -114,7 +112,7 @@ def load_checker(
     return Combined(policy, checkers)
 
 
-def _policy_name(settings: Settings, checkpoint: str) -> str:
+def _policy_name(settings: Settings, checkpoint: str) -> SafetyPolicy:
     """The policy by name, `auto` resolved: what a checkpoint brings decides."""
     if settings.safety_policy != "auto":
         return settings.safety_policy

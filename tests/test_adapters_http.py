@@ -48,7 +48,6 @@ def environment(hub, tmp_path_factory) -> dict[str, str]:
         "REPLICATE_ENDPOINT": hub.url,
         "LORA_ALLOW_PRIVATE_HOSTS": "true",
         "LORA_CACHE_DIRECTORY": str(root / "cache"),
-        "LORA_MIN_FREE_GB": "0",
         "HF_HOME": str(root / "hf"),
         **SECRETS,
     }

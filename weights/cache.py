@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from weights.cancel import CheckCancelled, never_cancelled
 from weights.directories import usable
 from weights.errors import DirectoryError, DiskSpaceError
-from weights.settings import GB
+from weights.settings import GB, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class CacheSettings:
     """
 
     root: Path
-    max_bytes: int = 50 * GB
+    max_bytes: int = Settings.lora_cache_bytes
     min_free_bytes: int = 5 * GB
     setting: str = "LORA_CACHE_DIRECTORY"
 

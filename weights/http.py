@@ -28,7 +28,7 @@ from weights.errors import (
 )
 from weights.redact import one_line
 from weights.retry import RetryPolicy
-from weights.settings import GB
+from weights.settings import Settings
 
 _MAX_JSON_BYTES = 8 << 20
 _MAX_ERROR_BYTES = 4096
@@ -51,7 +51,7 @@ class HttpSettings:
     allow_private_hosts: bool = False
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
-    max_bytes: int = 4 * GB
+    max_bytes: int = Settings.lora_max_file_bytes
     min_rate: float = 4096.0
     min_rate_seconds: float = 60.0
 

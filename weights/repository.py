@@ -39,7 +39,7 @@ class HubSettings:
     cache_dir: where huggingface_hub keeps files; None for its own default (HF_HOME).
     """
 
-    endpoint: str = "https://huggingface.co"
+    endpoint: str = Settings.hf_endpoint
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(attempts=3))

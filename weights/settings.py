@@ -1,12 +1,11 @@
 """Deployment settings: one frozen dataclass, read from environment variables in one place."""
 # ruff: noqa: RUF009  (`_setting` makes a field, as dataclasses.field does)
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from weights.manifest import REPOSITORIES
 
@@ -14,7 +13,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 GB = 1_000_000_000  # as the field writes sizes of weights
 MAX_INPUT_MEGAPIXELS = 170
-SAFETY_POLICIES = ("auto", "official", "both", "any", "compvis", "falconsai", "open_nsfw")
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Fp8Activations = Literal["auto", "fp8", "bf16"]
+AtStart = Literal["all", "bf16", "fp8"]
+Offload = Literal["none", "t5", "all"]
+Compile = Literal["auto", "on", "off"]
+SafetyPolicy = Literal["auto", "official", "any", "compvis", "falconsai", "open_nsfw"]
 
 
 class SettingsError(ValueError):
@@ -30,10 +35,12 @@ def _flag(text: str) -> bool:
         raise ValueError("expected true or false") from None
 
 
-def _one_of(*choices: str) -> Callable[[str], str]:
+def _one_of(choices: Any) -> Callable[[str], Any]:  # noqa: ANN401  (a Literal has no type)
+    """Reads one of the strings of a Literal."""
+
     def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}")
+        if text not in get_args(choices):
+            raise ValueError(f"expected one of {', '.join(get_args(choices))}")
         return text
 
     return read
@@ -42,12 +49,6 @@ def _one_of(*choices: str) -> Callable[[str], str]:
 def _probability(text: str) -> float:
     if not 0 <= (value := float(text)) <= 1:
         raise ValueError("expected a number from 0 to 1")
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError("expected a finite number")
     return value
 
 
@@ -115,24 +116,19 @@ class Settings:
         attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
-        prompt_cache: how many encoded prompts are kept.
         max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
         nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
         safety_policy: which checkers look at an image, and when it is withheld
             (safety/policy.py); `auto` is official for a checkpoint that comes with the official
             checkers, else open_nsfw.
-        compvis_threshold: how far above its own threshold a concept must score, -2 to 2.
-        falconsai_threshold: the probability of "nsfw", 0 to 1, from which an image is flagged.
         allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.
-        lora_cache_directory, lora_cache_bytes, lora_min_free_bytes: adapter files on disk, their
-            budget, and what is left free beside them. Files from the Hugging Face hub stay in
-            huggingface_hub's own cache (HF_HOME) and count towards the budget.
-        lora_memory_bytes: budget for parsed adapters in host memory.
-        lora_device_bytes: budget for those on the device; 0: they are merged from the host.
+        lora_cache_directory, lora_cache_bytes: adapter files on disk, and their budget. Files
+            from the Hugging Face hub stay in huggingface_hub's own cache (HF_HOME) and count
+            towards the budget.
+        lora_device_bytes: budget for adapters on the device; 0: they are merged from the host.
         lora_max_file_bytes: the largest adapter file accepted.
         lora_allow_private_hosts: download from addresses outside the public internet.
         lora_allow_local_paths: let a caller name a file on this machine.
-        go_fast_multiplier: of both scales in fp8; the contract says 1.5.
         *_endpoint, *_token: each source's URL, and the token that goes to it alone.
     """
 
@@ -146,36 +142,32 @@ class Settings:
     compvis_revision: str = _revision("safety/compvis")
     falconsai_revision: str = _revision("safety/falconsai")
     device: str = _setting("FLUX_DEVICE", str, "auto")
-    dtype: str = _setting("FLUX_DTYPE", _one_of("auto", "bfloat16", "float32"), "auto")
-    fp8_activations: str = _setting("FLUX_FP8_ACTIVATIONS", _one_of("auto", "fp8", "bf16"), "auto")
-    at_start: str = _setting("FLUX_AT_START", _one_of("all", "bf16", "fp8"), "all")
-    offload: str = _setting("FLUX_OFFLOAD", _one_of("none", "t5", "all"), "none")
+    dtype: Dtype = _setting("FLUX_DTYPE", _one_of(Dtype), "auto")
+    fp8_activations: Fp8Activations = _setting(
+        "FLUX_FP8_ACTIVATIONS", _one_of(Fp8Activations), "auto"
+    )
+    at_start: AtStart = _setting("FLUX_AT_START", _one_of(AtStart), "all")
+    offload: Offload = _setting("FLUX_OFFLOAD", _one_of(Offload), "none")
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
-    compile: str = _setting("FLUX_COMPILE", _one_of("auto", "on", "off"), "auto")
+    compile: Compile = _setting("FLUX_COMPILE", _one_of(Compile), "auto")
     compile_cache_directory: Path = _setting(
         "TORCHINDUCTOR_CACHE_DIR", Path, Path("~/.cache/flux-fine-tune/compiled")
     )
     attention_backend: str = _setting("FLUX_ATTENTION_BACKEND", str, "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
-    prompt_cache: int = _setting("FLUX_PROMPT_CACHE", _positive, 16)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)
     nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
-    safety_policy: str = _setting("FLUX_SAFETY_POLICY", _one_of(*SAFETY_POLICIES), "auto")
-    compvis_threshold: float = _setting("FLUX_COMPVIS_THRESHOLD", _finite, 0.0)
-    falconsai_threshold: float = _setting("FLUX_FALCONSAI_THRESHOLD", _probability, 0.5)
+    safety_policy: SafetyPolicy = _setting("FLUX_SAFETY_POLICY", _one_of(SafetyPolicy), "auto")
     allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
     lora_cache_directory: Path = _setting(
         "LORA_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/adapters")
     )
     lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GB)
-    lora_min_free_bytes: int = _setting("LORA_MIN_FREE_GB", _gigabytes, 5 * GB)
-    lora_memory_bytes: int = _setting("LORA_MEMORY_GB", _gigabytes, 8 * GB)
     lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GB)
     lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GB)
     lora_allow_private_hosts: bool = _setting("LORA_ALLOW_PRIVATE_HOSTS", _flag, False)
     lora_allow_local_paths: bool = _setting("LORA_ALLOW_LOCAL_PATHS", _flag, False)
-    go_fast_multiplier: float = _setting("LORA_GO_FAST_MULTIPLIER", float, 1.5)
     hf_endpoint: str = _setting("HF_ENDPOINT", _url, "https://huggingface.co")
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", _url, "https://civitai.com")
     replicate_endpoint: str = _setting("REPLICATE_ENDPOINT", _url, "https://replicate.com")

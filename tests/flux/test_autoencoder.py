@@ -24,7 +24,7 @@ def engine_and_decoder() -> Iterator[tuple[Engine, nn.Module]]:
     settings = Settings(checkpoint="nano", device="cpu")
     pipelines, transformers = parts(settings)
     with torch.no_grad():
-        yield Engine(pipelines, transformers, 2), pipelines["dev"].vae.decoder
+        yield Engine(pipelines, transformers), pipelines["dev"].vae.decoder
 
 
 def draw(engine: Engine, **inputs: object) -> Image.Image:

@@ -92,7 +92,7 @@ def start(tmp_path_factory) -> Start:
         room = None if share is None else shared + int(share * whole)
         pipelines, transformers = parts(replace(settings, device_memory_bytes=room))
         compilation = Compilation(transformers.modules, backend) if backend else None
-        return Engine(pipelines, transformers, 2, compilation)
+        return Engine(pipelines, transformers, compilation)
 
     return make
 

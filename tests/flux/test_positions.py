@@ -23,7 +23,7 @@ def without_gradients() -> Iterator[None]:
 
 def made() -> tuple[Engine, Transformers]:
     pipelines, transformers = parts(Settings(checkpoint="nano", device="cpu"))
-    return Engine(pipelines, transformers, 2), transformers
+    return Engine(pipelines, transformers), transformers
 
 
 def draw(engine: Engine, **inputs) -> list[Image.Image]:

@@ -24,7 +24,6 @@ COMPVIS_FLAGS = {0, 1}
 FALCONSAI_FLAGS = {1, 2}
 WITHHELD = {
     "official": {1},
-    "both": {1},
     "any": {0, 1, 2},
     "compvis": {0, 1},
     "falconsai": {1, 2},
@@ -61,21 +60,10 @@ def test_each_policy_withholds_what_it_says(planted, pictures, policy, count) ->
     assert flagged == WITHHELD[policy] & set(range(count))
 
 
-def test_the_thresholds_are_settings(planted, pictures) -> None:
-    def flagged(policy: str, **settings: float) -> set[int]:
-        checker = load(planted, policy, **settings)
-        return {i for i, picture in enumerate(pictures) if judge(checker, picture).flagged}
-
-    assert flagged("compvis", compvis_threshold=2.0) == set()
-    assert flagged("compvis", compvis_threshold=-2.0) == {0, 1, 2, 3}
-    assert flagged("falconsai", falconsai_threshold=0.01) == {0, 1, 2, 3}
-    assert flagged("falconsai", falconsai_threshold=0.99) == set()
-
-
 def test_scores_say_who_was_asked(planted, pictures) -> None:
     assert set(load(planted, "official").check(pictures[0]).scores) == {"compvis", "falconsai"}
     assert set(load(planted, "official").check(pictures[3]).scores) == {"compvis"}
-    assert set(load(planted, "both").check(pictures[3]).scores) == {"compvis", "falconsai"}
+    assert set(load(planted, "any").check(pictures[3]).scores) == {"compvis", "falconsai"}
 
 
 def test_auto_takes_the_checkers_that_a_checkpoint_brings(planted, tmp_path, caplog) -> None:
@@ -107,7 +95,7 @@ def test_compvis_flags_what_the_class_itself_flags(planted, pictures, tmp_path) 
                 theirs = compvis_model(directory)(
                     clip_input(directory, picture), [np.ones((2, 2, 3))]
                 )[1][0]
-                ours = CompVis(directory, 0.0, CPU, F32).check(picture)
+                ours = CompVis(directory, CPU, F32).check(picture)
                 assert ours.flagged == theirs
                 flags.append(theirs)
     assert {True, False} == set(flags)
@@ -122,7 +110,7 @@ def test_falconsai_scores_as_transformers_itself(planted, pictures) -> None:
         with torch.no_grad():
             logits = model(pixels).logits
         theirs = float(logits.softmax(-1)[0, 1])
-        ours = Falconsai(directory, 0.5, CPU, F32).check(picture).scores["falconsai"]
+        ours = Falconsai(directory, CPU, F32).check(picture).scores["falconsai"]
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
@@ -134,10 +122,10 @@ def test_the_picture_is_left_as_it_is(planted, pictures) -> None:
 
 
 def test_half_precision_gives_about_the_same_scores(planted, pictures) -> None:
-    settings = replace(Settings(), safety_policy="both")
+    settings = replace(Settings(), safety_policy="any")
     half = load_checker(settings, str(planted), CPU, torch.bfloat16, Inventory())
     for picture in pictures:
-        expected, found = load(planted, "both").check(picture), half.check(picture)
+        expected, found = load(planted, "any").check(picture), half.check(picture)
         for name, score in expected.scores.items():
             assert found.scores[name] == pytest.approx(score, abs=0.05)
         assert found.flagged == expected.flagged
@@ -146,7 +134,7 @@ def test_half_precision_gives_about_the_same_scores(planted, pictures) -> None:
 # --- fail closed
 
 
-@pytest.mark.parametrize("policy", ["falconsai", "both", "any"])
+@pytest.mark.parametrize("policy", ["falconsai", "any"])
 def test_a_score_that_is_no_number_withholds(planted, pictures, tmp_path, policy) -> None:
     root = shutil.copytree(planted, tmp_path / "broken")
     plant(root / "safety/falconsai", **{"classifier.bias": torch.full((2,), float("nan"))})
@@ -163,7 +151,7 @@ def test_what_a_broken_second_checker_cannot_clear_is_withheld(planted, pictures
 def test_a_nan_of_the_first_checker_withholds(planted, pictures, tmp_path) -> None:
     root = shutil.copytree(planted, tmp_path / "broken")
     plant(root / "safety/compvis", concept_embeds_weights=torch.full((17,), float("nan")))
-    for policy in ("compvis", "official", "both", "any"):
+    for policy in ("compvis", "official", "any"):
         assert judge(load(root, policy), pictures[3]).flagged
 
 

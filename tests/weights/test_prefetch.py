@@ -103,7 +103,7 @@ def test_a_part_for_the_cache(run, tmp_path) -> None:
         (["dev"], {}, 1, f"script/download: black-forest-labs/FLUX.1-dev at {DEV.revision}"),
         (["pony"], {}, 2, "no such part: pony"),
         (["schnell"], {"HF_ENDPOINT": NOWHERE}, 1, "cannot be reached"),
-        (["schnell"], {"FLUX_PROMPT_CACHE": "0"}, 1, "FLUX_PROMPT_CACHE='0'"),
+        (["schnell"], {"LORA_CACHE_GB": "x"}, 1, "LORA_CACHE_GB='x'"),
     ],
 )
 def test_failures_are_one_line_and_an_exit_code(run, arguments, environment, code, message) -> None:

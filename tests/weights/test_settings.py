@@ -20,7 +20,6 @@ def test_every_variable_is_read() -> None:
             "FLUX_MAX_INPUT_MEGAPIXELS": "9",
             "FLUX_DTYPE": "bfloat16",
             "FLUX_OUTPUT_DIRECTORY": "/somewhere",
-            "FLUX_PROMPT_CACHE": "3",
             "FLUX_NSFW_THRESHOLD": "0.25",
             "FLUX_ALLOW_DISABLE_SAFETY_CHECKER": "False",
         }
@@ -30,7 +29,6 @@ def test_every_variable_is_read() -> None:
     assert settings.max_input_megapixels == 9
     assert settings.dtype == "bfloat16"
     assert settings.output_directory == Path("/somewhere")
-    assert settings.prompt_cache == 3
     assert settings.nsfw_threshold == 0.25
     assert settings.allow_disable_safety_checker is False
 
@@ -39,17 +37,16 @@ def test_every_variable_is_read() -> None:
     ("variable", "value"),
     [
         ("FLUX_DTYPE", "float8"),
-        ("FLUX_PROMPT_CACHE", "0"),
-        ("FLUX_PROMPT_CACHE", "many"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "0"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "many"),
         ("FLUX_NSFW_THRESHOLD", "1.5"),
         ("FLUX_MAX_INPUT_MEGAPIXELS", "171"),
         ("FLUX_SAFETY_POLICY", "none"),
         ("FLUX_AT_START", "fp16"),
         ("FLUX_COMPILE", "true"),
-        ("FLUX_COMPVIS_THRESHOLD", "nan"),
-        ("FLUX_FALCONSAI_THRESHOLD", "2"),
+        ("FLUX_SAFETY_POLICY", "both"),
         ("LORA_CACHE_GB", "much"),
-        ("LORA_MEMORY_GB", "inf"),
+        ("LORA_DEVICE_MEMORY_GB", "inf"),
         ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
     ],
 )
