@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 
 from cog import BaseRunner, Input, Path
 
-from flux.outputs import Outputs, RequestOutputs
-from flux.quiet import importing_libraries
 from flux.request import Inputs, Request, resolve, scale_multiplier
 from flux.sampling import MEGAPIXEL
-from flux.timing import Stopwatch
-from flux.worker import EngineThread
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from safety.checker import Inspection
 from safety.policy import load_checker, parts_of
-from weights.cancel import CheckCancelled
-from weights.inventory import Inventory
-from weights.settings import Settings
+from weights.serving.cancel import CheckCancelled
+from weights.serving.inventory import Inventory
+from weights.serving.outputs import Outputs, RequestOutputs
+from weights.serving.quiet import importing_libraries
+from weights.serving.settings import Settings
+from weights.serving.timing import Stopwatch
+from weights.serving.worker import EngineThread
 
 if TYPE_CHECKING:
-    from lora.adapter import Adapter
+    from lora.formats.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Predictor(BaseRunner):
 
         It does not wait for the engine thread, which may be busy with a request.
         """
-        from flux.memory import answers
+        from flux.memory.budget import answers
 
         return self._thread.is_alive and answers(self._engine.device)
 
@@ -197,7 +197,7 @@ class Predictor(BaseRunner):
 
             from flux.deployment import Deployment
             from flux.load import load_engine
-            from lora.adapter import Targets, load_adapter
+            from lora.formats.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)

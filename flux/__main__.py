@@ -7,12 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-from flux.quiet import importing_libraries, without_progress_bars
 from flux.variants import VARIANTS
 from weights.checkpoint import commit_of
-from weights.errors import WeightsError
-from weights.redact import without_secrets
-from weights.settings import Settings, SettingsError
+from weights.serving.errors import WeightsError
+from weights.serving.quiet import importing_libraries, without_progress_bars
+from weights.serving.redact import without_secrets
+from weights.serving.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
         import torchao
 
         from flux.deployment import chosen_checkpoint, source_of
-        from flux.masters import PART, load_transformer
-        from flux.prequantized import Identity, fingerprint_of, path_of, write
+        from flux.transformers.base_weights import PART, load_transformer
+        from flux.transformers.prequantized import Identity, fingerprint_of, path_of, write
 
     without_progress_bars()
     torch.set_grad_enabled(False)

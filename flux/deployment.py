@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from flux.components import CheckpointError
-from flux.offload import offloaded
+from flux.memory.offload import offloaded
 from flux.variants import VARIANTS
 from weights.checkpoint import directory_of, fetch_missing
-from weights.redact import without_secrets
-from weights.settings import Settings, SettingsError
+from weights.serving.redact import without_secrets
+from weights.serving.settings import Settings, SettingsError
 
 logger = logging.getLogger(__name__)
 

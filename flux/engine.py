@@ -13,19 +13,19 @@ from torch import nn
 
 from flux.autoencoder import Autoencoder
 from flux.canvas import Canvas, prepare
-from flux.compile import Compilation, rehearsal, to_warm_up, warming_up
 from flux.inpaint import soft_alpha
-from flux.memory import with_fallback
-from flux.merge import AdapterLike, WorkingWeights
+from flux.memory.budget import with_fallback
+from flux.memory.residency import BudgetError
 from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request
-from flux.residency import BudgetError
-from flux.timing import Stopwatch
-from flux.transformers import COMPONENT, Transformers
+from flux.transformers.compile import Compilation, rehearsal, to_warm_up, warming_up
+from flux.transformers.merge import AdapterLike, WorkingWeights
+from flux.transformers.pool import COMPONENT, Transformers
 from flux.variants import Key
-from weights.cancel import CheckCancelled
-from weights.inventory import Entry
+from weights.serving.cancel import CheckCancelled
+from weights.serving.inventory import Entry
+from weights.serving.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 

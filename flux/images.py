@@ -9,9 +9,8 @@ from PIL import Image, UnidentifiedImageError
 
 from flux.colour import to_srgb
 from flux.sampling import MEGAPIXEL
-from weights.redact import without_secrets
+from weights.serving.redact import without_secrets
 
-FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 REFUSED_FORMATS = {"EPS"}  # Pillow has Ghostscript run the program that such a file is
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 MAX_SIDE = 65_535  # pixels
@@ -25,8 +24,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-WEBP_METHOD = 1
-"""Of 0 (fast) to 6 (small). Pillow's own 4 takes three times as long for 9 % (docs/encode.json)."""
 
 
 class ImageError(ValueError):
@@ -57,14 +54,6 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
         return image
     smooth = Image.Resampling.BILINEAR if image.mode == "L" else Image.Resampling.LANCZOS
     return image.resize((width, height), smooth)
-
-
-def save(image: Image.Image, path: Path, output_format: str, quality: int) -> None:
-    """Write an RGB image; quality 0 to 100 counts for webp and jpg, and not for png."""
-    options = {} if output_format == "png" else {"quality": quality}
-    if output_format == "webp":
-        options["method"] = WEBP_METHOD
-    image.save(path, format=FORMATS[output_format], **options)
 
 
 def _read(

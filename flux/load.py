@@ -10,26 +10,26 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux.attention import attend, build_plans, builds_plans, set_attention_backend
 from flux.autoencoder import memory_format
-from flux.compile import compile_blocks
 from flux.components import load_component, load_module, load_tokenizer
 from flux.deployment import Deployment, sources_of
 from flux.engine import Engine
-from flux.masters import PART, Master, load_transformer, template
-from flux.memory import bytes_of, device_budget, host_budget
-from flux.offload import OnHost, offload
-from flux.one_pass import one_pass
-from flux.prequantized import Prequantized, path_of
-from flux.quantize import quantizes_activations
-from flux.quiet import without_progress_bars
-from flux.residency import BudgetError
-from flux.slabs import PageLocked, hold
-from flux.staging import move
-from flux.transformers import COMPONENT, Transformers
+from flux.memory.budget import bytes_of, device_budget, host_budget
+from flux.memory.offload import OnHost, offload
+from flux.memory.page_locked import PageLocked, hold
+from flux.memory.residency import BudgetError
+from flux.memory.staging import move
+from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
+from flux.transformers.base_weights import PART, Master, load_transformer, template
+from flux.transformers.compile import compile_blocks
+from flux.transformers.one_pass import one_pass
+from flux.transformers.pool import COMPONENT, Transformers
+from flux.transformers.prequantized import Prequantized, path_of
+from flux.transformers.quantize import quantizes_activations
 from flux.variants import Precision
-from weights.inventory import Inventory
-from weights.settings import AtStart, Settings
+from weights.serving.inventory import Inventory
+from weights.serving.quiet import without_progress_bars
+from weights.serving.settings import AtStart, Settings
 
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
 MODULES = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel, "vae": AutoencoderKL}
@@ -104,7 +104,7 @@ def working_transformers(
     deployment: Deployment,
     settings: Settings,
 ) -> Transformers:
-    """The transformers that serve, made from the checkpoint's own; see `flux.transformers`.
+    """The transformers that serve, made from the checkpoint's own; see `flux.transformers.pool`.
 
     Raises:
         CheckpointError: a transformer, or its float8 weights, cannot be loaded.

@@ -17,7 +17,7 @@ from PIL import Image
 from flux.images import ImageError, read_image, read_mask, resize
 from flux.sampling import ASPECT_RATIOS, MEGAPIXEL, fit_size, nearest_multiple, sigmas
 from flux.variants import VARIANTS, Key, Precision, Variant
-from weights.settings import Settings
+from weights.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 

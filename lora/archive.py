@@ -13,8 +13,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from weights.cancel import CheckCancelled
-from weights.errors import InvalidFileError
+from weights.serving.cancel import CheckCancelled
+from weights.serving.errors import InvalidFileError
 
 Kind = Literal["safetensors", "tar"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lora.archive import kind_of, take_weights
 from lora.sources.reference import Access, Artifact, Fetched
-from weights.download import LogProgress, sha256_of
-from weights.retry import RetryPolicy
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import LogProgress, sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lora.fetch import fetch
-from lora.header import AdapterError
+from lora.formats.header import AdapterError
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
 from lora.sources.reference import Access, Artifact, Reference, cache_key
-from weights.cache import FileCache, Record
-from weights.cancel import CheckCancelled, never_cancelled
-from weights.directories import is_full
-from weights.download import check_size
-from weights.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
-from weights.http import HttpClient
-from weights.redact import one_line
-from weights.retry import RetryPolicy
+from weights.download.cache import FileCache, Record
+from weights.download.http import HttpClient
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import check_size
+from weights.serving.cancel import CheckCancelled, never_cancelled
+from weights.serving.directories import is_full
+from weights.serving.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
+from weights.serving.redact import one_line
 
 if TYPE_CHECKING:
-    from lora.adapter import Adapter
+    from lora.formats.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weights.cache import CacheSettings
-from weights.http import HttpSettings
-from weights.settings import GB, Settings
+from weights.download.cache import CacheSettings
+from weights.download.http import HttpSettings
+from weights.serving.settings import GB, Settings
 
 CIVITAI_OTHERS = ("https://civitai.red", "https://civitai.green")
 

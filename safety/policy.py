@@ -10,9 +10,9 @@ from PIL import Image
 from safety.checker import Checker, CheckerError, Verdict
 from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
-from weights.inventory import Inventory
 from weights.manifest import REPOSITORIES
-from weights.settings import SafetyPolicy, Settings
+from weights.serving.inventory import Inventory
+from weights.serving.settings import SafetyPolicy, Settings
 
 if TYPE_CHECKING:
     import torch

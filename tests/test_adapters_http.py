@@ -16,7 +16,7 @@ from tests.adapters import adapter
 from tests.hub import Hub
 from tests.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from tests.support import SMALL, LoggedServer, data_uri, difference, logged_server, same
-from weights.errors import WeightsError
+from weights.serving.errors import WeightsError
 
 RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL}
 FAST = {**RAW, "aspect_ratio": "1:1", "go_fast": True}

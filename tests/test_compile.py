@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import save
 from torch._dynamo.utils import counters
 
-from flux.compile import graphs
 from flux.sampling import ASPECT_RATIOS
+from flux.transformers.compile import graphs
 from tests.adapters import adapter
 from tests.support import Draw, colours, data_uri, difference, same, set_up_predictor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from weights.settings import Settings
+from weights.serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights" / "README.md"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
-from flux.memory import bytes_of
-from flux.one_pass import OnePass
+from flux.memory.budget import bytes_of
+from flux.transformers.one_pass import OnePass
 from tests.adapters import adapter
 from tests.embedded import diffusers
 from tests.flux.low_rank import Kernel
@@ -130,7 +130,7 @@ def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
         return forward(*args, **options)
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", check)
-    monkeypatch.setattr("flux.offload.copy_stream", lambda _: stream)
+    monkeypatch.setattr("flux.memory.offload.copy_stream", lambda _: stream)
     draw = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
     assert same(draw(model="schnell")[0], expected[0])
     assert same(draw(model="dev")[0], expected[1])
@@ -148,8 +148,8 @@ def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeyp
     """As on a card of 80 GB: dev in both precisions, and its pristine weights."""
     expected = start()()[0]
     shared, weights = Late(pageable=True), FromFiles(pageable=True)
-    monkeypatch.setattr("flux.staging.copy_stream", lambda _: shared)
-    monkeypatch.setattr("flux.offload.copy_stream", lambda _: weights)
+    monkeypatch.setattr("flux.memory.staging.copy_stream", lambda _: shared)
+    monkeypatch.setattr("flux.memory.offload.copy_stream", lambda _: weights)
     pipeline = diffusers()["dev"]
     dev = bytes_of(pipeline.transformer)
     parts = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)

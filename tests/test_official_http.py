@@ -13,8 +13,8 @@ from tests.hub import Hub
 from tests.official import wanted
 from tests.services import HuggingFace
 from tests.support import LoggedServer, logged_server, same
+from weights.download.retry import RetryPolicy
 from weights.manifest import REPOSITORIES
-from weights.retry import RetryPolicy
 
 NOWHERE = "http://127.0.0.1:9"
 TOKEN = "hf_secret_token"

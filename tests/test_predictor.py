@@ -16,7 +16,7 @@ from tests.adapters import adapter
 from tests.embedded import diffusers
 from tests.planted import plant_flags
 from tests.support import QUICK, SMALL, colours, data_uri, difference, pixels, same
-from weights.errors import DirectoryError, DiskSpaceError
+from weights.serving.errors import DirectoryError, DiskSpaceError
 
 
 def largest_difference(a: Image.Image, b: Image.Image) -> int:
@@ -224,7 +224,7 @@ def test_a_failed_encoding_fails_the_request_and_leaves_no_files(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("flux.outputs.save", fail)
+        patch.setattr("weights.serving.outputs.save", fail)
         with pytest.raises(expected, match=message):
             draw(num_outputs=2, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
@@ -261,5 +261,5 @@ def test_the_healthcheck(start, monkeypatch) -> None:
     predictor = Predictor()
     predictor.setup()
     assert predictor.healthcheck()
-    monkeypatch.setattr("flux.memory.answers", lambda device: False)
+    monkeypatch.setattr("flux.memory.budget.answers", lambda device: False)
     assert not predictor.healthcheck()

@@ -17,10 +17,10 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.__main__ import main
 from flux.deployment import NANO
-from flux.masters import template
-from flux.memory import bytes_of
-from flux.quantize import float8_parameters
-from flux.transformers import size
+from flux.memory.budget import bytes_of
+from flux.transformers.base_weights import template
+from flux.transformers.pool import size
+from flux.transformers.quantize import float8_parameters
 from tests.adapters import adapter
 from tests.support import colours, data_uri, same
 
@@ -139,7 +139,7 @@ def test_an_interrupted_run_leaves_the_files_as_they_were(
     monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", str(directory)])
     monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
     with monkeypatch.context() as patch:
-        patch.setattr("flux.prequantized.save_file", interrupted)
+        patch.setattr("flux.transformers.prequantized.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
             main()
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before

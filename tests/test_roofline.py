@@ -6,7 +6,7 @@ import roofline
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux.transformers import size
+from flux.transformers.pool import size
 
 
 def counted(model, image: int, text: int) -> int:

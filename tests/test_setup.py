@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux.deployment import NANO
-from weights.inventory import HOST, MAPPED, place_of
 from weights.manifest import REPOSITORIES
+from weights.serving.inventory import HOST, MAPPED, place_of
 
 COLUMNS = (r"(?P<name>\S+( \S+)?)", r"(?P<place>\S+( \S+)*)", r"(?P<gb>[\d.]+)", r"(?P<s>\S+)")
 ROW = re.compile(" {2,}".join([*COLUMNS, "(?P<source>.+)"]))

@@ -13,7 +13,7 @@ from torch import nn
 from training import adapters, autoencoder, flow, pool, render, text, world
 from training.stage import Stage, weights
 
-from lora.adapter import Targets, load_adapter
+from lora.formats.adapter import Targets, load_adapter
 
 TINY = miniature.Dimensions(
     double_blocks=1, single_blocks=1, heads=1, rope_axes=(4, 6, 6), vae_channels=(8, 8)

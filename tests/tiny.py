@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from flux.masters import Master
-from lora.adapter import Adapter, Targets, load_adapter
+from flux.transformers.base_weights import Master
+from lora.formats.adapter import Adapter, Targets, load_adapter
 
 
 @dataclass(frozen=True)

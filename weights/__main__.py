@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from weights.checkpoint import wanted
-from weights.errors import WeightsError
 from weights.hub import HTTP_CLIENT
 from weights.manifest import REPOSITORIES
 from weights.repository import HubSettings
-from weights.settings import Settings, SettingsError
+from weights.serving.errors import WeightsError
+from weights.serving.settings import Settings, SettingsError
 from weights.snapshot import fetch
 
 

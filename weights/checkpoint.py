@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weights.manifest import REPOSITORIES, Repository
 from weights.repository import HubSettings, Wanted, cached
-from weights.settings import Settings
+from weights.serving.settings import Settings
 from weights.snapshot import obtain
 from weights.stamp import read_stamp
 from weights.tarball import unpacked

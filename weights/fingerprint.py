@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weights.errors import InvalidFileError
+from weights.serving.errors import InvalidFileError
 
 PAGE = 4096  # bytes
 

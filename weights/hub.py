@@ -20,14 +20,14 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from weights.errors import (
+from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
     ReferenceFormatError,
     SourceUnavailableError,
     WeightsError,
 )
-from weights.redact import without_secrets
+from weights.serving.redact import without_secrets
 
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""

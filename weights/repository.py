@@ -18,13 +18,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
 
-from weights.directories import is_full
-from weights.download import sha256_of
-from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import sha256_of
 from weights.hub import discreet, progress_bar, translated
 from weights.manifest import Repository
-from weights.retry import RetryPolicy
-from weights.settings import Settings
+from weights.serving.directories import is_full
+from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
+from weights.serving.settings import Settings
 from weights.stamp import write_stamp
 
 logger = logging.getLogger(__name__)

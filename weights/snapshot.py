@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from weights.download import LogProgress
-from weights.errors import (
+from weights.download.transfer import LogProgress
+from weights.repository import Fetching, HubSettings, Wanted, cached, too_full
+from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
     SourceUnavailableError,
     WeightsError,
 )
-from weights.repository import Fetching, HubSettings, Wanted, cached, too_full
 from weights.stamp import read_stamp
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from urllib.parse import urldefrag
 
 from filelock import FileLock
 
-from weights.directories import is_full, usable
-from weights.download import Expected, LogProgress, download
-from weights.errors import DiskSpaceError, InvalidFileError
-from weights.http import HttpClient, HttpSettings, Remote
-from weights.redact import without_secrets
-from weights.retry import RetryPolicy
+from weights.download.http import HttpClient, HttpSettings, Remote
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Expected, LogProgress, download
+from weights.serving.directories import is_full, usable
+from weights.serving.errors import DiskSpaceError, InvalidFileError
+from weights.serving.redact import without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from lora.sources.local import LocalReference
 from lora.sources.reference import Reference
 from lora.sources.replicate import ReplicateReference
 from lora.sources.url import UrlReference
-from weights.errors import ReferenceFormatError
+from weights.serving.errors import ReferenceFormatError
 
 SOURCES: tuple[type[Reference], ...] = (
     *(DataReference, LocalReference),  # before those that read a link as a URL

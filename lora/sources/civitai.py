@@ -14,10 +14,10 @@ from lora.sources.air import read_air
 from lora.sources.link import Link
 from lora.sources.reference import Access, Reference, fingerprint
 from lora.sources.url import UrlArtifact
-from weights.errors import NotFoundError, SourceUnavailableError, WeightsError
-from weights.http import Credential, HttpClient, Remote
-from weights.redact import one_line
-from weights.retry import RetryPolicy
+from weights.download.http import Credential, HttpClient, Remote
+from weights.download.retry import RetryPolicy
+from weights.serving.errors import NotFoundError, SourceUnavailableError, WeightsError
+from weights.serving.redact import one_line
 
 logger = logging.getLogger(__name__)
 

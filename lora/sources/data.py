@@ -10,9 +10,9 @@ from urllib.parse import unquote, unquote_to_bytes
 
 from lora.sources.link import Link
 from lora.sources.reference import Access, Artifact, Fetched, Reference
-from weights.download import Progress, sha256_of
-from weights.redact import one_line
-from weights.retry import RetryPolicy
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Progress, sha256_of
+from weights.serving.redact import one_line
 
 
 @dataclass(frozen=True)

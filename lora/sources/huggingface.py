@@ -24,11 +24,11 @@ from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Artifact, Fetched, Reference, fingerprint
-from weights.download import Progress, sha256_of
-from weights.errors import InvalidFileError, NotFoundError
-from weights.http import Credential
+from weights.download.http import Credential
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Progress, sha256_of
 from weights.hub import discreet, progress_bar, translated
-from weights.retry import RetryPolicy
+from weights.serving.errors import InvalidFileError, NotFoundError
 
 _TIMEOUT = 10.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")

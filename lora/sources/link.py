@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from weights.errors import ReferenceFormatError
-from weights.redact import without_secrets
+from weights.serving.errors import ReferenceFormatError
+from weights.serving.redact import without_secrets
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)  # an owner, or a name
 _PROMPT_SYNTAX = re.compile(r"[<(\[]")  # <lora:name:0.8>, (name:1.2), [name]; no link begins so

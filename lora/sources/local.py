@@ -7,9 +7,9 @@ from urllib.parse import unquote, urlsplit
 
 from lora.sources.link import Link
 from lora.sources.reference import Access, Artifact, Fetched, Reference
-from weights.download import Progress, sha256_of
-from weights.errors import NotFoundError
-from weights.retry import RetryPolicy
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Progress, sha256_of
+from weights.serving.errors import NotFoundError
 
 
 @dataclass(frozen=True)

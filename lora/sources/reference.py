@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from lora.settings import SourceSettings
 from lora.sources.link import Link
-from weights.download import Progress
-from weights.http import Credential, HttpClient
-from weights.retry import RetryPolicy
+from weights.download.http import Credential, HttpClient
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Progress
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from lora.settings import SourceSettings
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Reference, fingerprint
 from lora.sources.url import UrlArtifact, probe
-from weights.errors import InvalidFileError, NotFoundError
-from weights.http import Credential, Remote
-from weights.retry import RetryPolicy
+from weights.download.http import Credential, Remote
+from weights.download.retry import RetryPolicy
+from weights.serving.errors import InvalidFileError, NotFoundError
 
 _VERSION = re.compile(r"[0-9a-f]{64}")
 _TABS = {"api", "playground", "examples", "readme", "versions", "train"}

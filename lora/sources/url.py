@@ -8,11 +8,11 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from lora.sources.link import Link
 from lora.sources.reference import Access, Artifact, Fetched, Reference
-from weights.download import Expected, Progress, download
-from weights.errors import InvalidFileError
-from weights.http import Remote
-from weights.redact import one_line, without_secrets
-from weights.retry import RetryPolicy
+from weights.download.http import Remote
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import Expected, Progress, download
+from weights.serving.errors import InvalidFileError
+from weights.serving.redact import one_line, without_secrets
 
 _WEIGHTS_NAME = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)\b", re.IGNORECASE)
 _WEIGHTS_PATH = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)/*$", re.IGNORECASE)

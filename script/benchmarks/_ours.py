@@ -17,15 +17,15 @@ from PIL import Image
 
 from flux.autoencoder import memory_format
 from flux.canvas import prepare
-from flux.compile import graphs
-from flux.memory import DEVICE_RESERVE
-from flux.quantize import storage
+from flux.memory.budget import DEVICE_RESERVE
+from flux.memory.residency import PristineCopy
 from flux.request import Request
-from flux.residency import PristineCopy
 from flux.sampling import ASPECT_RATIOS
+from flux.transformers.compile import graphs
+from flux.transformers.quantize import storage
 from flux.variants import Key
 from safety.checker import SafetyError
-from weights.cancel import CheckCancelled
+from weights.serving.cancel import CheckCancelled
 
 EVERY = 40  # of the weights, one in so many is compared bit by bit
 

@@ -14,7 +14,7 @@ from _session import DEV, GUIDANCE, STEPS, Session
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from flux.request import Mode
-from weights.cancel import CheckCancelled
+from weights.serving.cancel import CheckCancelled
 
 RECOMPILE_LIMIT = 64  # two pipelines in one process compile the same code
 

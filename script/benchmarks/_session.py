@@ -14,14 +14,14 @@ import torch
 from _steps import Results
 from PIL import Image
 
-from flux.memory import answers
+from flux.memory.budget import answers
 from flux.request import Inputs, Request, resolve
-from flux.timing import Stopwatch
 from flux.variants import Key
-from lora.adapter import Adapter
+from lora.formats.adapter import Adapter
 from predict import Predictor
-from weights.cancel import CheckCancelled
-from weights.settings import Settings
+from weights.serving.cancel import CheckCancelled
+from weights.serving.settings import Settings
+from weights.serving.timing import Stopwatch
 
 PROMPT = "a red circle on a blue background, number {}"
 STEPS = {"dev": 28, "schnell": 4}

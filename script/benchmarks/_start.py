@@ -16,8 +16,8 @@ import torch
 from _session import DEV, Session
 from miniature import FLUX1, Dimensions
 
-from flux.compile import graphs
-from lora.adapter import Targets, load_adapter
+from flux.transformers.compile import graphs
+from lora.formats.adapter import Targets, load_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SHM = Path("/dev/shm")

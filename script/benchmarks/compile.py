@@ -24,7 +24,7 @@ from flux.variants import Key
 
 HEADS = 3
 BLOCKS = (4, 8)  # a fifth of FLUX.1's: the whole takes longer with every block
-TOKENS = (255, 63)  # of the image and the text: equal to no width, see flux/compile.py
+TOKENS = (255, 63)  # of the image and the text: equal to no width, see flux/transformers/compile.py
 OTHERS = ((64, 64), (192, 32), (1024, 64), (99, 256))  # requests after the first
 KEY = Key("dev", "bf16")
 ROUNDS = 9
@@ -76,7 +76,7 @@ def start(case: Case) -> dict[str, Any]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # so that the compilers' seconds are counted
     }
     warnings.filterwarnings("ignore")
-    from flux.compile import Compilation, graphs
+    from flux.transformers.compile import Compilation, graphs
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

@@ -20,8 +20,8 @@ from step import inputs
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from flux.quantize import empty_float8, float8_parameters, quantize_into
-from flux.transformers import size
+from flux.transformers.pool import size
+from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
 
 WIDTH, RANK, SEEDS = 1536, 16, 5
 DELTAS = (0.5, 1.0, 2.0, 5.0)  # standard deviation, in per cent of the weights'

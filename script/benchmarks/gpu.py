@@ -27,7 +27,7 @@ from _steps import Results, Step, chosen, do, supervise
 
 from flux.variants import VARIANTS
 from weights.checkpoint import is_there
-from weights.settings import Settings
+from weights.serving.settings import Settings
 
 STEPS = (
     Step("machine", 45, begin.machine),

@@ -1,7 +1,7 @@
 """What is where on which card: the tables of docs/memory.md, from FLUX.1's own configurations.
 
 Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
-what fits is decided by the code that serves (flux/residency.py). A card or host is taken to have
+what fits is decided by the code that serves (flux/memory/residency.py). A card or host is taken to have
 its nominal size in GiB, and a card less what CUDA and the safety checkers take.
 """
 
@@ -11,13 +11,13 @@ import _flux1 as flux1
 from common import report
 from torch import nn
 
-from flux.memory import DEVICE_RESERVE, HOST_RESERVE, bytes_of
-from flux.offload import COMPONENTS
-from flux.quantize import float8_parameters
-from flux.residency import ORDER, PRISTINE, BudgetError, Item, PristineCopy, Residency
-from flux.transformers import size
+from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of
+from flux.memory.offload import COMPONENTS
+from flux.memory.residency import ORDER, PRISTINE, BudgetError, Item, PristineCopy, Residency
+from flux.transformers.pool import size
+from flux.transformers.quantize import float8_parameters
 from flux.variants import VARIANTS, Key
-from weights.settings import GB, Settings
+from weights.serving.settings import GB, Settings
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
 HOSTS = (48, 64, 96, 128)

@@ -25,8 +25,8 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from flux.quantize import float8_parameters
-from flux.transformers import size
+from flux.transformers.pool import size
+from flux.transformers.quantize import float8_parameters
 from flux.variants import VARIANTS
 
 SIDES = (1024, 512)

@@ -9,8 +9,8 @@ import _full_depth as full_depth
 import torch
 from common import interleave, medians, report
 
-from flux.merge import WorkingWeights
-from lora.adapter import Targets, load_adapter
+from flux.transformers.merge import WorkingWeights
+from lora.formats.adapter import Targets, load_adapter
 
 ROUNDS = 15
 IMAGE_TOKENS, TEXT_TOKENS = 256, 64

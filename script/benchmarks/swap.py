@@ -15,8 +15,8 @@ import torch
 from common import BLUE, GREY, chart, interleave, medians, report
 from safetensors.torch import load_file
 
-from flux.merge import WorkingWeights
-from lora.adapter import Targets, load_adapter
+from flux.transformers.merge import WorkingWeights
+from lora.formats.adapter import Targets, load_adapter
 
 ROUNDS = 15
 HEADS = (3, 6)

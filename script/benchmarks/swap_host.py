@@ -19,11 +19,11 @@ from common import interleave, medians, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from flux.lora_kernel import write
-from flux.merge import WorkingWeights
-from flux.one_pass import OnePass
-from flux.staging import Staging
-from lora.adapter import Targets, load_adapter
+from flux.memory.staging import Staging
+from flux.transformers.lora_kernel import write
+from flux.transformers.merge import WorkingWeights
+from flux.transformers.one_pass import OnePass
+from lora.formats.adapter import Targets, load_adapter
 
 ROUNDS = 60
 ROOM = 1 << 40

@@ -9,8 +9,8 @@ from triton import compile as compiled
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flux import lora_kernel
-from flux.quantize import LARGEST, TINY
+from flux.transformers import lora_kernel
+from flux.transformers.quantize import LARGEST, TINY
 
 POINTERS = {"pristine": "*bf16", "scales": "*fp32", "amplitudes": "*fp32"}
 SIZES = ("rows", "columns", "rank", "changed")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora.adapter import Adapter
+from lora.formats.adapter import Adapter
 from tests import tiny
 from tests.flux.merging import SIZE, files
 

@@ -4,9 +4,9 @@ from diffusers import FluxPipeline
 
 from flux.deployment import Deployment, sources_of
 from flux.load import load_pipelines, working_transformers
-from flux.transformers import Transformers
-from weights.inventory import Inventory
-from weights.settings import Settings
+from flux.transformers.pool import Transformers
+from weights.serving.inventory import Inventory
+from weights.serving.settings import Settings
 
 
 def parts(settings: Settings) -> tuple[dict[str, FluxPipeline], Transformers]:

@@ -1,4 +1,4 @@
-"""The kernel of flux/lora_kernel.py on a CPU; test_lora_kernel.py runs this file.
+"""The kernel of flux/transformers/lora_kernel.py on a CPU; test_lora_kernel.py runs this file.
 
 It takes Triton's interpreter, which has to be chosen before Triton is imported.
 """
@@ -11,9 +11,9 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from flux.lora_kernel import write
-from flux.merge import WorkingWeights
-from flux.one_pass import MAX_RANK, OnePass
+from flux.transformers.lora_kernel import write
+from flux.transformers.merge import WorkingWeights
+from flux.transformers.one_pass import MAX_RANK, OnePass
 from tests import tiny
 from tests.flux.low_rank import (
     adapter,

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from flux.merge import OnePassLike, WorkingWeights
-from flux.quantize import empty_float8, storage, store
-from lora.adapter import Adapter
-from lora.deltas import Contribution, LoRA, Module, Part
+from flux.transformers.merge import OnePassLike, WorkingWeights
+from flux.transformers.quantize import empty_float8, storage, store
+from lora.formats.adapter import Adapter
+from lora.formats.deltas import Contribution, LoRA, Module, Part
 
 COMPONENT = "transformer"
 

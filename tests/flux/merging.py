@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from flux.merge import WorkingWeights
+from flux.transformers.merge import WorkingWeights
 from tests import tiny
 
 SIZE = tiny.SIZES[0]

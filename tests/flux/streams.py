@@ -9,7 +9,7 @@ from diffusers.hooks import group_offloading
 from torch import Tensor
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
-from flux.slabs import Slabs
+from flux.memory.page_locked import Slabs
 
 
 class Late:
@@ -92,7 +92,7 @@ class Streams:
         self.most = 0
         self._patch_torch(monkeypatch)
         self._patch_hooks(monkeypatch)
-        monkeypatch.setattr("flux.offload.Slabs", lambda **_: Slabs(page_locked=True))
+        monkeypatch.setattr("flux.memory.offload.Slabs", lambda **_: Slabs(page_locked=True))
 
     def lock(self, tensor: Tensor) -> Tensor:
         self.locked[tensor.untyped_storage().data_ptr()] = tensor
@@ -152,7 +152,7 @@ class Streams:
 
         monkeypatch.setattr(group, "_transfer_tensor_to_device", bring_a_copy)
         monkeypatch.setattr(group, "_offload_to_memory", forget)
-        monkeypatch.setattr("flux.offload.apply_group_offloading", apply)
+        monkeypatch.setattr("flux.memory.offload.apply_group_offloading", apply)
 
 
 def self_of(function: Any) -> Any:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from flux.autoencoder import TILE
 from flux.engine import Engine
+from flux.memory.residency import BudgetError
 from flux.request import Inputs, resolve
-from flux.residency import BudgetError
-from flux.timing import Stopwatch
 from tests.flux.engines import parts
 from tests.support import difference, same
-from weights.settings import Settings
+from weights.serving.settings import Settings
+from weights.serving.timing import Stopwatch
 
 WIDE = {"aspect_ratio": "custom", "width": 1440, "height": 256}  # 90 x 16 latents
 

@@ -8,11 +8,11 @@ from PIL import Image
 
 from flux.engine import Engine
 from flux.request import Inputs, resolve
-from flux.timing import Stopwatch
-from flux.transformers import Transformers
+from flux.transformers.pool import Transformers
 from tests.flux.engines import parts
 from tests.support import same
-from weights.settings import Settings
+from weights.serving.settings import Settings
+from weights.serving.timing import Stopwatch
 
 
 @pytest.fixture(autouse=True)

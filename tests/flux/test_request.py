@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flux.request import Inputs, Mode, Request, RequestError, resolve
-from weights.settings import Settings
+from weights.serving.settings import Settings
 
 SIZES = {  # the contract's, at one megapixel
     "1:1": (1024, 1024),

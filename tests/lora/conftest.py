@@ -6,8 +6,8 @@ from lora.settings import LoaderSettings, SourceSettings
 from tests import tiny
 from tests.lora.files import parse
 from tests.services import Civitai, HuggingFace, Replicate
-from weights.cache import CacheSettings
-from weights.http import HttpSettings
+from weights.download.cache import CacheSettings
+from weights.download.http import HttpSettings
 
 
 @pytest.fixture

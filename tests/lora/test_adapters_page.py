@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lora.foreign import KINDS
-from lora.kinds import LAYOUTS
-from lora.spellings import BOOKKEEPING, DIALECTS, ROLES
+from lora.formats.foreign import KINDS
+from lora.formats.kinds import LAYOUTS
+from lora.formats.spellings import BOOKKEEPING, DIALECTS, ROLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 

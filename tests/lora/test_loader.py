@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from lora.header import AdapterError
+from lora.formats.header import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from tests.lora.files import parse, safetensors
 from tests.services import trained_on_replicate
-from weights.cache import FileCache
-from weights.errors import InvalidFileError, SourceUnavailableError
-from weights.settings import Settings
+from weights.download.cache import FileCache
+from weights.serving.errors import InvalidFileError, SourceUnavailableError
+from weights.serving.settings import Settings
 
 VERSION = "0a" * 32
 
@@ -216,5 +216,5 @@ def test_settings_come_from_the_environment():
 
 
 def test_getting_files_does_not_import_torch():
-    code = "import sys, lora.loader, weights.cache; sys.exit('torch' in sys.modules)"
+    code = "import sys, lora.loader, weights.download.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,8 +16,8 @@ from safety.official import CompVis, Falconsai
 from safety.policy import POLICIES, load_checker
 from tests.planted import clip_input, compvis_model, embedding, plant, plant_flags
 from tests.support import colours
-from weights.inventory import Inventory
-from weights.settings import Settings
+from weights.serving.inventory import Inventory
+from weights.serving.settings import Settings
 
 CPU, F32 = torch.device("cpu"), torch.float32
 COMPVIS_FLAGS = {0, 1}

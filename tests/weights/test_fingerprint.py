@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from weights.errors import InvalidFileError
 from weights.fingerprint import fingerprint, stored_tensors
+from weights.serving.errors import InvalidFileError
 
 
 def tensors() -> dict[str, torch.Tensor]:

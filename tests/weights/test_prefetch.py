@@ -11,9 +11,9 @@ from tests.official import wanted
 from tests.services import HuggingFace, tar
 from weights import checkpoint
 from weights.checkpoint import directory_of, fetch_missing
-from weights.errors import SourceUnavailableError
 from weights.manifest import REPOSITORIES
-from weights.settings import Settings
+from weights.serving.errors import SourceUnavailableError
+from weights.serving.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 DEV = REPOSITORIES["dev"]

@@ -12,18 +12,18 @@ from huggingface_hub.utils import close_session
 from tests.official import wanted
 from tests.services import HuggingFace, sha256
 from weights import snapshot
-from weights.download import LogProgress
-from weights.errors import (
+from weights.download.retry import RetryPolicy
+from weights.download.transfer import LogProgress
+from weights.manifest import REPOSITORIES
+from weights.repository import HubSettings, Wanted
+from weights.serving.errors import (
     AccessDeniedError,
     DiskSpaceError,
     InvalidFileError,
     NotFoundError,
     SourceUnavailableError,
 )
-from weights.manifest import REPOSITORIES
-from weights.repository import HubSettings, Wanted
-from weights.retry import RetryPolicy
-from weights.settings import Settings
+from weights.serving.settings import Settings
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
 COMPVIS = REPOSITORIES["safety/compvis"]

@@ -10,8 +10,8 @@ import tarfile
 import pytest
 
 from tests.services import tar
-from weights.errors import DiskSpaceError, InvalidFileError, NotFoundError
-from weights.retry import RetryPolicy
+from weights.download.retry import RetryPolicy
+from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
 from weights.tarball import unpacked
 
 FILES = {"dev/model_index.json": b"{}", "schnell/model_index.json": b"{}", "dev/big": b"x" * 90_000}

@@ -1,0 +1,1 @@
+"""What is on the device and what on the host: budgets, residency, copies between them."""

@@ -1,0 +1,146 @@
+"""Where working weights are kept: on the device, or on the host with offloading.
+
+Cards that are too small use diffusers' group offloading. Hooks on every layer copy its weights to
+the device before it runs, and the next layer's weights while it runs, on a stream. The copies go
+from host to device only. So the next forward pass uses what a reconciliation has written on the
+host, provided that the hooks read the same memory that is written. Three choices follow.
+
+- Leaf level. At block level, the layers outside the blocks have no stream, and are moved back and
+  forth, to new host memory every time.
+- The memory is page-locked in slabs before the hooks are installed, and the hooks use it as it is.
+  Otherwise they would page-lock a copy of every weight, half as large again.
+- The scales of float8 weights are the exception. A float8 tensor that is page-locked as a whole
+  would be its own host copy, and the first transfer to the device overwrites it (diffusers 0.42.1).
+  So the scales stay in ordinary memory, the hooks page-lock copies of them, and reconciliations
+  write the parameters that the hooks have installed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from torch import Tensor, nn
+
+from flux.memory.page_locked import Slabs
+from flux.memory.staging import CopyStream, copy_stream
+from weights.serving.settings import Offload, SettingsError
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Takes memory for a tensor of a shape and dtype."""
+
+HOOKS = ("layer_execution_tracker", "lazy_prefetch_group_offloading", "group_offloading")
+"""What group offloading registers on modules, the last one first."""
+COMPONENTS: Mapping[Offload, frozenset[str]] = {
+    "none": frozenset[str](),
+    "t5": frozenset({"text_encoder_2"}),
+    "all": frozenset({"text_encoder_2", "transformer"}),
+}
+"""FLUX_OFFLOAD -> the components that live on the host."""
+
+
+def offloaded(setting: Offload, device: torch.device) -> frozenset[str]:
+    """The components that a setting of FLUX_OFFLOAD keeps on the host.
+
+    Raises:
+        SettingsError: the device has no streams to bring them on. (On a CPU they need not move.)
+    """
+    if setting != "none" and device.type not in ("cuda", "cpu"):
+        raise SettingsError(
+            f"FLUX_OFFLOAD={setting}: {device} cannot copy beside its other work; expected a CUDA "
+            "device, or none"
+        )
+    return COMPONENTS[setting]
+
+
+def offload(module: nn.Module, device: torch.device) -> None:
+    """Make a module run on a device with weights that stay on the host.
+
+    Its parameters must be on the host now. Afterwards they may be in other memory, and stay there
+    between forward passes. During a forward pass, and after one that failed, they may be on the
+    device; code that writes them must take `parameter.detach()` beforehand.
+    """
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+        use_stream=device.type == "cuda",
+    )
+
+
+def stop_offloading(module: nn.Module) -> None:
+    """Undo `offload`; the parameters are left wherever they are."""
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    for name in HOOKS:
+        registry.remove_hook(name, recurse=True)
+
+
+class Home(Protocol):
+    """Where working weights are while no layer runs.
+
+    Attributes:
+        memory: the device whose memory they take.
+        stream: brings pristine values there.
+        shares_device: whether weights that leave make room for what is computed.
+    """
+
+    memory: torch.device
+    stream: CopyStream | None
+    shares_device: bool
+
+    def allocator(self) -> Empty:
+        """Takes memory for the weights of one module."""
+        ...
+
+    def enter(self, module: nn.Module) -> None:
+        """The module's parameters are memory of the allocator's now; make it run."""
+        ...
+
+    def leave(self, module: nn.Module) -> None:
+        """Undo `enter`, if it was called."""
+        ...
+
+
+class OnDevice:
+    """On the device where they are used; `stream` copies pristine values there.
+
+    A CUDA device has a stream of its own for copies; a CPU needs none.
+    """
+
+    def __init__(self, device: torch.device, stream: CopyStream | None = None) -> None:
+        self.memory = device
+        self.stream = stream or copy_stream(device)
+        self.shares_device = True
+
+    def allocator(self) -> Empty:
+        """See `Home.allocator`."""
+        return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=self.memory)
+
+    def enter(self, module: nn.Module) -> None:
+        """See `Home.enter`."""
+
+    def leave(self, module: nn.Module) -> None:
+        """See `Home.leave`."""
+
+
+class OnHost:
+    """On the host; layers are copied to the device while they run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.memory = torch.device("cpu")
+        self.stream: CopyStream | None = None
+        self.shares_device = False
+
+    def allocator(self) -> Empty:
+        """See `Home.allocator`."""
+        return Slabs(page_locked=self._device.type == "cuda").empty
+
+    def enter(self, module: nn.Module) -> None:
+        """See `Home.enter`."""
+        offload(module, self._device)
+
+    def leave(self, module: nn.Module) -> None:
+        """See `Home.leave`."""
+        stop_offloading(module)

@@ -1,0 +1,156 @@
+"""Host memory in a few large slabs, page-locked for CUDA.
+
+A separate page-locked allocation for every weight would take half as much again, because the
+allocator rounds each one up to a power of two.
+
+By default torch page-locks with cudaHostAlloc, which maps all pages of a slab in one thread, under
+a lock of the driver. With `pinned_use_cuda_host_register` and `pinned_num_register_threads`
+(torch's notes on CUDA, under PYTORCH_ALLOC_CONF) it maps them in several threads, and CUDA locks
+what is mapped. torch reads these settings at every allocation, so they are set before the first
+page-locked slab.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flux.memory.budget import bytes_of, with_fallback
+from flux.memory.residency import BudgetError
+from weights.serving.settings import GB
+
+logger = logging.getLogger(__name__)
+
+SLAB = 1 << 30  # a power of two, as the allocator of page-locked memory rounds up to one
+ALIGNMENT = 256
+REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
+REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
+TRIAL = 4 << 20  # bytes
+OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one that is set counts
+
+
+class Slabs:
+    """Allocates tensors one after another in slabs; a slab is freed with its last tensor.
+
+    Args:
+        page_locked: whether a device may copy from it beside its other work.
+    """
+
+    def __init__(self, *, page_locked: bool) -> None:
+        if page_locked and torch.cuda.is_available():
+            _register_in_parallel()
+        self._page_locked = page_locked
+        self._slab = torch.zeros(0, dtype=torch.uint8)
+        self._start = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor.
+
+        Raises:
+            BudgetError: there is no memory for it.
+        """
+        count = torch.Size(shape).numel() * dtype.itemsize
+        if self._start + count > self._slab.numel():
+            self._slab = self._another(max(SLAB, count))
+            self._start = 0
+        found = self._slab[self._start : self._start + count].view(dtype).view(shape)
+        self._start += -(-count // ALIGNMENT) * ALIGNMENT
+        return found
+
+    def _another(self, size: int) -> Tensor:
+        kind = "page-locked host memory" if self._page_locked else "host memory"
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
+        except RuntimeError as error:
+            raise BudgetError(
+                f"There are no {size / GB:.2f} GB more of {kind} ({error}): give the machine "
+                "more, or set FLUX_HOST_MEMORY_GB to what it has for weights"
+            ) from error
+
+
+def hold(module: nn.Module, *, page_locked: bool) -> bool:
+    """Copy a module's parameters from the memory map into slabs.
+
+    Returns:
+        whether there was memory for it; if not, the parameters are unchanged.
+    """
+
+    def copy() -> bool:
+        for parameter, view in zip(module.parameters(), _copies(module, page_locked), strict=True):
+            parameter.data = view
+        return True
+
+    def without() -> bool:
+        give_back()  # the slabs that there was memory for
+        return False
+
+    def recoverable(error: Exception) -> bool:
+        if isinstance(error, BudgetError):
+            logger.warning("Weights stay in the memory map. %s", str(error))  # no traceback kept
+        return isinstance(error, BudgetError)
+
+    return with_fallback(copy, without, recoverable)
+
+
+class PageLocked:
+    """Page-locked host memory for modules, under a budget: first come, first served. Thread-safe.
+
+    Args:
+        budget: in bytes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+        self._one_at_a_time = threading.Lock()
+
+    def hold(self, module: nn.Module) -> bool:
+        """`hold` a module in it, if it still has room for it."""
+        size = bytes_of(module)
+        with self._one_at_a_time:
+            if size > self._left or not hold(module, page_locked=True):
+                return False
+            self._left -= size
+            return True
+
+
+def give_back() -> None:
+    """Give the unused page-locked memory that torch has cached back to the system."""
+    if not torch.cuda.is_available():
+        return
+    # torch 2.11 lacks the public name; its own CUDA graphs call the other
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
+    empty()
+
+
+def _register_in_parallel() -> None:
+    """Have torch page-lock with several threads, unless the operator has said how.
+
+    Settings that are not repeated fall back to torch's defaults, so the operator's are repeated.
+    Some sandboxes lock what CUDA allocates and refuse what is allocated already, so it is tried.
+    """
+    set_by_operator = next(filter(None, map(os.environ.get, OPERATORS)), "")
+    if REGISTER in set_by_operator or THREADS in set_by_operator:
+        return
+    threads = min(REGISTER_THREADS, 1 << ((os.cpu_count() or 1).bit_length() - 1))
+    how = f"{REGISTER}:True,{THREADS}:{threads}"  # their number has to be a power of two
+    try:
+        _tell_allocator(set_by_operator, how)
+        torch.empty(TRIAL, dtype=torch.uint8, pin_memory=True)
+    except (AttributeError, RuntimeError, ValueError) as error:
+        logger.warning("Page-locking with one thread, as %s fails: %s", how, error)
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+            _tell_allocator(set_by_operator, f"{REGISTER}:False")
+
+
+def _tell_allocator(*settings: str) -> None:
+    torch._C._accelerator_setAllocatorSettings(",".join(filter(None, settings)))
+
+
+def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:
+    slabs = Slabs(page_locked=page_locked)
+    values = [parameter.detach() for parameter in module.parameters()]
+    return [slabs.empty(value.shape, value.dtype).copy_(value) for value in values]

@@ -1,0 +1,154 @@
+"""The pristine transformers, one for each variant, on the host.
+
+They are never written: `flux/transformers/pool.py` makes working weights from them. A variant with
+float8 weights on disk needs its pristine copy only for adapters and for bf16. That copy is opened
+when its first weight is read; the others are opened in setup.
+
+Opening maps the files into memory. With CUDA, weights that are read repeatedly from the host are
+then copied into page-locked memory, if there is room. If it is known in setup that they will be
+read, a thread copies them beside the rest of setup, else the first read does. Weights that have a
+copy on the device are not page-locked.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from flux.components import load_module, reading
+from flux.memory.budget import bytes_of
+from flux.transformers.prequantized import Prequantized
+from weights.serving.inventory import Entry
+
+logger = logging.getLogger(__name__)
+
+PART = "transformer"  # the directory of a checkpoint that holds it
+
+
+class Master:
+    """One variant's pristine transformer.
+
+    Args:
+        variant: its name.
+        template: a transformer of its configuration and dtype; its weights are not looked at.
+        load: opens the pristine transformer.
+        source: where that comes from, as the log shows it.
+        prequantized: its float8 weights from disk, if there are any.
+        hold: copies a module's weights into memory that is faster to read, and says whether it did.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        template: nn.Module,
+        load: Callable[[], nn.Module],
+        source: Path,
+        prequantized: Prequantized | None = None,
+        hold: Callable[[nn.Module], bool] | None = None,
+    ) -> None:
+        self.template = template
+        self.prequantized = prequantized
+        self._name = f"{variant} pristine"
+        self._load = load
+        self._source = source
+        self._hold = hold
+        self._holding: Future[float] | None = None  # the seconds that it takes
+        self._module: nn.Module | None = None
+        self._values: Mapping[str, Tensor] = {}
+        self._seconds = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is more than the template."""
+        return self._module is not None
+
+    def open(self) -> Mapping[str, Tensor]:
+        """Return the pristine values by parameter name; the first call opens the files.
+
+        Raises:
+            CheckpointError: they cannot be opened.
+        """
+        if self._module is None:
+            logger.info("Loading %s", self._name)
+            start = time.perf_counter()
+            self._module = self._load()
+            self._values = dict(self._module.named_parameters())
+            self._seconds = time.perf_counter() - start
+            self._say()
+        return self._values
+
+    def begin(self) -> None:
+        """Start a thread that copies the values into memory that is faster to read.
+
+        Until `at_hand` or `entry` has returned, nobody else may read them.
+        """
+        self.open()
+        if self._module is not None and self._hold and not self._holding:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="hold")
+            self._holding = thread.submit(_timed, partial(self._hold, self._module))
+            thread.shutdown(wait=False)  # it ends with its work
+
+    def at_hand(self) -> Mapping[str, Tensor]:
+        """Return the pristine values, in memory that is faster to read where there is some.
+
+        Raises:
+            CheckpointError: the files cannot be opened.
+        """
+        if self._hold or not self.is_open:
+            self.begin()
+            self._join()
+        return self._values
+
+    def entry(self) -> Entry:
+        """A row for the table of setup; it waits for what `begin` has begun."""
+        if self._module is None:
+            later = f"{self._source}, with the first adapter or bf16 request"
+            return Entry.later(self._name, bytes_of(self.template), later)
+        self._join()
+        return Entry.of(self._name, self._values.values(), self._source, self._seconds)
+
+    def _join(self) -> None:
+        """Wait for the thread, and raise what it raised; a later call starts over."""
+        if holding := self._holding:
+            self._holding = None
+            self._seconds += holding.result()
+            self._hold = None  # done, or without room for it
+            self._say()
+
+    def _say(self) -> None:
+        held = Entry.of(self._name, self._values.values(), self._source, self._seconds)
+        logger.info("%s is in %s: %s", held.name, held.place, held.cost)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Do some work; return its seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def template(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """A transformer without memory, as config.json in `directory` describes it.
+
+    Raises:
+        CheckpointError: there is no such file, or not for a transformer of FLUX.1.
+    """
+    with reading(f"{variant} transformer", directory), torch.device("meta"):
+        config = FluxTransformer2DModel.load_config(directory, local_files_only=True)
+        module: nn.Module = FluxTransformer2DModel.from_config(config)
+    return module.to(dtype)
+
+
+def load_transformer(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer of a checkpoint; where its files hold `dtype`, a memory map.
+
+    Raises:
+        CheckpointError: files or weights are missing, damaged, or of another shape.
+    """
+    return load_module(f"{variant} transformer", FluxTransformer2DModel, directory, dtype)

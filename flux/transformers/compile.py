@@ -1,0 +1,209 @@
+"""Compile the transformers' blocks, each class once for all sizes; run eagerly if that fails.
+
+Compilation is regional (diffusers' `compile_repeated_blocks`): FLUX.1's 57 blocks are of two
+classes, so each class is compiled once. The graphs are shared by all blocks, by dev and schnell,
+and by all adapters, because weights are inputs of the graphs. There are separate graphs for each
+precision (float8 weights are another class of tensor), and for the first block of each class: the
+strides of its input differ from those that the blocks pass to each other.
+
+- `dynamic=True`: one graph for all numbers of tokens. torch takes two dimensions that are equal
+  while tracing for the same dimension ("duck shapes"), and 4096, the tokens of a megapixel, is also
+  T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
+- `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
+  it reaches the fallback below, and the log.
+- torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are drawn
+  eagerly.
+- The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
+  and its shapes would cost a second warm-up.
+- Rejected: CUDA graphs ("reduce-overhead"), which keep buffers for each size, and saved artifacts
+  (`torch.compiler.save_cache_artifacts`), because a kept cache directory does the same.
+"""
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from flux.deployment import Deployment
+from flux.memory.budget import is_out_of_memory, with_fallback
+from flux.memory.residency import ORDER, BudgetError
+from flux.request import Mode, Request
+from flux.transformers.pool import COMPONENT
+from flux.variants import VARIANTS, Key, Precision
+from weights.serving.cancel import Cancelled
+from weights.serving.directories import usable
+from weights.serving.errors import DirectoryError
+from weights.serving.settings import Settings, SettingsError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
+
+
+def compile_blocks(
+    modules: Mapping[Key, nn.Module], deployment: Deployment, settings: Settings
+) -> "Compilation | None":
+    """Have the transformers compiled if the settings say so; None if not.
+
+    `auto` compiles with CUDA. On a CPU, compiling takes longer than drawing with the miniature.
+    Offloaded transformers are not compiled, because hooks move the weights of every layer.
+
+    Raises:
+        SettingsError: the cache's directory cannot be used.
+    """
+    by_itself = deployment.device.type == "cuda" and settings.compile == "auto"
+    if not by_itself and settings.compile != "on":
+        return None
+    if COMPONENT in deployment.offloaded:
+        logger.info("Transformers that live on the host are not compiled (FLUX_OFFLOAD)")
+        return None
+    directory = _cache_directory(settings.compile_cache_directory)
+    os.environ[CACHE] = str(directory)  # torch documents no other way; Triton's goes beneath it
+    return Compilation(modules)
+
+
+def _cache_directory(wanted: Path) -> Path:
+    """The directory for compiled kernels; a temporary one if the default cannot be used.
+
+    Raises:
+        SettingsError: the operator's own choice cannot be used.
+    """
+    try:
+        return usable(wanted, CACHE)
+    except DirectoryError as error:
+        if wanted != Settings.compile_cache_directory:
+            raise SettingsError(f"{error}, or set FLUX_COMPILE=off") from error
+        logger.warning("Compiled kernels are not kept for the next start: %s.", error)
+        return Path(tempfile.mkdtemp(prefix="flux-compiled-"))
+
+
+class Compilation:
+    """Runs work that calls compiled transformers; runs it eagerly after the compiler has failed.
+
+    Args:
+        modules: the transformers; their blocks are compiled at the first call.
+        backend: a name that torch.compile knows.
+    """
+
+    def __init__(self, modules: Mapping[Key, nn.Module], backend: str = "inductor") -> None:
+        self._eager: set[Key] = set()
+        for module in modules.values():
+            module.compile_repeated_blocks(  # type: ignore[operator]
+                dynamic=True, fullgraph=True, backend=backend
+            )
+
+    def serves(self, key: Key) -> bool:
+        """Whether a transformer runs compiled; not after the compiler has failed for it."""
+        return key not in self._eager
+
+    def run(self, key: Key, tokens: int, work: Callable[[], T]) -> T:
+        """Run `work`; if the compiler fails, run it again eagerly, and everything after it.
+
+        Compilers raise exceptions of many classes, some only when a kernel is launched. So the
+        outcome decides: if the same work succeeds eagerly, the compiler had failed. A cancel
+        and a lack of memory are not failures of the compiler, and are raised again.
+
+        Args:
+            key: the transformer that `work` calls.
+            tokens: of the image.
+            work: may be called twice.
+        """
+        if tokens == 1 or not self.serves(key):
+            return _eagerly(work)
+
+        def compiled() -> T:
+            before = graphs()
+            try:
+                return work()
+            finally:
+                if made := graphs() - before:
+                    logger.info("Compiled %d graphs for %s %s", made, *key)
+
+        def eagerly() -> T:
+            result = _eagerly(work)
+            self._eager.add(key)
+            logger.warning("%s %s draws eagerly until the next start: that went well", *key)
+            return result
+
+        def recoverable(error: Exception) -> bool:
+            if isinstance(error, Cancelled | BudgetError) or is_out_of_memory(error):
+                return False
+            logger.warning("%s %s failed compiled; trying it eagerly", *key, exc_info=error)
+            return True
+
+        return with_fallback(compiled, eagerly, recoverable)
+
+
+def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> list[Key]:
+    """The transformers to draw with in setup, so that these precisions are compiled there.
+
+    Those of `at_start` come last, so that they are on the device in the end. A precision that
+    none of them has is compiled with one that takes turns with them.
+    """
+    wanted = list(at_start)
+    missing = set(precisions) - {key.precision for key in wanted}
+    first = {key.precision: key for key in reversed(ORDER)}
+    return [key for precision, key in first.items() if precision in missing] + wanted
+
+
+def rehearsal(key: Key, token: int) -> Request:
+    """A request of one step; running it compiles a transformer for all other requests.
+
+    Args:
+        key: of the transformer.
+        token: pixels along the side of a token.
+    """
+    rows, columns = WARM_UP_TOKENS
+    variant = VARIANTS[key.variant]
+    variant = replace(variant, max_sequence_length=variant.max_sequence_length - 1)
+    return Request(
+        prompt="",
+        variant=variant,
+        mode=Mode.TEXT_TO_IMAGE,
+        precision=key.precision,
+        width=columns * token,
+        height=rows * token,
+        image=None,
+        mask=None,
+        sigmas=(1.0,),
+        seeds=(0,),
+        guidance=1.0 if variant.guidance else None,
+        adapters=(),
+        output_format="png",
+        output_quality=0,
+        check_safety=False,
+    )
+
+
+@contextmanager
+def warming_up() -> Iterator[None]:
+    """Say in the log what a warm-up took."""
+    before, start = graphs(), time.perf_counter()
+    with warnings.catch_warnings():
+        # torchao's tensors have no hash of their own; torch's default one finds them again
+        warnings.filterwarnings("ignore", message=".* does not implement _stable_hash_for_caching")
+        yield
+    made, seconds = graphs() - before, time.perf_counter() - start
+    logger.info("Warm-up: %d graphs in %.1f s, cached in %s", made, seconds, os.environ.get(CACHE))
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _eagerly(work: Callable[[], T]) -> T:
+    with torch.compiler.set_stance("force_eager"):
+        return work()

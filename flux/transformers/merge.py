@@ -1,0 +1,315 @@
+"""Adapters in the working weights, by reconciliation.
+
+Every parameter has a record of what its working value contains. `reconcile` compares the
+records with what is wanted and writes only the parameters that differ, each from its pristine
+value: `working = round(pristine + sum of scale * delta)`. There is no unload, no undo and no
+"currently loaded": a restored weight is the pristine weight copied back, so nothing drifts;
+and a merge that fails half-way leaves records that tell so, and the next reconcile heals it.
+
+Refused: subtracting a delta (4.6 % of bf16 weights do not come back), wrapper modules (they
+slow every step and recompile the graph), and dense deltas kept between merges (47 GB).
+
+Here a write is torch's operators, one pass each. On CUDA `flux/transformers/one_pass.py` does the same in one,
+for plain LoRA deltas.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flux.memory.staging import Staging
+from flux.recent import Recent
+from weights.serving.cancel import CheckCancelled, never_cancelled
+
+Parameter = tuple[str, str]
+"""(component, parameter name as in the component's `named_parameters()`)."""
+Record = tuple[tuple[str, float], ...]
+"""What a working value contains: (adapter digest, scale), sorted; empty when pristine."""
+Pristine = Callable[[str, str], Tensor]
+"""(component, parameter name) -> pristine value, in the working dtype or a finer one."""
+Store = Callable[[Tensor, Tensor], None]
+"""Writes an exact value (fp32, or the pristine itself) into a working weight in place."""
+
+LowRank = tuple[Tensor, Tensor, float, slice]
+"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
+
+PLANS = 8  # combinations of adapters and scales whose records are kept
+UNKNOWN = None
+"""The record of a parameter before its first write, while it is written, and if that fails."""
+
+
+class AdapterLike(Protocol):
+    """What merging needs of an adapter."""
+
+    @property
+    def digest(self) -> str:
+        """Identity: two adapters of one digest add the same."""
+        ...
+
+    @property
+    def parameters(self) -> Set[Parameter]:
+        """Every parameter that `add_to` accepts."""
+        ...
+
+    def add_to(
+        self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
+    ) -> None:
+        """Add `scale * delta` of one parameter to `scratch` (fp32, its shape) in place."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        ...
+
+    def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
+        """The delta of one parameter as a sum of LoRA deltas; None where it is none."""
+        ...
+
+    def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "AdapterLike":
+        """The same for some of its parameters only, with tensors that `send` gives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Adapters on the device.
+
+    Attributes:
+        factors: for weights that `OnePassLike.write` can write, what it takes.
+        adapters: by digest, for all others.
+    """
+
+    factors: Mapping[Parameter, tuple[Tensor, Tensor, Tensor]]
+    adapters: Mapping[str, AdapterLike]
+
+
+class OnePassLike(Protocol):
+    """What merging needs of `flux.transformers.one_pass.OnePass`."""
+
+    def near(self, record: Record, adapters: Mapping[str, AdapterLike]) -> Near | None:
+        """Have adapters on the device; None where they cannot be."""
+        ...
+
+    def write(
+        self, working: Tensor, pristine: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+    ) -> bool:
+        """Write a weight from its pristine value; return whether it is written."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """What one reconciliation did.
+
+    Attributes:
+        merged: how many parameters were written with adapters in them.
+        restored: how many were written back to pristine.
+        absent: parameters that an adapter changes and these modules do not have (the guidance
+            embedder of dev, in schnell), left out.
+    """
+
+    merged: int
+    restored: int
+    absent: tuple[Parameter, ...]
+
+
+class ClonedPristine:
+    """The default source of pristine values: a host copy of each parameter, before its first write.
+
+    Costs the host's memory of every parameter that an adapter ever touched. A loader that keeps a
+    second mapping of the files, or pinned slabs, gives a function of its own instead.
+    """
+
+    def __init__(self, parameters: Mapping[Parameter, Tensor]) -> None:
+        self._parameters = parameters
+        self._copies: dict[Parameter, Tensor] = {}
+
+    def __call__(self, component: str, parameter: str) -> Tensor:
+        """The pristine value; the first call for a parameter must precede its first write."""
+        key = (component, parameter)
+        if key not in self._copies:
+            self._copies[key] = self._parameters[key].detach().to("cpu", copy=True)
+        return self._copies[key]
+
+
+def store_rounded(working: Tensor, exact: Tensor) -> None:
+    """Round `exact` to the working dtype, once, into the same storage."""
+    working.copy_(exact)
+
+
+class WorkingWeights:
+    """The parameters that serve, and the record of what each contains.
+
+    Args:
+        modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
+            must be pristine now, unless blank, and nobody else may write them.
+        pristine: where pristine values come from; by default a copy before the first write.
+        store: how a result is put into a working weight; quantised weights bring their own.
+        staging: brings pristine values to the device; by default they are used where they are.
+        one_pass: writes weights with LoRA deltas; None: torch's operators do, as for all others.
+        blank: the parameters hold nothing yet; the first reconciliation writes all of them.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        pristine: Pristine | None = None,
+        store: Store = store_rounded,
+        staging: Staging | None = None,
+        *,
+        one_pass: OnePassLike | None = None,
+        blank: bool = False,
+    ) -> None:
+        self._parameters: dict[Parameter, Tensor] = {
+            (component, name): parameter.detach()  # the memory, wherever hooks send the parameter
+            for component, module in modules.items()
+            for name, parameter in module.named_parameters()
+        }
+        self._pristine = pristine or ClonedPristine(self._parameters)
+        self._store = store
+        self._staging = staging or Staging(torch.device("cpu"), stream=None)
+        self._one_pass = one_pass
+        self._plans: Recent[Record, Mapping[Parameter, Record]] = Recent(PLANS)
+        self._records: dict[Parameter, Record | None] = {}
+        if blank:
+            self._records |= dict.fromkeys(self._parameters, UNKNOWN)
+        self._scratch = torch.empty(0)
+
+    def record(self, component: str, parameter: str) -> Record | None:
+        """What a parameter's working value contains; UNKNOWN after a write that failed."""
+        return self._records.get((component, parameter), ())
+
+    def clean(self, component: str, parameter: str) -> Tensor | None:
+        """The working value, where that is the pristine value."""
+        clean = self.record(component, parameter) == ()
+        return self._parameters[component, parameter] if clean else None
+
+    def fingerprint(self, component: str) -> tuple[tuple[str, Record], ...]:
+        """A key that is equal when, and only when, the component's weights are.
+
+        Raises:
+            RuntimeError: a parameter is in an unknown state; reconcile first.
+        """
+        found = []
+        for (owner, name), record in self._records.items():
+            if owner == component and record is UNKNOWN:
+                raise RuntimeError(f"{component}.{name} is half-written: reconcile before using it")
+            if owner == component and record:
+                found.append((name, record))
+        return tuple(sorted(found))
+
+    def differs(self, desired: Sequence[tuple[AdapterLike, float]]) -> bool:
+        """Whether `reconcile` would write anything."""
+        wanted = self._plan(*_combined(desired))
+        return any(self.record(*key) != wanted.get(key, ()) for key in self._parameters)
+
+    @torch.no_grad()
+    def reconcile(
+        self,
+        desired: Sequence[tuple[AdapterLike, float]],
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> Swap:
+        """Make the working weights contain `desired` and nothing else.
+
+        Scales of one adapter are summed, and zeros dropped; adapters are added in the order
+        of their digests, so the order given does not matter, to the bit.
+
+        Args:
+            desired: (adapter, scale) pairs.
+            check_cancelled: called before each write; raises to stop. Whatever stops a
+                reconciliation, the next one starts from what the records say.
+
+        Raises:
+            ValueError: a scale is not finite.
+        """
+        adapters, combined = _combined(desired)
+        wanted = self._plan(adapters, combined)
+        stale = [
+            (key, record)
+            for key in self._parameters
+            if self._records.get(key, ()) != (record := wanted.get(key, ()))
+        ]
+        near = None
+        if self._one_pass and any(record for _, record in stale):
+            near = self._one_pass.near(combined, adapters)
+        written: dict[Parameter, Record] = {}
+        sources = self._staging.bring(self._pristine(*key) for key, _ in stale)
+        try:
+            for (key, record), pristine in zip(stale, sources, strict=True):
+                check_cancelled()
+                self._write(key, record, pristine, adapters, near)
+                written[key] = record
+        finally:
+            self._staging.wait()  # also with nothing stale: before whatever is computed next
+            self._records |= written
+        merged = sum(bool(record) for _, record in stale)
+        absent = tuple(sorted(wanted.keys() - self._parameters.keys()))
+        return Swap(merged, len(stale) - merged, absent)
+
+    def _plan(
+        self, adapters: Mapping[str, AdapterLike], combined: Record
+    ) -> Mapping[Parameter, Record]:
+        """The record that each touched parameter should have; made once, and kept for a while."""
+        plan = self._plans.get(combined)
+        return self._plans.put(combined, _wanted(adapters, combined)) if plan is None else plan
+
+    def _write(
+        self,
+        key: Parameter,
+        record: Record,
+        pristine: Tensor,
+        adapters: Mapping[str, AdapterLike],
+        near: Near | None,
+    ) -> None:
+        """Write one parameter from its pristine value; its record is unknown afterwards."""
+        working = self._parameters[key]
+        self._records[key] = UNKNOWN
+        if record and near and self._one_pass:
+            if factors := near.factors.get(key):
+                if self._one_pass.write(working, pristine, factors):
+                    return
+            else:
+                adapters = near.adapters
+        exact = pristine
+        if record:
+            here = pristine.to(working.device)  # before it is widened: half to carry
+            exact = self._scratch_like(working).copy_(here)
+            for digest, scale in record:
+                adapters[digest].add_to(exact, *key, self._pristine, scale)
+        self._store(working, exact)
+
+    def _scratch_like(self, working: Tensor) -> Tensor:
+        """Reused fp32 memory of the parameter's shape: allocating costs more than adding."""
+        if self._scratch.device != working.device or self._scratch.numel() < working.numel():
+            self._scratch = torch.empty(working.numel(), device=working.device)
+        return self._scratch[: working.numel()].view(working.shape)
+
+
+def _combined(
+    desired: Sequence[tuple[AdapterLike, float]],
+) -> tuple[dict[str, AdapterLike], Record]:
+    """The adapters by digest; and these with the sums of their scales, but for zeros, sorted."""
+    adapters = {adapter.digest: adapter for adapter, _ in desired}
+    combined = []
+    for digest in sorted(adapters):
+        scales = [scale for adapter, scale in desired if adapter.digest == digest]
+        scale = math.fsum(scales)  # exact, so that the order given does not matter
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of an adapter must be finite, got {scales}")
+        if scale:
+            combined.append((digest, scale))
+    return adapters, tuple(combined)
+
+
+def _wanted(adapters: Mapping[str, AdapterLike], combined: Record) -> dict[Parameter, Record]:
+    """The record that each touched parameter should have."""
+    wanted: dict[Parameter, Record] = {}
+    for digest, scale in combined:
+        for key in adapters[digest].parameters:
+            wanted[key] = (*wanted.get(key, ()), (digest, scale))
+    return wanted

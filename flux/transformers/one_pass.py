@@ -1,0 +1,209 @@
+"""Adapters on the device, and weights written with them in one pass.
+
+A merge that sends factors from the host does so for each weight, twice, from memory that is not
+page-locked, and each of these copies holds the host up. So all that adapters hold is brought to
+the device when they are first merged there, and the least recently used leave. For each weight
+that gets plain LoRA deltas only, the factors of all adapters are one `up` and one `down`, side by
+side, for `flux/transformers/lora_kernel.py`. Other differences are brought as they are, and take the path of
+torch's operators in flux/transformers/merge.py, which is also the reference for the kernel.
+
+The factors are kept by the set of adapters, without their scales, so that another scale brings
+only a vector. Two sets that share an adapter hold it twice, which the limit counts.
+
+Where the kernel fails, by Triton's compiler or its driver, a weight is still written: the failure
+is in the log once, and torch's operators do all of it until the process is started anew.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from flux.memory.budget import is_out_of_memory
+from flux.recent import Recent
+from flux.transformers.merge import AdapterLike, LowRank, Near, Parameter, Record
+from weights.serving.settings import GB
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], bool]
+"""Writes a weight; see `lora_kernel.write`."""
+Send = Callable[[Tensor], Tensor]
+MAX_RANK = 512  # of all adapters together; above, products take longer than the passes they save
+SCALES = 4  # of each set of adapters, whose vectors are kept
+SETS = 64  # whose size is remembered as too large
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Two factors of the sum of all deltas of a weight: up `[n, rank]`, down `[rank, columns]`.
+
+    strengths: for each column of `up`, the index of its adapter, and what its scale is times.
+    """
+
+    up: Tensor
+    down: Tensor
+    strengths: Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A set of adapters on the device.
+
+    Attributes:
+        factors: for each weight that the kernel can write.
+        adapters: by digest, with the differences to all others.
+        scaled: the same with scales of the adapters.
+    """
+
+    factors: Mapping[Parameter, Factors]
+    adapters: Mapping[str, AdapterLike]
+    scaled: Recent[tuple[float, ...], Near]
+
+
+class OnePass:
+    """See the module.
+
+    Args:
+        kernel: `lora_kernel.write`, or what stands in for it.
+        limit: bytes of the device that adapters may take there.
+        send: brings a tensor from the host to the device, and does not wait for it.
+    """
+
+    def __init__(self, kernel: Kernel, limit: int, send: Send) -> None:
+        self._kernel = kernel
+        self._limit = limit
+        self._send = send
+        self._held: Recent[tuple[str, ...], Held] = Recent(limit)
+        self._refused: Recent[tuple[str, ...], bool] = Recent(SETS)
+        self.failed = False
+        """Whether the kernel failed once, and is not used any more."""
+
+    def near(self, record: Record, adapters: Mapping[str, AdapterLike]) -> Near | None:
+        """Have adapters on the device, to be merged with the scales of a record.
+
+        Returns None where they take more than the limit, or the kernel failed before.
+        """
+        digests = tuple(digest for digest, _ in record)
+        if self.failed or digests in self._refused:
+            return None
+        held = self._held.get(digests) or self._bring(digests, adapters)
+        if held is None:
+            return None
+        scales = tuple(scale for _, scale in record)
+        return held.scaled.get(scales) or held.scaled.put(scales, self._scaled(held, scales))
+
+    def write(
+        self, working: Tensor, pristine: Tensor, factors: tuple[Tensor, Tensor, Tensor]
+    ) -> bool:
+        """Write a weight from its pristine value, both on the device; return whether it is."""
+        if self.failed:
+            return False
+        try:
+            return self._kernel(working, pristine, *factors)
+        except Exception as error:  # Triton's are of many classes
+            if is_out_of_memory(error):
+                raise
+            self.failed = True
+            self._held = Recent(self._limit)  # nothing there is used any more
+            logger.warning(
+                "Adapters are merged by torch's operators until a restart", exc_info=error
+            )
+            return False
+
+    def _bring(self, digests: tuple[str, ...], adapters: Mapping[str, AdapterLike]) -> Held | None:
+        keys = {key for digest in digests for key in adapters[digest].parameters}
+        packed = {
+            key: _packed([_deltas(adapters[d], key) for d in digests]) for key in sorted(keys)
+        }
+        factors = {key: found for key, found in packed.items() if found}
+        size = sum(f.up.nbytes + f.down.nbytes for f in factors.values())
+        size += sum(adapters[d].nbytes for d in digests if adapters[d].parameters - factors.keys())
+        if size > self._limit:
+            logger.info("Adapters of %.1f GB are merged from the host", size / GB)
+            self._refused.put(digests, True)
+            return None
+        self._held.make_room(size)
+        sent = {
+            key: Factors(self._send(f.up), self._send(f.down), f.strengths)
+            for key, f in factors.items()
+        }
+        others = {
+            digest: adapters[digest].placed(adapters[digest].parameters - sent.keys(), self._send)
+            for digest in digests
+        }
+        return self._held.put(digests, Held(sent, others, Recent(SCALES)), size)
+
+    def _scaled(self, held: Held, scales: Sequence[float]) -> Near:
+        """A set of adapters with scales, which are brought in one copy."""
+        factors = held.factors.values()
+        values = [s * scales[index] for f in factors for index, s in f.strengths]
+        together = self._send(torch.tensor(values, dtype=torch.float32))
+        parts = torch.split(together, [len(f.strengths) for f in factors])
+        for_kernel = [(f.up, f.down, part) for f, part in zip(factors, parts, strict=True)]
+        return Near(dict(zip(held.factors, for_kernel, strict=True)), held.adapters)
+
+
+def _deltas(adapter: AdapterLike, key: Parameter) -> Sequence[LowRank] | None:
+    """What an adapter adds to a weight; see `AdapterLike.low_rank`."""
+    return adapter.low_rank(*key) if key in adapter.parameters else ()
+
+
+def _packed(parts: Sequence[Sequence[LowRank] | None]) -> Factors | None:
+    """The LoRA deltas of one weight, a sequence of each adapter, as a single one.
+
+    None: one adapter has others too, or the rank is more than the kernel's.
+    """
+    deltas = [(i, d) for i, found in enumerate(parts) if found is not None for d in found]
+    rank = sum(down.shape[0] for _, (_, down, *_) in deltas)
+    if any(found is None for found in parts) or not 0 < rank <= MAX_RANK:
+        return None
+    dtypes = {t.dtype for _, (up, down, *_) in deltas for t in (up, down)}
+    narrow = len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16}
+    dtype = dtypes.pop() if narrow else torch.float32
+    if len(deltas) == 1 and deltas[0][1][-1].start == 0:
+        (_, (up, down, *_)) = deltas[0]
+        ups, downs = up.to(dtype), down.to(dtype)
+    else:
+        ups = torch.zeros(max(rows.stop for _, (*_, rows) in deltas), rank, dtype=dtype)
+        column = 0
+        for _, (up, down, _, rows) in deltas:
+            ups[rows, column : column + down.shape[0]] = up.to(dtype)
+            column += down.shape[0]
+        downs = torch.cat([down.to(dtype) for _, (_, down, *_) in deltas])
+    strengths = [(i, s) for i, (_, down, s, _) in deltas for _ in range(down.shape[0])]
+    return Factors(ups, downs, strengths)
+
+
+def one_pass(device: torch.device, limit: int) -> OnePass | None:
+    """What writes weights on a device; None where torch's operators do.
+
+    Args:
+        device: where the weights are.
+        limit: bytes of it that adapters may take; 0: torch's operators write all weights.
+    """
+    if device.type != "cuda" or not limit:
+        return None
+    if find_spec("triton") is None:
+        logger.info("Adapters are merged by torch's operators: there is no Triton")
+        return None
+    try:
+        from flux.transformers.lora_kernel import FLOAT8_CAPABILITY, write
+    except Exception as error:  # a Triton without a compiler or a driver, of many classes
+        logger.warning("Adapters are merged by torch's operators", exc_info=error)
+        return None
+    float8 = torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+    return OnePass(partial(write, float8=float8), limit, lambda tensor: _sent(tensor, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, through page-locked memory, so that the host does not wait.
+
+    torch gives that memory to nobody else until the copy is made.
+    """
+    locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return locked.to(device, non_blocking=True)

@@ -1,0 +1,313 @@
+"""The transformers that serve: dev and schnell, each in bf16 and in fp8.
+
+Each variant has one pristine copy on the host (flux/transformers/base_weights.py), which nobody writes, and another
+on the device if there is room for it (flux/transformers/copies.py). What serves is made from it in working
+weights of its own: memory on the device, every record UNKNOWN, and a reconciliation, which writes
+pristine values and adapters in one pass, fp8 weight by weight. For a small card, that memory is on
+the host (flux/memory/offload.py), where all else is the same. While the pristine copy is not open, fp8
+comes from its file instead (flux/transformers/prequantized.py), every record pristine, and the reconciliation
+opens the copy for what adapters touch, and only then. Leaving the device drops the working weights
+together with their records, so no record can outlive what it describes. The module objects stay,
+and with them the pipelines.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
+from flux.memory.offload import Empty, Home, OnDevice
+from flux.memory.residency import ORDER, BudgetError, Item, PristineCopy, Residency
+from flux.memory.staging import Staging
+from flux.transformers.base_weights import Master
+from flux.transformers.copies import DeviceCopies
+from flux.transformers.merge import AdapterLike, OnePassLike, Pristine, Swap, WorkingWeights
+from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
+from flux.variants import Key, Precision
+from weights.serving.cancel import CheckCancelled, never_cancelled
+from weights.serving.inventory import Entry, size_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+COMPONENT = "transformer"
+
+
+class Transformers:
+    """Brings transformers to the device with the adapters that a request wants.
+
+    Args:
+        masters: variant -> pristine transformer, in the compute dtype.
+        device: where they compute.
+        dynamic: whether fp8 linears quantize their inputs too.
+        budget: bytes for working weights, where they are at home; None: no limit.
+        home: where the working weights are; by default on the device.
+        precisions: of what is there at the start.
+        one_pass: writes weights with adapters there; None: torch's operators do.
+    """
+
+    def __init__(
+        self,
+        masters: Mapping[str, Master],
+        device: torch.device,
+        *,
+        dynamic: bool,
+        budget: int | None,
+        home: Home | None = None,
+        precisions: Collection[Precision] = ("bf16", "fp8"),
+        one_pass: OnePassLike | None = None,
+    ) -> None:
+        self.precisions = precisions
+        self._masters = masters
+        self._device = device
+        self._dynamic = dynamic
+        self._one_pass = one_pass
+        self._home: Home = home or OnDevice(device)
+        self._staging = Staging(self._home.memory, self._home.stream)
+        self.modules: dict[Key, nn.Module] = {
+            key: skeleton(masters[key.variant].template) for key in ORDER
+        }
+        self._float8 = {
+            key: float8_parameters(module) if key.precision == "fp8" else frozenset()
+            for key, module in self.modules.items()
+        }
+        self._weights: dict[Key, WorkingWeights] = {}
+        self._seconds: dict[Key, float] = {}  # that making them took
+        self._sources: dict[Key, str] = {}  # what they were made from
+        self._copies = DeviceCopies(self._home.memory, self._staging)
+        sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
+        if self._home.stream and self._home.shares_device:  # the host's are not at hand there
+            sizes |= {PristineCopy(name): sizes[Key(name, "bf16")] for name in masters}
+        shares = self._home.shares_device
+        self._residency = Residency(sizes, budget, "device" if shares else "host")
+        at_start = self._residency.at_start(precisions)
+        self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
+        self._to_copy = {item.variant for item in at_start if isinstance(item, PristineCopy)}
+        self._hold_masters()
+
+    @property
+    def resident(self) -> tuple[Key, ...]:
+        """The transformers on the device, the least recently used first."""
+        return tuple(k for k in self._residency.resident if isinstance(k, Key))
+
+    def reconcile(
+        self,
+        key: Key,
+        adapters: Sequence[tuple[AdapterLike, float]],
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> Swap:
+        """Have a transformer on the device, with these adapters in it and nothing else.
+
+        Raises:
+            BudgetError: there is not enough memory for it.
+        """
+
+        def write() -> Swap:
+            start = time.perf_counter()
+            self._make_room(self._residency.admit(key))
+            fresh = key not in self._seconds  # or never finished: memory may have run out
+            if key not in self._weights:
+                logger.info("Loading %s %s", *key)
+                self._bring(key, check_cancelled)
+            if self._wants_copy(key, adapters, fresh=fresh):
+                self._copy_pristine(key.variant, check_cancelled)
+            swap = self._weights[key].reconcile(adapters, check_cancelled)
+            if not fresh:
+                return swap
+            self._seconds[key] = time.perf_counter() - start
+            logger.info("%s %s is on %s: %s", *key, self._home.memory, self._entry(key).cost)
+            return replace(swap, restored=0)  # they were never anything else
+
+        return self.with_room(key, write)
+
+    def with_room(self, key: Key, work: Callable[[], T]) -> T:
+        """Do some work; where the device's memory does not suffice, alone with one transformer.
+
+        Raises:
+            BudgetError: it does not suffice then either.
+        """
+
+        def recoverable(error: Exception) -> bool:
+            if is_out_of_memory(error):
+                logger.warning("Out of memory on %s, trying again with less there", self._device)
+                logger.warning("%s", error)
+                return True
+            return False
+
+        return with_fallback(work, partial(self._alone, key, work), recoverable)
+
+    def _alone(self, key: Key, work: Callable[[], T]) -> T:
+        """Do some work with one transformer alone on the device."""
+        for other in self._residency.resident:
+            if other != key and self._home.shares_device:
+                self._evict(other)
+        empty_cache(self._device)
+        try:
+            return work()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BudgetError(
+                f"Out of memory on {self._device}, also with {' '.join(key)} alone there: ask for "
+                "a smaller image or fewer megapixels, or use a larger device"
+            ) from error
+
+    def entries(self) -> list[Entry]:
+        """Rows for the table of setup: the pristine transformers, and those that serve."""
+        found = [master.entry() for master in self._masters.values()]
+        return found + self._copies.entries() + [self._entry(key) for key in ORDER]
+
+    def _entry(self, key: Key) -> Entry:
+        name, size = " ".join(key), self._residency.sizes[key]
+        if key not in self._weights:
+            return Entry.later(name, size, "with its first request")
+        held = [t for value in self.modules[key].parameters() for t in storage(value)]
+        return Entry.of(name, held, self._sources[key], self._seconds[key])
+
+    def _bring(self, key: Key, check_cancelled: CheckCancelled) -> None:
+        """Memory for a transformer, and records of what is in it.
+
+        That is nothing yet, or its prequantized weights, where they save opening the pristine.
+        """
+        module, empty, master = (
+            self.modules[key],
+            self._home.allocator(),
+            self._masters[key.variant],
+        )
+        ready_made = None if key.precision == "bf16" or master.is_open else master.prequantized
+        try:
+            for name, parameter in list(module.named_parameters()):
+                _set(module, name, self._empty(key, name, parameter, empty))
+            if ready_made:  # before the hooks of offloading, which copy the scales
+                ready_made.fill(module, self._staging, check_cancelled)
+            self._home.enter(module)
+            self._sources[key] = str(ready_made.path) if ready_made else f"{key.variant} pristine"
+            self._weights[key] = WorkingWeights(
+                {COMPONENT: module},
+                self._pristine(key.variant),
+                store,
+                self._staging,
+                one_pass=self._one_pass,
+                blank=not ready_made,
+            )
+        except BaseException:
+            self._evict(key)
+            raise
+
+    def _empty(self, key: Key, name: str, like: Tensor, empty: Empty) -> Tensor:
+        if name not in self._float8[key]:
+            return empty(like.shape, like.dtype)
+        values, dynamic = empty(like.shape, FLOAT8), self._dynamic
+        weight: Tensor = empty_float8(
+            like.shape, like.dtype, values.device, dynamic=dynamic, values=values
+        )
+        return weight
+
+    def _wants_copy(
+        self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool
+    ) -> bool:
+        """Whether the pristine weights should be on the device before a reconciliation.
+
+        They come with the first transformer that is made of them in setup, and later when adapters
+        change. Where the bf16 transformer holds no adapter, it does as well.
+        """
+        variant = key.variant
+        item = PristineCopy(variant)
+        if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
+            return False
+        if variant in self._to_copy:
+            return self._weights[key].differs(())  # what comes from a file is pristine already
+        plain = self._weights.get(Key(variant, "bf16"))
+        if fresh or (plain and not plain.differs(())):
+            return False
+        return self._weights[key].differs(adapters)
+
+    def _copy_pristine(self, variant: str, check_cancelled: CheckCancelled) -> None:
+        """Have a variant's pristine weights on the device, unless its memory does not suffice."""
+        item, master = PristineCopy(variant), self._masters[variant]
+        self._make_room(self._residency.admit(item))
+        if variant in self._copies:
+            return
+        # what is read once is not worth page-locking; what left, and comes again, may leave again
+        host = master.open if variant in self._to_copy else master.at_hand
+        try:
+            read = self._pristine(variant, host)
+            sources = {name: read(COMPONENT, name) for name in host()}
+            self._copies.fill(variant, sources, check_cancelled)
+        except BaseException as error:
+            self._evict(item)
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("The pristine weights of %s stay on the host: %s", variant, error)
+            self._residency.exclude(item)
+        finally:
+            if variant in self._to_copy:
+                self._to_copy.discard(variant)
+                self._hold_masters()
+
+    def _hold_masters(self) -> None:
+        """Start to page-lock what will be read from the host; not beside the copies of setup."""
+        for name, master in self._masters.items():
+            if master.is_open and name not in self._copies and not self._to_copy:
+                master.begin()
+
+    def _make_room(self, leaving: Sequence[Item]) -> None:
+        """Evict, and return the memory before anything else is allocated.
+
+        torch keeps the blocks of what left, and would split them for smaller weights.
+        """
+        for key in leaving:
+            self._evict(key)
+        if leaving:
+            empty_cache(self._home.memory)
+
+    def _evict(self, item: Item) -> None:
+        """Give back the memory of a transformer, with its records, or of pristine weights."""
+        self._residency.drop(item)
+        if isinstance(item, PristineCopy):
+            if self._copies.drop(item.variant):
+                logger.info("%s %s leaves %s", *item, self._home.memory)
+            return
+        self._seconds.pop(item, None)
+        if self._weights.pop(item, None):
+            logger.info("%s %s leaves %s", *item, self._home.memory)
+        module = self.modules[item]
+        self._home.leave(module)
+        for name, parameter in list(module.named_parameters()):
+            _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+
+    def _pristine(
+        self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> Pristine:
+        """Where a variant's pristine values are nearest; see `DeviceCopies.nearest`."""
+        plain = Key(variant, "bf16")
+        on_host = host or self._masters[variant].at_hand
+        return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
+
+
+def skeleton(master: nn.Module) -> nn.Module:
+    """A module like `master`, with parameters of its shapes and dtype, and no memory."""
+    with torch.device("meta"):
+        module: nn.Module = type(master).from_config(master.config)  # type: ignore[attr-defined]
+    for name, parameter in master.named_parameters():
+        _set(module, name, torch.empty_like(parameter, device="meta"))
+    return module.eval()
+
+
+def size(module: nn.Module, float8: frozenset[str]) -> int:
+    """Bytes of a transformer's weights with some of them in float8, a scale for each row."""
+    return sum(
+        parameter.numel() + 4 * parameter.shape[0] if name in float8 else size_of([parameter])
+        for name, parameter in module.named_parameters()
+    )
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,259 @@
+"""The kinds of difference an adapter file can hold, added to weights in fp32.
+
+Each kind keeps the file's tensors in the file's dtype and knows one thing: how to add
+`factor x` some of its rows to an fp32 tensor in place. Some are made from the pristine weight,
+here and in `lora/formats/rotations.py`; they read the rows that they need. A dense delta of a whole adapter
+would take as much memory as the model four times over, so none is ever stored.
+
+Formulas: LoRA (Hu et al. 2021), LoHa and LoKr (LyCORIS, arXiv 2309.14859), DoRA (Liu et al.
+2024, eq. 5), GLoRA (Chavan et al. 2023, arXiv 2306.07967, as in LyCORIS' modules/glora.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Pristine = Callable[[str, str], Tensor]
+"""(component, parameter name) -> the parameter's pristine value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows `source` of a delta, which are the rows `target` of one parameter."""
+
+    parameter: str
+    source: slice
+    target: slice
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module as its trainer saw it: the parts of the model's parameters that make it up."""
+
+    component: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """The pristine weight of a module, read where a delta needs it.
+
+    Attributes:
+        module: the module, and so the order of its rows.
+        pristine: (component, parameter name) -> the parameter's pristine value.
+        like: a tensor on the device where it is wanted.
+    """
+
+    module: Module
+    pristine: Pristine
+    like: Tensor
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows in fp32, which the caller must not write to."""
+        found = []
+        for part in sorted(self.module.parts, key=lambda part: part.source.start):
+            first = max(rows.start, part.source.start)
+            last = min(rows.stop, part.source.stop)
+            if first < last:
+                shift = part.target.start - part.source.start
+                values = self.pristine(self.module.component, part.parameter)
+                found.append(exact(values[first + shift : last + shift], self.like))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+class Delta(Protocol):
+    """A difference to a weight of `rows x columns`, or to a vector of `rows`."""
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+        """Add `factor * delta[rows]` to `out` (fp32, that many rows) in place.
+
+        Args:
+            out: what is added to.
+            rows: of the module as it was trained.
+            factor: any finite number; the delta itself does not depend on it.
+            weight: the pristine weight of the module, for deltas that are made from it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """The difference itself: `delta = strength * values`, of any shape."""
+
+    values: Tensor
+    strength: float = 1.0
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+        """See `Delta.add_to`."""
+        out.add_(exact(self.values[rows], out), alpha=factor * self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class LoRA:
+    """`delta = strength * up @ down`; up is `[rows, rank]`, down `[rank, columns]`."""
+
+    up: Tensor
+    down: Tensor
+    strength: float
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+        """See `Delta.add_to`."""
+        up, down = exact(self.up[rows], out), exact(self.down, out)
+        out.addmm_(up, down, alpha=factor * self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class LoHa:
+    """`delta = strength * (w1_a @ w1_b) * (w2_a @ w2_b)`, the middle product elementwise."""
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    strength: float
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+        """See `Delta.add_to`."""
+        first = exact(self.w1_a[rows], out) @ exact(self.w1_b, out)
+        second = exact(self.w2_a[rows], out) @ exact(self.w2_b, out)
+        out.addcmul_(first, second, value=factor * self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class Factored:
+    """One matrix of a LoKr: whole, a product of two, or a Tucker core with two factors.
+
+    With a core, `matrix = sum_ij core[i, j] * a[i, :, None] * b[j, None, :]`.
+    """
+
+    whole: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    core: Tensor | None = None
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """The matrix in fp32, on the device of `like`."""
+        if self.whole is not None:
+            return exact(self.whole, like)
+        assert self.a is not None
+        assert self.b is not None
+        a, b = exact(self.a, like), exact(self.b, like)
+        if self.core is None:
+            return a @ b
+        return a.T @ exact(self.core, like) @ b
+
+
+@dataclass(frozen=True, slots=True)
+class LoKr:
+    """`delta = strength * kron(w1, w2)`."""
+
+    w1: Factored
+    w2: Factored
+    strength: float
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+        """See `Delta.add_to`; row block i of the product is `w1[i] (x) w2`, added by itself."""
+        w1, w2 = self.w1.matrix(out), self.w2.matrix(out)
+        height = w2.shape[0]
+        for index in range(rows.start // height, -(-rows.stop // height)):
+            start = index * height
+            first, last = max(rows.start, start), min(rows.stop, start + height)
+            block = out[first - rows.start : last - rows.start]
+            block.view(last - first, w1.shape[1], w2.shape[1]).addcmul_(
+                w1[index].view(1, -1, 1),
+                w2[first - start : last - start].unsqueeze(1),
+                value=factor * self.strength,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class GLoRA:
+    """`delta = strength * (W @ a_up @ a_down + b_up @ b_down)` from the pristine W.
+
+    a_up is `[columns, rank]`, b_up `[rows, rank]`, a_down and b_down are `[rank, columns]`.
+    """
+
+    a_up: Tensor
+    a_down: Tensor
+    b_up: Tensor
+    b_down: Tensor
+    strength: float
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+        """See `Delta.add_to`."""
+        alpha = factor * self.strength
+        turned = weight.rows(rows) @ exact(self.a_up, out)
+        out.addmm_(turned, exact(self.a_down, out), alpha=alpha)
+        out.addmm_(exact(self.b_up[rows], out), exact(self.b_down, out), alpha=alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class DoRA:
+    """`delta = m (W + d) / norm(W + d) - W` from the pristine W and a `delta` d of any kind.
+
+    `magnitude` is `[rows, 1]` (one norm for each output row) or `[1, columns]` (one for each
+    input column). A column's norm runs over all rows of the module as it was trained.
+    """
+
+    delta: Delta
+    magnitude: Tensor
+
+    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+        """See `Delta.add_to`."""
+        before, moved = self._moved(rows, weight)
+        magnitude = exact(self.magnitude, out)
+        if magnitude.shape[1] == 1:
+            magnitude = magnitude[rows]
+            norm = moved.norm(dim=1, keepdim=True)
+        else:
+            squares = [
+                self._moved(part.source, weight)[1].square_().sum(dim=0, keepdim=True)
+                for part in weight.module.parts
+            ]
+            norm = torch.stack(squares).sum(dim=0).sqrt_()
+        moved.mul_(magnitude / norm.clamp_min_(torch.finfo(torch.float32).tiny))
+        out.add_(moved.sub_(before), alpha=factor)
+
+    def _moved(self, rows: slice, weight: Weight) -> tuple[Tensor, Tensor]:
+        """Some rows of W and of W + d, in fp32."""
+        before = weight.rows(rows)
+        moved = before.clone()
+        self.delta.add_to(moved, rows, 1.0, weight)
+        return before, moved
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What an adapter adds to some rows of one parameter: `part` of the delta of `module`."""
+
+    delta: Delta
+    part: Part
+    module: Module
+
+    def add_to(self, scratch: Tensor, factor: float, pristine: Pristine) -> None:
+        """Add `factor * delta` to the parameter's `scratch` (fp32) in place."""
+        out = scratch[self.part.target]
+        self.delta.add_to(out, self.part.source, factor, Weight(self.module, pristine, out))
+
+
+def placed(value: T, send: Callable[[Tensor], Tensor]) -> T:
+    """A delta, or what is made of them, with the tensors that `send` gives for its own."""
+    changed: Any = value
+    if isinstance(value, Tensor):
+        changed = send(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: placed(getattr(value, field.name), send) for field in fields(value)}
+        changed = replace(value, **parts)
+    return changed  # type: ignore[no-any-return]
+
+
+def exact(values: Tensor, like: Tensor) -> Tensor:
+    """`values` in fp32 on the device of `like`; products in bf16 would lose what fp32 keeps.
+
+    The bus carries the file's dtype, and from page-locked memory without the host waiting.
+    """
+    return values.to(like.device, non_blocking=True).float()

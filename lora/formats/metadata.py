@@ -1,0 +1,105 @@
+"""What the `__metadata__` of a safetensors file tells: adapter settings and trigger words."""
+
+import json
+from collections.abc import Iterator, Mapping
+from math import inf, sqrt
+from typing import Any
+
+from lora.formats.header import AdapterError, short
+
+ADAPTER_SETTINGS = "lora_adapter_metadata"
+TRIGGER_FIELDS = (
+    "modelspec.trigger_phrase",
+    "trigger_phrase",
+    "trigger_word",
+    "trigger_words",
+    "ss_trigger_words",
+    "instance_prompt",
+)
+_PATTERN_SYNTAX = frozenset("*+?[](){}|\\$")  # PEFT would read a regular expression
+MAX_TRIGGERS = 5
+MAX_TRIGGER_CHARACTERS = 200
+
+
+class AdapterSettings:
+    """The PEFT configuration that diffusers (0.34 on) and SimpleTuner write into the header.
+
+    A JSON object with one component's settings under each prefix: `transformer.r`,
+    `transformer.lora_alpha`, `transformer.alpha_pattern`, `transformer.use_rslora`.
+
+    Raises:
+        AdapterError: the entry is there and is not such an object.
+    """
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self._settings = _json_object(metadata.get(ADAPTER_SETTINGS, "{}"))
+        if self._settings is None:
+            raise AdapterError(f"the file's {ADAPTER_SETTINGS} is not a JSON object")
+
+    def strength(self, component: str, module: str, rank: int) -> float:
+        """What a LoRA without an alpha of its own is multiplied by; 1.0 when nothing is said.
+
+        That is alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter.
+
+        Raises:
+            AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad alpha.
+        """
+        if self._get(component, "r") == 0:
+            raise AdapterError(
+                f"the file's {ADAPTER_SETTINGS} says that the rank (r) of the {component}'s "
+                "adapter is 0; export it again with the rank that it was trained with"
+            )
+        alpha = self._alpha(component, module)
+        if alpha is None:
+            return 1.0
+        if not isinstance(alpha, int | float) or not 0 < alpha < inf:
+            raise AdapterError(
+                f"lora_alpha of {short(module)} must be a finite number above 0, "
+                f"got {short(str(alpha))}"
+            )
+        return float(alpha / (sqrt(rank) if self._get(component, "use_rslora") else rank))
+
+    def _alpha(self, component: str, module: str) -> object:
+        pattern = self._get(component, "alpha_pattern")
+        if isinstance(pattern, dict):
+            for name, alpha in pattern.items():
+                if not _PATTERN_SYNTAX.isdisjoint(name.lstrip("^")):
+                    raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
+                if f".{module}".endswith(f".{name.lstrip('^')}"):
+                    return alpha
+        return self._get(component, "lora_alpha")
+
+    def _get(self, component: str, name: str) -> object:
+        assert self._settings is not None
+        bare = self._settings.get(name) if component == "transformer" else None
+        return self._settings.get(f"{component}.{name}", bare)
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Words that a prompt should contain, as the trainer recorded them; often none.
+
+    kohya's `ss_tag_frequency` counts each caption tag: those that every picture has (more
+    than one picture, and no tag is more frequent) are what the training was tied to.
+    """
+    found = [metadata[field] for field in TRIGGER_FIELDS if field in metadata]
+    found += _commonest_tags(metadata.get("ss_tag_frequency", "{}"))
+    cleaned = (" ".join(text.split())[:MAX_TRIGGER_CHARACTERS] for text in found)
+    return tuple(dict.fromkeys(text for text in cleaned if text))[:MAX_TRIGGERS]
+
+
+def _commonest_tags(text: str) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for tags in (_json_object(text) or {}).values():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if type(count) is int:
+                counts[tag] = counts.get(tag, 0) + count
+    most = max(counts.values(), default=0)
+    return (tag for tag, count in counts.items() if count == most > 1)
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,202 @@
+"""Memory for weights: how much there is, and the slabs on the host that hold them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
+from flux.memory.page_locked import PageLocked, Slabs, give_back, hold
+from tests import tiny
+from weights.serving.inventory import PAGE_LOCKED, place_of
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def masters() -> dict[str, nn.Module]:
+    return tiny.transformers(torch.bfloat16)
+
+
+def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> None:
+    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
+    master = masters["dev"]
+    before = [parameter.detach().clone() for parameter in master.parameters()]
+    assert hold(master, page_locked=False)
+    assert all(map(torch.equal, master.parameters(), before))
+    storages = [parameter.untyped_storage() for parameter in master.parameters()]
+    slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
+    assert bytes_of(master) <= sum(slabs.values()) <= 1.5 * bytes_of(master) + (1 << 16)
+    assert len(slabs) < len(list(master.parameters())) / 4
+
+
+def test_host_memory_goes_to_who_opens_first(masters, monkeypatch) -> None:
+    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.memory.page_locked.Slabs", lambda **_: Slabs(page_locked=False))
+    dev, schnell = masters.values()
+    pointers = [p.data_ptr() for p in schnell.parameters()]
+    scarce = PageLocked(bytes_of(dev) + bytes_of(schnell) - 1)
+    assert scarce.hold(dev)
+    assert not scarce.hold(schnell)
+    assert [p.data_ptr() for p in schnell.parameters()] == pointers
+    enough = PageLocked(bytes_of(dev) + bytes_of(schnell))
+    assert [enough.hold(module) for module in (dev, schnell)] == [True, True]
+
+
+def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> None:
+    master = masters["dev"]
+    pointers = [p.data_ptr() for p in master.parameters()]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
+    assert not hold(master, page_locked=True)
+    assert [p.data_ptr() for p in master.parameters()] == pointers
+    assert "stay in the memory map. There are no" in caplog.text
+    assert "CUDA error: out of memory" in caplog.text
+
+
+def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
+    """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:False")
+    slabs, empty, kept = [], torch.empty, []
+
+    def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        if len(slabs) == 2:
+            raise RuntimeError("CUDA error: out of memory")
+        slab = empty(size, dtype=dtype)
+        slabs.append(StorageWeakRef(slab.untyped_storage()))
+        return slab
+
+    def let_go() -> None:
+        kept.append([slab for slab in slabs if not slab.expired()])
+
+    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 12)
+    monkeypatch.setattr("flux.memory.page_locked.torch.empty", two)
+    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "flux.memory.page_locked.torch.accelerator.empty_host_cache", let_go, raising=False
+    )
+    assert not hold(masters["dev"], page_locked=True)
+    assert (len(slabs), kept) == (2, [[]])
+
+
+def test_an_older_torch_gives_page_locked_memory_back_as_well(monkeypatch) -> None:
+    """torch 2.11 has no torch.accelerator.empty_host_cache."""
+    calls: list[str] = []
+    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
+    monkeypatch.delattr("flux.memory.page_locked.torch.accelerator.empty_host_cache", raising=False)
+    old = "flux.memory.page_locked.torch._C._host_emptyCache"
+    monkeypatch.setattr(old, lambda: calls.append("empty"), raising=False)
+    give_back()
+    assert calls == ["empty"]
+
+
+REGISTER = "pinned_use_cuda_host_register:True,pinned_num_register_threads:"
+
+
+@pytest.fixture
+def allocator(monkeypatch) -> list[str]:
+    """What torch's allocator is told, on a machine with CUDA and 6 cores."""
+    told: list[str] = []
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("flux.memory.page_locked.os.cpu_count", lambda: 6)
+    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "flux.memory.page_locked.torch._C._accelerator_setAllocatorSettings", told.append
+    )
+    empty = torch.empty
+    monkeypatch.setattr("flux.memory.page_locked.torch.empty", lambda size, **_: empty(size))
+    return told
+
+
+def test_page_locking_takes_several_threads(allocator, monkeypatch) -> None:
+    Slabs(page_locked=False)
+    assert allocator == []
+    Slabs(page_locked=True)
+    monkeypatch.setattr("flux.memory.page_locked.os.cpu_count", lambda: 64)
+    Slabs(page_locked=True)
+    assert allocator == [f"{REGISTER}4", f"{REGISTER}8"]
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_what_the_operator_has_told_the_allocator_stays(allocator, monkeypatch, variable) -> None:
+    monkeypatch.setenv(variable, "expandable_segments:True")
+    Slabs(page_locked=True)
+    assert allocator == [f"expandable_segments:True,{REGISTER}4"]
+    monkeypatch.setenv(variable, "pinned_use_cuda_host_register:False")
+    Slabs(page_locked=True)
+    assert len(allocator) == 1
+
+
+def test_where_memory_cannot_be_registered_it_is_locked_as_before(
+    allocator, monkeypatch, caplog
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
+    Slabs(page_locked=True)
+    assert allocator == [f"{REGISTER}4", "pinned_use_cuda_host_register:False"]
+    assert "with one thread, as pinned_use_cuda_host_register:True" in caplog.text
+
+
+def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
+    allocator, monkeypatch, caplog
+) -> None:
+    def refuse(_: str) -> None:
+        raise RuntimeError("Unrecognized key")
+
+    monkeypatch.setattr(
+        "flux.memory.page_locked.torch._C._accelerator_setAllocatorSettings", refuse
+    )
+    Slabs(page_locked=True)
+    assert "Unrecognized key" in caplog.text
+
+
+def test_this_torch_takes_the_settings() -> None:
+    """In a process of its own, for they stay; CUDA's own parser is asked where there is CUDA."""
+    if not hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        pytest.skip("torch 2.11 cannot say what its allocator was told")
+    command = """
+import torch
+torch.cuda.is_available = lambda: True
+empty, torch.empty = torch.empty, lambda *shape, **_: empty(*shape)
+from flux.memory.page_locked import Slabs
+Slabs(page_locked=True)
+print(torch._C._accelerator_getAllocatorSettings())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert REGISTER in done.stdout
+    assert "one thread" not in done.stderr
+
+
+def test_budgets_as_set_and_as_measured(tmp_path) -> None:
+    assert device_budget(None, CPU, loaded=5) is None
+    assert device_budget(100, CPU, loaded=5) == 95
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{HOST_RESERVE + 7}\n")
+    assert host_budget(3, limit) == 3
+    assert host_budget(None, limit) == 7
+    limit.write_text("max\n")
+    assert host_budget(None, limit) == host_budget(None, tmp_path / "absent")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(masters) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    device = torch.device("cuda")
+    free, _ = torch.cuda.mem_get_info(device)
+    assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
+    assert hold(masters["dev"], page_locked=True)
+    assert place_of(masters["dev"].parameters()) == PAGE_LOCKED

@@ -1,0 +1,255 @@
+"""Pristine weights on the device too: what a swap reads, and that they never stand in the way."""
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flux.memory.offload import OnDevice
+from flux.memory.residency import ORDER, PristineCopy
+from flux.transformers.base_weights import Master
+from flux.transformers.pool import Transformers, size
+from flux.transformers.quantize import float8_parameters, storage
+from flux.variants import Key
+from tests import tiny
+from tests.flux.streams import Late
+
+CPU = torch.device("cpu")
+DEV, DEV8, SCHNELL8, SCHNELL = ORDER
+AT_START = (DEV, DEV8, PristineCopy("dev"))  # as on a card of 80 GB
+
+
+@pytest.fixture
+def masters() -> dict[str, nn.Module]:
+    return tiny.transformers(torch.bfloat16)
+
+
+def room_for(masters, *items) -> int:
+    """Bytes of transformers and pristine weights."""
+    found = Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None)
+    sizes = {key: size(found.modules[key], frozenset()) for key in ORDER}
+    for key in (DEV8, SCHNELL8):
+        sizes[key] = size(found.modules[key], float8_parameters(found.modules[key]))
+    sizes |= {PristineCopy("dev"): sizes[DEV]}
+    return sum(sizes[item] for item in items)
+
+
+def make(masters, budget: int | None = None, hold: Any = None) -> Transformers:
+    """On a device that is not the host."""
+    opened = {
+        name: Master(name, module, lambda module=module: module, Path(name), hold=hold)
+        for name, module in masters.items()
+    }
+    for master in opened.values():
+        master.open()
+    return Transformers(opened, CPU, dynamic=False, budget=budget, home=OnDevice(CPU, Late()))
+
+
+def plain(masters, key, desired) -> dict[str, list[Tensor]]:
+    """The weights of a transformer made from the host alone."""
+    found = Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None)
+    found.reconcile(key, desired)
+    return bits(found, key)
+
+
+def bits(found: Transformers, key) -> dict[str, list[Tensor]]:
+    return {
+        name: [tensor.clone().view(torch.uint8) for tensor in storage(parameter)]
+        for name, parameter in found.modules[key].named_parameters()
+    }
+
+
+def assert_same(one, other) -> None:
+    assert one.keys() == other.keys()
+    for name, tensors in one.items():
+        assert all(map(torch.equal, tensors, other[name])), name
+
+
+def copied(found: Transformers) -> set[str]:
+    """The variants whose pristine weights are on the device."""
+    names = [entry.name for entry in found.entries()]
+    return {name.split()[0] for name in names if name.endswith("pristine copy")}
+
+
+def spoil(master: nn.Module) -> None:
+    """Whoever reads these weights now will show it."""
+    for parameter in master.parameters():
+        parameter.data.fill_(torch.nan)
+
+
+def test_once_they_are_on_the_device_no_swap_reads_the_host(masters, adapters) -> None:
+    desired = [[(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []]
+    expected = {(key, n): plain(masters, key, d) for key in ORDER for n, d in enumerate(desired)}
+    found = make(masters)
+    for key in found.at_start:
+        found.reconcile(key, [])
+    assert copied(found) == {"dev", "schnell"}
+    for master in masters.values():
+        spoil(master)
+    for number, wanted in [(0, desired[0]), (1, desired[1]), (2, []), (0, desired[0])]:
+        for key in ORDER:
+            found.reconcile(key, wanted)
+            assert_same(bits(found, key), expected[key, number])
+
+
+def test_they_leave_for_a_transformer_and_return_with_the_next_change(masters, adapters) -> None:
+    found = make(masters, room_for(masters, *AT_START))
+    for key in found.at_start:
+        found.reconcile(key, [])
+    assert (found.resident, copied(found)) == ((DEV8, DEV), {"dev"})
+    for key in (SCHNELL, SCHNELL8):
+        found.reconcile(key, [])
+        assert_same(bits(found, key), plain(masters, key, []))
+    assert copied(found) == set()
+    found.reconcile(DEV, [(adapters["b"], 1.0)])
+    assert copied(found) == set()  # it held no adapter, so it was its own source
+    found.reconcile(DEV, [(adapters["b"], 1.0)])
+    assert copied(found) == set()  # nothing has changed
+    found.reconcile(DEV, [(adapters["a"], 1.0)])
+    assert copied(found) == {"dev"}
+    assert DEV in found.resident
+    assert_same(bits(found, DEV), plain(masters, DEV, [(adapters["a"], 1.0)]))
+
+
+@pytest.mark.parametrize(
+    "items", [(DEV,), (DEV, DEV8), (DEV, SCHNELL), AT_START, (*AT_START, SCHNELL8)], ids=len
+)
+def test_no_budget_is_passed_and_every_request_is_served(masters, adapters, items) -> None:
+    budget = room_for(masters, *items)
+    found, rng = make(masters, budget), random.Random(len(items))
+    desired = [(adapters["b"], 1.0)]
+    expected = {key: plain(masters, key, desired) for key in ORDER}
+    for _ in range(15):
+        key, wanted = rng.choice(ORDER), rng.choice([[], desired])
+        found.reconcile(key, wanted)
+        if wanted:
+            assert_same(bits(found, key), expected[key])
+        parameters = [p for module in found.modules.values() for p in module.parameters()]
+        held = [t for p in parameters for t in storage(p) if not t.is_meta]
+        taken = sum(t.numel() * t.element_size() for t in held)
+        taken += sum(size(masters[name], frozenset()) for name in copied(found))
+        assert taken <= budget
+
+
+def test_out_of_memory_while_they_come_leaves_them_on_the_host(
+    masters, adapters, monkeypatch, caplog
+) -> None:
+    def runs_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    found = make(masters)
+    with monkeypatch.context() as patch:
+        patch.setattr("flux.transformers.copies.DeviceCopies.fill", runs_out)
+        for key in ORDER:
+            found.reconcile(key, [])
+    assert "The pristine weights of dev stay on the host: CUDA out of memory" in caplog.text
+    for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
+        found.reconcile(DEV, desired)
+        assert_same(bits(found, DEV), plain(masters, DEV, desired))
+    assert copied(found) == set()
+    assert set(found.resident) == set(ORDER)
+
+
+class CancelledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [0, 1, 40])
+def test_a_cancel_while_they_come(masters, adapters, stop) -> None:
+    found, calls = make(masters), iter(range(1000))
+
+    def check() -> None:
+        if next(calls) == stop:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        found.reconcile(DEV8, [], check)
+    for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
+        found.reconcile(DEV8, desired)
+        assert_same(bits(found, DEV8), plain(masters, DEV8, desired))
+
+
+def test_memory_on_the_host_is_page_locked_for_what_is_read_there(masters, adapters) -> None:
+    """In setup for schnell, which has no copy on the device; for dev once that has left."""
+    held: list[str] = []
+    names = {id(module): name for name, module in masters.items()}
+
+    def hold(module: nn.Module) -> bool:
+        held.append(names[id(module)])
+        return True
+
+    found = make(masters, room_for(masters, *AT_START), hold)
+    for key in found.at_start:
+        found.reconcile(key, [])
+    found.reconcile(DEV, [(adapters["b"], 1.0)])
+    found.reconcile(DEV, [(adapters["a"], 1.0)])
+    found.entries()
+    assert (copied(found), held) == ({"dev"}, ["schnell"])
+    for key in (SCHNELL, SCHNELL8):
+        found.reconcile(key, [])
+    assert held == ["schnell"]
+    for desired in ([(adapters["a"], 1.0)], [(adapters["b"], 1.0)]):
+        found.reconcile(DEV, desired)
+    assert held == ["schnell", "dev"]
+
+
+def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(masters) -> None:
+    go, threads = threading.Event(), threading.active_count()
+
+    def hold(_: nn.Module) -> bool:
+        return go.wait(60)
+
+    found = make(masters, room_for(masters, *AT_START), hold)
+    assert threading.active_count() == threads  # not beside what is wanted first
+    for key in found.at_start:
+        found.reconcile(key, [])  # in float8, with the copy, and in bf16 beside the thread
+    threading.Timer(0.05, go.set).start()
+    rows = {entry.name: entry for entry in found.entries()}
+    assert go.is_set()
+    assert (rows["schnell pristine"].seconds or 0) > 0
+    assert threading.active_count() <= threads + 1  # the timer may be about to end
+
+
+def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
+    outcomes = iter([False, True])
+
+    def hold(_: nn.Module) -> bool:
+        if not next(outcomes):
+            raise OSError("the disk is gone")
+        return True
+
+    found = make(masters, room_for(masters, *AT_START), hold)
+    with pytest.raises(OSError, match="the disk is gone"):
+        found.reconcile(SCHNELL8, [])
+    found.reconcile(SCHNELL8, [])  # the next request tries again
+    assert_same(bits(found, SCHNELL8), plain(masters, SCHNELL8, []))
+
+
+def test_pristine_items_are_no_transformers(masters) -> None:
+    found = make(masters)
+    assert all(isinstance(item, Key) for item in found.at_start)
+
+
+@pytest.mark.gpu
+def test_swaps_on_a_gpu_read_the_copy(masters, adapters) -> None:
+    """The host's weights are spoilt; what is restored is what was brought in the beginning."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    opened = tiny.opened(masters)
+    for master in opened.values():
+        master.open()
+    found = Transformers(opened, torch.device("cuda"), dynamic=False, budget=None)
+    for key in found.at_start:
+        found.reconcile(key, [])
+    before = {key: bits(found, key) for key in ORDER}
+    assert copied(found) == {"dev", "schnell"}
+    for module in masters.values():
+        spoil(module)
+    for key in ORDER:
+        for desired in ([(adapters["a"], 1.0)], [(adapters["b"], 1.0)], []):
+            found.reconcile(key, desired)
+        assert_same(bits(found, key), before[key])

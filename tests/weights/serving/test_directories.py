@@ -1,0 +1,35 @@
+"""Directories that settings name."""
+
+from pathlib import Path
+
+import pytest
+
+from weights.serving.directories import usable
+from weights.serving.errors import DirectoryError
+
+
+def test_a_directory_is_made(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert usable(Path("~/a/b"), "SETTING") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("/dev/null/cache", "Not a directory"), ("/proc/cache", "No such file or directory")],
+)
+def test_one_that_cannot_be_made_is_named_with_its_setting(path: str, reason: str) -> None:
+    with pytest.raises(DirectoryError) as caught:
+        usable(Path(path), "SETTING")
+    assert str(caught.value) == (
+        f"SETTING={path}: this directory cannot be written ({reason}). Set SETTING to one that can"
+    )
+
+
+def test_without_a_home_directory(monkeypatch) -> None:
+    def unknown(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", unknown)  # as for a user id that has no name
+    with pytest.raises(DirectoryError, match=r"SETTING=~/cache: .*Could not determine home"):
+        usable(Path("~/cache"), "SETTING")

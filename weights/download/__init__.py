@@ -1,0 +1,1 @@
+"""Downloads: checked addresses, retries, verified files, and the cache on disk."""

@@ -1,0 +1,269 @@
+"""A cache of files on disk, indexed by reference and by content.
+
+    records/<hash of key>.json   the file that a reference, or a pinned artifact, stands for
+    objects/<sha256>             the files, one for each content
+    parts/<hash of key>          incomplete downloads; never a cache hit
+    uses/<sha256>                locked while a file is read; its date is the last use
+    locks/                       one for each download, and one for the index
+
+Several processes may share the directory. Each download has a lock, so a second process waits and
+then finds the file. Eviction, and marking a file as in use, happen under the lock of the index. A
+file in use is marked by a shared flock, which is released even after a crash.
+
+Some files are stored elsewhere, for example in the Hugging Face cache. They are recorded and never
+copied. They are evicted through a function that the caller gives, and only if this cache had
+downloaded them.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+
+from weights.serving.cancel import CheckCancelled, never_cancelled
+from weights.serving.directories import usable
+from weights.serving.errors import DirectoryError, DiskSpaceError
+from weights.serving.settings import GB, Settings
+
+logger = logging.getLogger(__name__)
+
+_DIRECTORIES = ("records", "objects", "parts", "uses", "locks")
+_POLL_SECONDS = 0.1
+_STRAY_SECONDS = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where files are kept, and the limits.
+
+    max_bytes: budget for all files together. min_free_bytes: what to leave free on the disk.
+    setting: the environment variable that names the root, for messages.
+    """
+
+    root: Path
+    max_bytes: int = Settings.lora_cache_bytes
+    min_free_bytes: int = 5 * GB
+    setting: str = "LORA_CACHE_DIRECTORY"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A file in the cache, and what is known of its origin.
+
+    path: relative to the cache, or absolute for a file that is kept elsewhere.
+    evictable: whether the cache may remove it. source and revision: for the log; no secrets.
+    lasting: whether its key can be used again after a day; a presigned URL cannot.
+    """
+
+    sha256: str
+    size: int
+    path: str
+    source: str
+    revision: str
+    trigger_words: tuple[str, ...] = ()
+    evictable: bool = True
+    lasting: bool = True
+
+
+class FileCache:
+    """A directory of files under a byte budget, safe to share between processes."""
+
+    def __init__(
+        self, settings: CacheSettings, remove_external: Callable[[Path], None] = Path.unlink
+    ) -> None:
+        self._settings = settings
+        self._remove_external = remove_external
+        self._root = settings.root
+        try:
+            self._open()
+        except DirectoryError as error:  # a server without adapters needs no cache
+            logger.warning("Adapters cannot be loaded: %s.", error)
+
+    def _open(self) -> None:
+        """Make the directories; raises DirectoryError."""
+        self._root = usable(self._settings.root, self._settings.setting)
+        for name in _DIRECTORIES:
+            (self._root / name).mkdir(exist_ok=True)
+
+    def find(self, key: str) -> Record | None:
+        """Return the record under a key if its file is there and whole, else None.
+
+        Raises DirectoryError if the cache's directory cannot be used.
+        """
+        if not all((self._root / name).is_dir() for name in _DIRECTORIES):
+            self._open()
+        record = _read(self._record_path(key))
+        return record if record is not None and self._is_whole(record) else None
+
+    def remember(self, key: str, record: Record) -> None:
+        """Let a key lead to a record from now on."""
+        _write(self._record_path(key), record)
+
+    @contextlib.contextmanager
+    def fetching(
+        self, key: str, check_cancelled: CheckCancelled = never_cancelled
+    ) -> Iterator[Path]:
+        """Hold the lock for downloading a key's file; yields the path to download to.
+
+        Waits while another process fetches it. A part left there by an earlier try is kept.
+        """
+        with _acquired(self._lock(_name(key)), check_cancelled):
+            yield self._root / "parts" / _name(key)
+
+    def adopt(self, file: Path, sha256: str) -> str:
+        """Move a finished file into the cache and return its path for a Record."""
+        path = f"objects/{sha256}"
+        with self._books():
+            file.replace(self._root / path)
+            _touch(self._use_path(sha256))
+        return path
+
+    @contextlib.contextmanager
+    def in_use(self, record: Record) -> Iterator[Path]:
+        """Yield the path of a file that will not be evicted meanwhile.
+
+        Raises FileNotFoundError if it is gone.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._books():
+                if not self._is_whole(record):
+                    raise FileNotFoundError(record.path)
+                mark = stack.enter_context(self._use_path(record.sha256).open("a"))
+                fcntl.flock(mark, fcntl.LOCK_SH)
+                _touch(self._use_path(record.sha256))
+            yield self._root / record.path
+
+    def make_room(self, size: int = 0) -> None:
+        """Evict what was not used for longest until `size` more bytes fit.
+
+        Raises DiskSpaceError if the disk stays too full.
+        """
+        with self._books():
+            self._drop_strays()
+            records = self._evictable()
+            total = sum(record.size for record in records)
+            for record in records:
+                if total + size <= self._settings.max_bytes and self._short_of(size) <= 0:
+                    break
+                if self._evict(record):
+                    total -= record.size
+            if (missing := self._short_of(size)) > 0:
+                raise DiskSpaceError(
+                    f"No room for {size / 1e6:.0f} MB: the disk of the adapter cache is "
+                    f"{missing / 1e6:.0f} MB short of it. Free some, or lower the floor of free "
+                    f"space."
+                )
+
+    def _short_of(self, size: int) -> int:
+        free = shutil.disk_usage(self._root).free
+        return size + self._settings.min_free_bytes - free
+
+    def _is_whole(self, record: Record) -> bool:
+        path = self._root / record.path
+        return path.is_file() and path.stat().st_size == record.size
+
+    def _evictable(self) -> list[Record]:
+        """Every file that may be evicted, the least recently used first."""
+        ours = {record.path: record for _, record in self._records() if record.evictable}
+        present = [record for record in ours.values() if self._is_whole(record)]
+        return sorted(present, key=lambda record: _modified(self._use_path(record.sha256)))
+
+    def _evict(self, record: Record) -> bool:
+        """Remove a file and its records unless it is in use; returns whether it was removed."""
+        mark = self._use_path(record.sha256)
+        with mark.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            path = self._root / record.path
+            (self._remove_external if Path(record.path).is_absolute() else Path.unlink)(path)
+            mark.unlink(missing_ok=True)
+        for entry, other in self._records():
+            if other.path == record.path:
+                entry.unlink(missing_ok=True)
+        logger.info("Evicted %s (%.1f MB) from the cache.", record.source, record.size / 1e6)
+        return True
+
+    def _records(self) -> list[tuple[Path, Record]]:
+        entries = ((path, _read(path)) for path in (self._root / "records").glob("*.json"))
+        return [(path, record) for path, record in entries if record is not None]
+
+    def _drop_strays(self) -> None:
+        """Remove old parts, files without a record, and records of presigned URLs."""
+        records = self._records()
+        known = {record.path for _, record in records}
+        strays = [p for p in (self._root / "objects").iterdir() if f"objects/{p.name}" not in known]
+        brief = [path for path, record in records if not record.lasting]
+        for path in [*strays, *brief, *(self._root / "parts").iterdir()]:
+            if time.time() - _modified(path) > _STRAY_SECONDS:
+                path.unlink(missing_ok=True)
+
+    def _books(self) -> contextlib.AbstractContextManager[object]:
+        return self._lock("books")
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self._root / "locks" / f"{name}.lock")
+
+    def _record_path(self, key: str) -> Path:
+        return self._root / "records" / f"{_name(key)}.json"
+
+    def _use_path(self, sha256: str) -> Path:
+        return self._root / "uses" / sha256
+
+
+def _name(key: str) -> str:
+    """A file name for a key; a hash, because keys may hold what must not be read."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _touch(path: Path) -> None:
+    path.touch()
+    os.utime(path)
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _read(path: Path) -> Record | None:
+    try:
+        fields = json.loads(path.read_text())
+        return Record(**{**fields, "trigger_words": tuple(fields["trigger_words"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError):
+        logger.warning("Ignored a damaged record in the cache: %s", path.name)
+        return None
+
+
+def _write(path: Path, record: Record) -> None:
+    draft = path.with_suffix(f".{uuid4().hex}.draft")
+    draft.write_text(json.dumps(asdict(record)))
+    draft.replace(path)
+
+
+@contextlib.contextmanager
+def _acquired(lock: FileLock, check_cancelled: CheckCancelled) -> Iterator[None]:
+    """Wait for a lock, asking now and then whether the request was cancelled."""
+    while True:
+        check_cancelled()
+        try:
+            lock.acquire(timeout=_POLL_SECONDS, poll_interval=_POLL_SECONDS / 2)
+            break
+        except Timeout:
+            continue
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,38 @@
+"""Directories that settings name, and disks that are full."""
+
+import errno
+import tempfile
+from pathlib import Path
+
+from weights.serving.errors import DirectoryError
+
+
+def usable(path: Path, setting: str) -> Path:
+    """Make a directory if it is not there, and check that files can be written to it.
+
+    Args:
+        path: as the setting has it; `~` is the home directory.
+        setting: the environment variable that names it, for the message.
+
+    Returns:
+        its absolute path.
+
+    Raises:
+        DirectoryError: it cannot be made or written.
+    """
+    try:
+        directory = path.expanduser().absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise DirectoryError(
+            f"{setting}={path}: this directory cannot be written ({reason}). Set {setting} to one "
+            "that can"
+        ) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
