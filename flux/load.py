@@ -122,7 +122,7 @@ def working_transformers(
     page_locked = None
     if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
         left = host_budget(settings.host_memory_bytes) - on_host
-        if home:  # the working weights take it, and the pristine ones stay in the map
+        if home:  # the working weights take it, and the base ones stay in the map
             budget = left
         else:
             page_locked = PageLocked(left)
@@ -149,7 +149,7 @@ def _masters(
     quantized: Path | None,
     page_locked: PageLocked | None,
 ) -> dict[str, Master]:
-    """The pristine transformers, open but for those whose float8 weights are on disk."""
+    """The base transformers, open but for those whose float8 weights are on disk."""
     masters = {}
     for variant, source in sources.items():
         directory = source / PART

@@ -41,6 +41,16 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
         assert (ROOT / name).exists() or module.exists(), name
 
 
+def test_the_way_of_a_request_is_six_lines_each_in_a_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    way = page.split("## The way of a request")[1].split("\n## ")[0]
+    lines = re.findall(r"^\d\. .*$", way, re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines:
+        (name,) = re.findall(r"`([\w/]+\.py)`", line)
+        assert (ROOT / name).is_file(), name
+
+
 def test_every_page_is_one_click_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for page in PAGES[1:]:

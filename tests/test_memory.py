@@ -145,7 +145,7 @@ class FromFiles(Late):
 
 
 def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeypatch) -> None:
-    """As on a card of 80 GB: dev in both precisions, and its pristine weights."""
+    """As on a card of 80 GB: dev in both precisions, and its base weights."""
     expected = start()()[0]
     shared, weights = Late(pageable=True), FromFiles(pageable=True)
     monkeypatch.setattr("flux.memory.staging.copy_stream", lambda _: shared)

@@ -226,10 +226,10 @@ def test_the_bf16_weights_are_not_read_before_they_are_needed(
     draw = fast(FLUX_CHECKPOINT=str(copied))
     assert same(draw(**small, **FAST)[0], expected)
     assert same(draw(**small, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
-    assert "Loading dev pristine" not in caplog.messages
+    assert "Loading dev base weights" not in caplog.messages
     assert not same(draw(**small, **request)[0], right)  # drawn with the spoilt weights
-    assert "Loading dev pristine" in caplog.messages
-    assert "Loading schnell pristine" not in caplog.messages
+    assert "Loading dev base weights" in caplog.messages
+    assert "Loading schnell base weights" not in caplog.messages
 
 
 def test_a_default_adapter_opens_what_it_changes(
@@ -239,7 +239,7 @@ def test_a_default_adapter_opens_what_it_changes(
     expected = start()(**small, **FAST)[0]
     caplog.clear()
     assert same(fast()(**small, **FAST)[0], expected)
-    assert "Loading dev pristine" in caplog.messages
+    assert "Loading dev base weights" in caplog.messages
 
 
 def test_transformers_that_take_turns_come_from_the_files(start, fast, small, caplog) -> None:
@@ -254,7 +254,7 @@ def test_transformers_that_take_turns_come_from_the_files(start, fast, small, ca
         request = {**small, **FAST, "model": model}
         assert same(narrow(**request)[0], usual(**request)[0])
     assert "dev fp8 leaves cpu" in caplog.messages
-    assert "Loading dev pristine" not in caplog.messages
+    assert "Loading dev base weights" not in caplog.messages
 
 
 # --- files that do not serve

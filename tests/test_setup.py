@@ -15,7 +15,7 @@ from flux.deployment import NANO
 from weights.manifest import REPOSITORIES
 from weights.serving.inventory import HOST, MAPPED, place_of
 
-COLUMNS = (r"(?P<name>\S+( \S+)?)", r"(?P<place>\S+( \S+)*)", r"(?P<gb>[\d.]+)", r"(?P<s>\S+)")
+COLUMNS = (r"(?P<name>\S+( \S+)*)", r"(?P<place>\S+( \S+)*)", r"(?P<gb>[\d.]+)", r"(?P<s>\S+)")
 ROW = re.compile(" {2,}".join([*COLUMNS, "(?P<source>.+)"]))
 LOADED = (
     "safety open_nsfw",
@@ -24,8 +24,8 @@ LOADED = (
     "text_encoder",
     "text_encoder_2",
     "vae",
-    "dev pristine",
-    "schnell pristine",
+    "dev base weights",
+    "schnell base weights",
     "dev bf16",
     "dev fp8",
     "schnell fp8",
@@ -62,8 +62,8 @@ def test_the_log_says_what_was_loaded_from_where_how_large_and_where_it_is(serve
     assert float(found["dev fp8"]["gb"]) < 0.4 * float(found["dev bf16"]["gb"])
     assert float(found["vae"]["gb"]) == pytest.approx(0.003, abs=0.001)
     assert found["vae"]["source"] == str(NANO / "dev" / "vae")
-    assert found["schnell pristine"]["source"] == str(NANO / "schnell" / "transformer")
-    assert found["schnell fp8"]["source"] == "schnell pristine"
+    assert found["schnell base weights"]["source"] == str(NANO / "schnell" / "transformer")
+    assert found["schnell fp8"]["source"] == "schnell base weights"
     (total,) = [line for line in server.lines if line.startswith("Ready after ")]
     gigabytes = sum(float(row["gb"]) for row in found.values())
     assert float(total.split(" s: ")[1].split()[0]) == pytest.approx(gigabytes, abs=0.006)
@@ -92,7 +92,7 @@ def test_official_checkers_are_in_the_table(start, official_files, tmp_path, cap
 def test_where_the_dtype_is_that_of_the_files_they_are_mapped(start, caplog) -> None:
     start(FLUX_DTYPE="bfloat16")
     found = rows(caplog.messages)
-    for name in ("text_encoder", "text_encoder_2", "dev pristine", "schnell pristine"):
+    for name in ("text_encoder", "text_encoder_2", "dev base weights", "schnell base weights"):
         assert found[name]["place"] == "memory map"
     assert found["dev fp8"]["place"] == "host memory"
 

@@ -84,7 +84,7 @@ def transformers(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
 
 
 def opened(found: dict[str, nn.Module]) -> dict[str, Master]:
-    """Transformers as pristine copies, each to be opened as it is."""
+    """Transformers as base copies, each to be opened as it is."""
     return {name: Master(name, m, lambda m=m: m, Path(name)) for name, m in found.items()}
 
 

@@ -42,7 +42,7 @@ def device_budget(setting: int | None, device: torch.device, loaded: int) -> int
 
 
 def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
-    """Bytes of host memory that pristine weights may take, beside the memory map."""
+    """Bytes of host memory that base weights may take, beside the memory map."""
     if setting is not None:
         return setting
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

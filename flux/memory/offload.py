@@ -81,7 +81,7 @@ class Home(Protocol):
 
     Attributes:
         memory: the device whose memory they take.
-        stream: brings pristine values there.
+        stream: brings base values there.
         shares_device: whether weights that leave make room for what is computed.
     """
 
@@ -103,7 +103,7 @@ class Home(Protocol):
 
 
 class OnDevice:
-    """On the device where they are used; `stream` copies pristine values there.
+    """On the device where they are used; `stream` copies base values there.
 
     A CUDA device has a stream of its own for copies; a CPU needs none.
     """

@@ -2,16 +2,15 @@
 
 FLUX.1 dev and schnell in both precisions are 71.7 GB beside 9.9 GB of text encoders and VAE, which
 does not fit on an 80 GB card beside activations. This module decides what is on the device, by pure
-logic over names and bytes; `flux.transformers.pool` acts on it. A transformer that is not on the device
-is not kept elsewhere. It is made again from the variant's pristine weights on the host, in the same
-pass that merges the request's adapters, or from its float8 weights on disk if there are any.
-Rejected: quantized copies on the host, because making them again reads no more than a merge does.
+logic over names and bytes; `flux.transformers.pool` acts on it. A transformer that is not on the
+device is not kept elsewhere. It is made again from the variant's base weights on the host, in the
+same pass that merges the request's adapters, or from its float8 weights on disk if there are any.
 
-A copy of a variant's pristine weights can be on the device too. It has a size like a transformer,
+A copy of a variant's base weights can be on the device too. It has a size like a transformer,
 and is loaded and evicted in the same way, by least recent use. It saves 23.8 GB over the bus at a
 change of adapter, by arithmetic 0.43 s at 55 GB/s over PCIe 5. On 80 GB, schnell in float8 competes
-with dev's pristine weights, and saves the same at a change from dev to schnell. This package serves
-fine-tunes, so adapters change more often than models. dev's pristine weights are therefore loaded
+with dev's base weights, and saves the same at a change from dev to schnell. This package serves
+fine-tunes, so adapters change more often than models. dev's base weights are therefore loaded
 first, and schnell with its first request. No request is refused because of them, because the host
 has them too.
 """
@@ -22,17 +21,17 @@ from typing import Literal, NamedTuple, TypeVar
 from flux.variants import Key, Precision
 from weights.serving.settings import GB
 
-PRISTINE: Literal["pristine"] = "pristine"
+BASE: Literal["base weights"] = "base weights"
 
 
-class PristineCopy(NamedTuple):
-    """The pristine weights of a variant, on the device."""
+class BaseCopy(NamedTuple):
+    """The base weights of a variant, on the device."""
 
     variant: str
-    form: Literal["pristine"] = PRISTINE
+    form: Literal["base weights"] = BASE
 
 
-Item = Key | PristineCopy
+Item = Key | BaseCopy
 """What takes room."""
 Place = Literal["device", "host"]
 """Whose memory a budget is of."""
@@ -41,10 +40,10 @@ T = TypeVar("T")
 START: tuple[Item, ...] = (
     Key("dev", "bf16"),
     Key("dev", "fp8"),
-    PristineCopy("dev"),
+    BaseCopy("dev"),
     Key("schnell", "fp8"),
     Key("schnell", "bf16"),
-    PristineCopy("schnell"),
+    BaseCopy("schnell"),
 )
 """What comes to the device first when the server starts."""
 ORDER = tuple(item for item in START if isinstance(item, Key))
@@ -103,16 +102,16 @@ class Residency:
         """What to bring to an empty device, the most wanted last, so that it stays longest.
 
         Args:
-            precisions: of transformers, these alone; pristine weights where bf16 is among them,
+            precisions: of transformers, these alone; base weights where bf16 is among them,
                 for they are read then anyway.
 
         Raises:
             BudgetError: no transformer fits.
         """
-        forms = {*precisions, *((PRISTINE,) if "bf16" in precisions else ())}
+        forms = {*precisions, *((BASE,) if "bf16" in precisions else ())}
         wanted = [item for item in START if item in self.sizes and item[1] in forms]
         found = that_fit(wanted, self.sizes, self._budget)
-        if not found:  # pristine weights take no less than bf16, which comes before them
+        if not found:  # base weights take no less than bf16, which comes before them
             self._check(min(wanted, key=self.sizes.__getitem__))
         return found[::-1]
 

@@ -1,4 +1,4 @@
-"""Pristine values on their way to the device, beside what the device computes.
+"""Base values on their way to the device, beside what the device computes.
 
 On CUDA the copies have a stream of their own: while one weight is merged, the next one crosses the
 bus into the other of two buffers, so a whole transformer needs no more of the device than two
@@ -12,9 +12,6 @@ and the host waits all the while. So such sources pass through a ring of page-lo
 host copies one piece into it, which torch does in several threads, while the device copies the one
 before. A thread that reads ahead was refused: it would hide only the host's other work in a merge,
 microseconds for each weight, where reading it takes milliseconds.
-
-Refused: copying while the prompt is encoded. By arithmetic, T5 (5 TFLOP for 512 tokens) would hide
-a few hundredths of the 23.8 GB that cross the bus, and records would be open for half a request.
 """
 
 import logging

@@ -1,1 +1,1 @@
-"""The transformers: base weights, the working weights that serve, adapters merged into them, and precisions."""
+"""The transformers: base weights, the weights that serve, and adapters merged into them."""

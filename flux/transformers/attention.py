@@ -5,8 +5,6 @@ On cards of capability 9.0 and 10.0 PyTorch prefers cuDNN's (sdp_utils.cpp,
 thread that asked (cudnn/MHA.cpp, `MHAParams`). Others saw 0.02 to 0.44 s for a plan
 (https://github.com/modelscope/FunASR/issues/3704, on a B200), which the first image of each size
 would wait for. So the engine thread attends once in each of the contract's sizes in setup.
-
-Refused: TORCH_CUDNN_SDPA_AVOID_RECOMPILE, which PyTorch calls experimental.
 """
 
 import logging

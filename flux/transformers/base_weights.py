@@ -1,7 +1,7 @@
-"""The pristine transformers, one for each variant, on the host.
+"""The base transformers, one for each variant, on the host.
 
 They are never written: `flux/transformers/pool.py` makes working weights from them. A variant with
-float8 weights on disk needs its pristine copy only for adapters and for bf16. That copy is opened
+float8 weights on disk needs its base copy only for adapters and for bf16. That copy is opened
 when its first weight is read; the others are opened in setup.
 
 Opening maps the files into memory. With CUDA, weights that are read repeatedly from the host are
@@ -32,12 +32,12 @@ PART = "transformer"  # the directory of a checkpoint that holds it
 
 
 class Master:
-    """One variant's pristine transformer.
+    """One variant's base transformer.
 
     Args:
         variant: its name.
         template: a transformer of its configuration and dtype; its weights are not looked at.
-        load: opens the pristine transformer.
+        load: opens the base transformer.
         source: where that comes from, as the log shows it.
         prequantized: its float8 weights from disk, if there are any.
         hold: copies a module's weights into memory that is faster to read, and says whether it did.
@@ -54,7 +54,7 @@ class Master:
     ) -> None:
         self.template = template
         self.prequantized = prequantized
-        self._name = f"{variant} pristine"
+        self._name = f"{variant} base weights"
         self._load = load
         self._source = source
         self._hold = hold
@@ -69,7 +69,7 @@ class Master:
         return self._module is not None
 
     def open(self) -> Mapping[str, Tensor]:
-        """Return the pristine values by parameter name; the first call opens the files.
+        """Return the base values by parameter name; the first call opens the files.
 
         Raises:
             CheckpointError: they cannot be opened.
@@ -95,7 +95,7 @@ class Master:
             thread.shutdown(wait=False)  # it ends with its work
 
     def at_hand(self) -> Mapping[str, Tensor]:
-        """Return the pristine values, in memory that is faster to read where there is some.
+        """Return the base values, in memory that is faster to read where there is some.
 
         Raises:
             CheckpointError: the files cannot be opened.

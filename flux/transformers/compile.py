@@ -15,8 +15,6 @@ strides of its input differ from those that the blocks pass to each other.
   eagerly.
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
-- Rejected: CUDA graphs ("reduce-overhead"), which keep buffers for each size, and saved artifacts
-  (`torch.compiler.save_cache_artifacts`), because a kept cache directory does the same.
 """
 
 import logging

@@ -1,8 +1,8 @@
-"""Pristine weights on the device, beside those that serve.
+"""Base weights on the device, beside those that serve.
 
-`flux/memory/residency.py` decides which variants have such a copy. It is filled in one pass, from the
-device if the values are there already, else from the host. Merging adapters then reads it instead
-of the host's weights.
+`flux/memory/residency.py` decides which variants have such a copy. It is filled in one pass, from
+the device if the values are there already, else from the host. Merging adapters then reads it
+instead of the host's weights.
 """
 
 import time
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from flux.memory.staging import Staging
-from flux.transformers.merge import Pristine, WorkingWeights
+from flux.transformers.merge import BaseValues, WorkingWeights
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.inventory import Entry
 
 
 class DeviceCopies:
-    """Pristine weights of variants on a device.
+    """Base weights of variants on a device.
 
     Args:
         device: whose memory they take.
@@ -40,8 +40,8 @@ class DeviceCopies:
         variant: str,
         plain: Callable[[], WorkingWeights | None],
         host: Callable[[], Mapping[str, Tensor]],
-    ) -> Pristine:
-        """Reads a variant's pristine values: the copy, else a weight that holds no adapter.
+    ) -> BaseValues:
+        """Reads a variant's base values: the copy, else a weight that holds no adapter.
 
         Args:
             variant: its name.
@@ -95,7 +95,7 @@ class DeviceCopies:
         """Rows for the table of setup."""
         return [
             Entry.of(
-                f"{name} pristine copy", held.values(), f"{name} pristine", self._seconds[name]
+                f"{name} base copy", held.values(), f"{name} base weights", self._seconds[name]
             )
             for name, held in self._copies.items()
         ]

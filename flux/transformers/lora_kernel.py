@@ -1,13 +1,14 @@
 """LoRA deltas into a weight in one pass, as Triton kernels.
 
-    working = round(pristine + sum over k of scales[k] * up[:, k] x down[k, :])
+    working = round(base + sum over k of scales[k] * up[:, k] x down[k, :])
 
 With torch's operators this is four or five passes over a weight (widen, `addmm_` for each adapter,
 amplitude, divide, round), about 47 bytes of traffic for each float8 weight. Here a program reads
-its tile of the pristine weight, adds the product of the factors in fp32, and rounds once: 4 bytes a
+its tile of the base weight, adds the product of the factors in fp32, and rounds once: 4 bytes a
 weight in bf16. For float8 a program owns whole rows and sweeps them twice, once for the amplitude
 and once for the values: 5 bytes a weight, of which 2 are read again soon after, while they may
-still be in the L2 cache. The rule is that of flux/transformers/quantize.py, and its numbers come from there.
+still be in the L2 cache. The rule is that of flux/transformers/quantize.py, and its numbers come
+from there.
 
 Products are taken in `tf32x3`: each factor is split in two TF32 numbers, and three products of them
 are summed in fp32. It leaves out the product of the two remainders, 2^-22 of each product. In a
@@ -16,13 +17,8 @@ delta against float64 is at most 2^-20.7 of the sum of |up| x |down|, for ranks 
 of the fp32 `addmm_` is 2^-22.2. Half a step of bf16 is 2^-9, and of e4m3 2^-4.
 
 No atomics, and an order of sums that depends on the shape alone: the same factors give the same
-bits. The pristine value is added after the product, and not accumulated with it, because tensor
+bits. The base value is added after the product, and not accumulated with it, because tensor
 cores cut off where they accumulate.
-
-Refused: "ieee" products, which do not use the tensor cores: a rank of 128 would take 3 TFLOP of
-plain fp32. "tf32" alone, an error of 2^-11. A split in bf16 numbers, six products for fp32 factors.
-A table of pointers, so that a launch may add any number of adapters from where they are: loads
-through unknown pointers are not vectorized. An amplitude by atomics from tiles: one more launch.
 
 This module imports Triton; flux/transformers/one_pass.py imports it where a card will use it.
 """
@@ -46,7 +42,7 @@ PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
 def write(
     working: Tensor,
-    pristine: Tensor,
+    base: Tensor,
     up: Tensor,
     down: Tensor,
     scales: Tensor,
@@ -57,30 +53,30 @@ def write(
 
     Args:
         working: [rows, columns], bf16, fp16, fp32, or float8 with a scale for each row.
-        pristine: [rows, columns], bf16, fp16 or fp32.
+        base: [rows, columns], bf16, fp16 or fp32.
         up: [n, rank], bf16, fp16 or fp32, for the first n rows; the others get no delta.
         down: [rank, columns], as `up`.
         scales: [rank], fp32; of each column of `up`.
         float8: whether the card rounds fp32 to float8 once; see FLOAT8_CAPABILITY.
     """
     target: Tensor = working.qdata if isinstance(working, Float8Tensor) else working
-    if not (pristine.dim() == 2 and pristine.is_contiguous() and target.is_contiguous()):
+    if not (base.dim() == 2 and base.is_contiguous() and target.is_contiguous()):
         return False
-    if pristine.dtype not in PLAIN or target.dtype not in (*PLAIN, *[FLOAT8] * float8):
+    if base.dtype not in PLAIN or target.dtype not in (*PLAIN, *[FLOAT8] * float8):
         return False
-    rows, columns = pristine.shape
+    rows, columns = base.shape
     rank = down.shape[0]
     sizes = (rows, columns, rank, up.shape[0])
     depth = DEPTHS[rank > DEPTHS[0]]
     if isinstance(working, Float8Tensor):
         _quantized[(-(-rows // FLOAT8_ROWS),)](
-            *(pristine, up, down, scales, target, working.scale, *sizes),
+            *(base, up, down, scales, target, working.scale, *sizes),
             *(LARGEST, TINY, FLOAT8_ROWS, FLOAT8_COLUMNS, depth),
             num_warps=WARPS,
         )
     else:
         _rounded[(-(-rows // ROWS), -(-columns // COLUMNS))](
-            *(pristine, up, down, scales, target, *sizes),
+            *(base, up, down, scales, target, *sizes),
             *(ROWS, COLUMNS, depth),
             num_warps=WARPS,
         )
@@ -89,7 +85,7 @@ def write(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _exact(
-    pristine, up, down, scales,
+    base, up, down, scales,
     row, column, rows, columns, rank, changed,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +94,7 @@ def _exact(
     row: [ROWS], int64. column: [COLUMNS]. changed: how many rows `up` has.
     """
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    value = tl.load(pristine + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    value = tl.load(base + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
     delta = tl.zeros(inside.shape, tl.float32)
     for start in range(0, rank, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -120,14 +116,14 @@ def _exact(
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _rounded(
-    pristine, up, down, scales, working,
+    base, up, down, scales, working,
     rows, columns, rank, changed,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """A tile of a weight of bf16, fp16 or fp32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exact = _exact(pristine, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
+    exact = _exact(base, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     place = working + row[:, None] * columns + column[None, :]
     tl.store(place, exact.to(working.dtype.element_ty), mask=inside)
@@ -135,7 +131,7 @@ def _rounded(
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]
 def _quantized(
-    pristine, up, down, scales, values, amplitudes,
+    base, up, down, scales, values, amplitudes,
     rows, columns, rank, changed,
     LARGEST: tl.constexpr, TINY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -145,7 +141,7 @@ def _quantized(
     highest = tl.zeros([ROWS], tl.int32)  # bits of |exact|, in the order of values, and NaN above
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        exact = _exact(pristine, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
+        exact = _exact(base, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
         magnitude = exact.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         highest = tl.maximum(highest, tl.max(magnitude, axis=1))
     scale = tl.div_rn(highest.to(tl.float32, bitcast=True), LARGEST)
@@ -153,7 +149,7 @@ def _quantized(
     tl.store(amplitudes + row, scale, mask=row < rows)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        exact = _exact(pristine, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
+        exact = _exact(base, up, down, scales, row, column, rows, columns, rank, changed, DEPTH)
         value = tl.div_rn(exact, tl.broadcast_to(scale[:, None], exact.shape))
         value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         inside = (row[:, None] < rows) & (column[None, :] < columns)

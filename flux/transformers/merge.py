@@ -1,16 +1,13 @@
 """Adapters in the working weights, by reconciliation.
 
 Every parameter has a record of what its working value contains. `reconcile` compares the
-records with what is wanted and writes only the parameters that differ, each from its pristine
-value: `working = round(pristine + sum of scale * delta)`. There is no unload, no undo and no
-"currently loaded": a restored weight is the pristine weight copied back, so nothing drifts;
+records with what is wanted and writes only the parameters that differ, each from its base
+value: `working = round(base + sum of scale * delta)`. There is no unload, no undo and no
+"currently loaded": a restored weight is the base weight copied back, so nothing drifts;
 and a merge that fails half-way leaves records that tell so, and the next reconcile heals it.
 
-Refused: subtracting a delta (4.6 % of bf16 weights do not come back), wrapper modules (they
-slow every step and recompile the graph), and dense deltas kept between merges (47 GB).
-
-Here a write is torch's operators, one pass each. On CUDA `flux/transformers/one_pass.py` does the same in one,
-for plain LoRA deltas.
+Here a write is torch's operators, one pass each. On CUDA `flux/transformers/one_pass.py` does the
+same in one, for plain LoRA deltas.
 """
 
 import math
@@ -29,10 +26,10 @@ Parameter = tuple[str, str]
 """(component, parameter name as in the component's `named_parameters()`)."""
 Record = tuple[tuple[str, float], ...]
 """What a working value contains: (adapter digest, scale), sorted; empty when pristine."""
-Pristine = Callable[[str, str], Tensor]
-"""(component, parameter name) -> pristine value, in the working dtype or a finer one."""
+BaseValues = Callable[[str, str], Tensor]
+"""(component, parameter name) -> base value, in the working dtype or a finer one."""
 Store = Callable[[Tensor, Tensor], None]
-"""Writes an exact value (fp32, or the pristine itself) into a working weight in place."""
+"""Writes an exact value (fp32, or the base weight itself) into a working weight in place."""
 
 LowRank = tuple[Tensor, Tensor, float, slice]
 """A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
@@ -56,7 +53,7 @@ class AdapterLike(Protocol):
         ...
 
     def add_to(
-        self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
+        self, scratch: Tensor, component: str, parameter: str, base: BaseValues, scale: float
     ) -> None:
         """Add `scale * delta` of one parameter to `scratch` (fp32, its shape) in place."""
         ...
@@ -95,10 +92,8 @@ class OnePassLike(Protocol):
         """Have adapters on the device; None where they cannot be."""
         ...
 
-    def write(
-        self, working: Tensor, pristine: Tensor, factors: tuple[Tensor, Tensor, Tensor]
-    ) -> bool:
-        """Write a weight from its pristine value; return whether it is written."""
+    def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
+        """Write a weight from its base value; return whether it is written."""
         ...
 
 
@@ -118,8 +113,8 @@ class Swap:
     absent: tuple[Parameter, ...]
 
 
-class ClonedPristine:
-    """The default source of pristine values: a host copy of each parameter, before its first write.
+class ClonedBaseValues:
+    """The default source of base values: a host copy of each parameter, before its first write.
 
     Costs the host's memory of every parameter that an adapter ever touched. A loader that keeps a
     second mapping of the files, or pinned slabs, gives a function of its own instead.
@@ -130,7 +125,7 @@ class ClonedPristine:
         self._copies: dict[Parameter, Tensor] = {}
 
     def __call__(self, component: str, parameter: str) -> Tensor:
-        """The pristine value; the first call for a parameter must precede its first write."""
+        """The base value; the first call for a parameter must precede its first write."""
         key = (component, parameter)
         if key not in self._copies:
             self._copies[key] = self._parameters[key].detach().to("cpu", copy=True)
@@ -148,9 +143,9 @@ class WorkingWeights:
     Args:
         modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
             must be pristine now, unless blank, and nobody else may write them.
-        pristine: where pristine values come from; by default a copy before the first write.
+        base: where base values come from; by default a copy before the first write.
         store: how a result is put into a working weight; quantised weights bring their own.
-        staging: brings pristine values to the device; by default they are used where they are.
+        staging: brings base values to the device; by default they are used where they are.
         one_pass: writes weights with LoRA deltas; None: torch's operators do, as for all others.
         blank: the parameters hold nothing yet; the first reconciliation writes all of them.
     """
@@ -158,7 +153,7 @@ class WorkingWeights:
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        pristine: Pristine | None = None,
+        base: BaseValues | None = None,
         store: Store = store_rounded,
         staging: Staging | None = None,
         *,
@@ -170,7 +165,7 @@ class WorkingWeights:
             for component, module in modules.items()
             for name, parameter in module.named_parameters()
         }
-        self._pristine = pristine or ClonedPristine(self._parameters)
+        self._base = base or ClonedBaseValues(self._parameters)
         self._store = store
         self._staging = staging or Staging(torch.device("cpu"), stream=None)
         self._one_pass = one_pass
@@ -185,7 +180,7 @@ class WorkingWeights:
         return self._records.get((component, parameter), ())
 
     def clean(self, component: str, parameter: str) -> Tensor | None:
-        """The working value, where that is the pristine value."""
+        """The working value, where that is the base value."""
         clean = self.record(component, parameter) == ()
         return self._parameters[component, parameter] if clean else None
 
@@ -238,11 +233,11 @@ class WorkingWeights:
         if self._one_pass and any(record for _, record in stale):
             near = self._one_pass.near(combined, adapters)
         written: dict[Parameter, Record] = {}
-        sources = self._staging.bring(self._pristine(*key) for key, _ in stale)
+        sources = self._staging.bring(self._base(*key) for key, _ in stale)
         try:
-            for (key, record), pristine in zip(stale, sources, strict=True):
+            for (key, record), base in zip(stale, sources, strict=True):
                 check_cancelled()
-                self._write(key, record, pristine, adapters, near)
+                self._write(key, record, base, adapters, near)
                 written[key] = record
         finally:
             self._staging.wait()  # also with nothing stale: before whatever is computed next
@@ -262,25 +257,25 @@ class WorkingWeights:
         self,
         key: Parameter,
         record: Record,
-        pristine: Tensor,
+        base: Tensor,
         adapters: Mapping[str, AdapterLike],
         near: Near | None,
     ) -> None:
-        """Write one parameter from its pristine value; its record is unknown afterwards."""
+        """Write one parameter from its base value; its record is unknown afterwards."""
         working = self._parameters[key]
         self._records[key] = UNKNOWN
         if record and near and self._one_pass:
             if factors := near.factors.get(key):
-                if self._one_pass.write(working, pristine, factors):
+                if self._one_pass.write(working, base, factors):
                     return
             else:
                 adapters = near.adapters
-        exact = pristine
+        exact = base
         if record:
-            here = pristine.to(working.device)  # before it is widened: half to carry
+            here = base.to(working.device)  # before it is widened: half to carry
             exact = self._scratch_like(working).copy_(here)
             for digest, scale in record:
-                adapters[digest].add_to(exact, *key, self._pristine, scale)
+                adapters[digest].add_to(exact, *key, self._base, scale)
         self._store(working, exact)
 
     def _scratch_like(self, working: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Adapters on the device, and weights written with them in one pass.
 
 A merge that sends factors from the host does so for each weight, twice, from memory that is not
-page-locked, and each of these copies holds the host up. So all that adapters hold is brought to
-the device when they are first merged there, and the least recently used leave. For each weight
-that gets plain LoRA deltas only, the factors of all adapters are one `up` and one `down`, side by
-side, for `flux/transformers/lora_kernel.py`. Other differences are brought as they are, and take the path of
-torch's operators in flux/transformers/merge.py, which is also the reference for the kernel.
+page-locked, and each of these copies holds the host up. So all that adapters hold is brought to the
+device when they are first merged there, and the least recently used leave. For each weight that
+gets plain LoRA deltas only, the factors of all adapters are one `up` and one `down`, side by side,
+for `flux/transformers/lora_kernel.py`. Other differences are brought as they are, and take the path
+of torch's operators in flux/transformers/merge.py, which is also the reference for the kernel.
 
 The factors are kept by the set of adapters, without their scales, so that another scale brings
 only a vector. Two sets that share an adapter hold it twice, which the limit counts.
@@ -97,14 +97,12 @@ class OnePass:
         scales = tuple(scale for _, scale in record)
         return held.scaled.get(scales) or held.scaled.put(scales, self._scaled(held, scales))
 
-    def write(
-        self, working: Tensor, pristine: Tensor, factors: tuple[Tensor, Tensor, Tensor]
-    ) -> bool:
-        """Write a weight from its pristine value, both on the device; return whether it is."""
+    def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
+        """Write a weight from its base value, both on the device; return whether it is."""
         if self.failed:
             return False
         try:
-            return self._kernel(working, pristine, *factors)
+            return self._kernel(working, base, *factors)
         except Exception as error:  # Triton's are of many classes
             if is_out_of_memory(error):
                 raise

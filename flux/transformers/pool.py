@@ -1,14 +1,14 @@
 """The transformers that serve: dev and schnell, each in bf16 and in fp8.
 
-Each variant has one pristine copy on the host (flux/transformers/base_weights.py), which nobody writes, and another
-on the device if there is room for it (flux/transformers/copies.py). What serves is made from it in working
-weights of its own: memory on the device, every record UNKNOWN, and a reconciliation, which writes
-pristine values and adapters in one pass, fp8 weight by weight. For a small card, that memory is on
-the host (flux/memory/offload.py), where all else is the same. While the pristine copy is not open, fp8
-comes from its file instead (flux/transformers/prequantized.py), every record pristine, and the reconciliation
-opens the copy for what adapters touch, and only then. Leaving the device drops the working weights
-together with their records, so no record can outlive what it describes. The module objects stay,
-and with them the pipelines.
+Each variant has one base copy on the host (flux/transformers/base_weights.py), which nobody writes,
+and another on the device if there is room for it (flux/transformers/copies.py). What serves is made
+from it in working weights of its own: memory on the device, every record UNKNOWN, and a
+reconciliation, which writes base values and adapters in one pass, fp8 weight by weight. For a small
+card, that memory is on the host (flux/memory/offload.py), where all else is the same. While the
+base copy is not open, fp8 comes from its file instead (flux/transformers/prequantized.py), every
+record pristine, and the reconciliation opens the copy for what adapters touch, and only then.
+Leaving the device drops the working weights together with their records, so no record can outlive
+what it describes. The module objects stay, and with them the pipelines.
 """
 
 import logging
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
 from flux.memory.offload import Empty, Home, OnDevice
-from flux.memory.residency import ORDER, BudgetError, Item, PristineCopy, Residency
+from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging
 from flux.transformers.base_weights import Master
 from flux.transformers.copies import DeviceCopies
-from flux.transformers.merge import AdapterLike, OnePassLike, Pristine, Swap, WorkingWeights
+from flux.transformers.merge import AdapterLike, BaseValues, OnePassLike, Swap, WorkingWeights
 from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.variants import Key, Precision
 from weights.serving.cancel import CheckCancelled, never_cancelled
@@ -43,7 +43,7 @@ class Transformers:
     """Brings transformers to the device with the adapters that a request wants.
 
     Args:
-        masters: variant -> pristine transformer, in the compute dtype.
+        masters: variant -> base transformer, in the compute dtype.
         device: where they compute.
         dynamic: whether fp8 linears quantize their inputs too.
         budget: bytes for working weights, where they are at home; None: no limit.
@@ -83,12 +83,12 @@ class Transformers:
         self._copies = DeviceCopies(self._home.memory, self._staging)
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
         if self._home.stream and self._home.shares_device:  # the host's are not at hand there
-            sizes |= {PristineCopy(name): sizes[Key(name, "bf16")] for name in masters}
+            sizes |= {BaseCopy(name): sizes[Key(name, "bf16")] for name in masters}
         shares = self._home.shares_device
         self._residency = Residency(sizes, budget, "device" if shares else "host")
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
-        self._to_copy = {item.variant for item in at_start if isinstance(item, PristineCopy)}
+        self._to_copy = {item.variant for item in at_start if isinstance(item, BaseCopy)}
         self._hold_masters()
 
     @property
@@ -116,7 +116,7 @@ class Transformers:
                 logger.info("Loading %s %s", *key)
                 self._bring(key, check_cancelled)
             if self._wants_copy(key, adapters, fresh=fresh):
-                self._copy_pristine(key.variant, check_cancelled)
+                self._copy_base(key.variant, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
@@ -159,7 +159,7 @@ class Transformers:
             ) from error
 
     def entries(self) -> list[Entry]:
-        """Rows for the table of setup: the pristine transformers, and those that serve."""
+        """Rows for the table of setup: the base transformers, and those that serve."""
         found = [master.entry() for master in self._masters.values()]
         return found + self._copies.entries() + [self._entry(key) for key in ORDER]
 
@@ -173,7 +173,7 @@ class Transformers:
     def _bring(self, key: Key, check_cancelled: CheckCancelled) -> None:
         """Memory for a transformer, and records of what is in it.
 
-        That is nothing yet, or its prequantized weights, where they save opening the pristine.
+        That is nothing yet, or its prequantized weights, where they save opening the base weight.
         """
         module, empty, master = (
             self.modules[key],
@@ -187,10 +187,12 @@ class Transformers:
             if ready_made:  # before the hooks of offloading, which copy the scales
                 ready_made.fill(module, self._staging, check_cancelled)
             self._home.enter(module)
-            self._sources[key] = str(ready_made.path) if ready_made else f"{key.variant} pristine"
+            self._sources[key] = (
+                str(ready_made.path) if ready_made else f"{key.variant} base weights"
+            )
             self._weights[key] = WorkingWeights(
                 {COMPONENT: module},
-                self._pristine(key.variant),
+                self._base(key.variant),
                 store,
                 self._staging,
                 one_pass=self._one_pass,
@@ -212,13 +214,13 @@ class Transformers:
     def _wants_copy(
         self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool
     ) -> bool:
-        """Whether the pristine weights should be on the device before a reconciliation.
+        """Whether the base weights should be on the device before a reconciliation.
 
         They come with the first transformer that is made of them in setup, and later when adapters
         change. Where the bf16 transformer holds no adapter, it does as well.
         """
         variant = key.variant
-        item = PristineCopy(variant)
+        item = BaseCopy(variant)
         if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
             return False
         if variant in self._to_copy:
@@ -228,23 +230,23 @@ class Transformers:
             return False
         return self._weights[key].differs(adapters)
 
-    def _copy_pristine(self, variant: str, check_cancelled: CheckCancelled) -> None:
-        """Have a variant's pristine weights on the device, unless its memory does not suffice."""
-        item, master = PristineCopy(variant), self._masters[variant]
+    def _copy_base(self, variant: str, check_cancelled: CheckCancelled) -> None:
+        """Have a variant's base weights on the device, unless its memory does not suffice."""
+        item, master = BaseCopy(variant), self._masters[variant]
         self._make_room(self._residency.admit(item))
         if variant in self._copies:
             return
         # what is read once is not worth page-locking; what left, and comes again, may leave again
         host = master.open if variant in self._to_copy else master.at_hand
         try:
-            read = self._pristine(variant, host)
+            read = self._base(variant, host)
             sources = {name: read(COMPONENT, name) for name in host()}
             self._copies.fill(variant, sources, check_cancelled)
         except BaseException as error:
             self._evict(item)
             if not is_out_of_memory(error):
                 raise
-            logger.warning("The pristine weights of %s stay on the host: %s", variant, error)
+            logger.warning("The base weights of %s stay on the host: %s", variant, error)
             self._residency.exclude(item)
         finally:
             if variant in self._to_copy:
@@ -268,9 +270,9 @@ class Transformers:
             empty_cache(self._home.memory)
 
     def _evict(self, item: Item) -> None:
-        """Give back the memory of a transformer, with its records, or of pristine weights."""
+        """Give back the memory of a transformer, with its records, or of base weights."""
         self._residency.drop(item)
-        if isinstance(item, PristineCopy):
+        if isinstance(item, BaseCopy):
             if self._copies.drop(item.variant):
                 logger.info("%s %s leaves %s", *item, self._home.memory)
             return
@@ -282,10 +284,10 @@ class Transformers:
         for name, parameter in list(module.named_parameters()):
             _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
 
-    def _pristine(
+    def _base(
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
-    ) -> Pristine:
-        """Where a variant's pristine values are nearest; see `DeviceCopies.nearest`."""
+    ) -> BaseValues:
+        """Where a variant's base values are nearest; see `DeviceCopies.nearest`."""
         plain = Key(variant, "bf16")
         on_host = host or self._masters[variant].at_hand
         return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)

@@ -1,8 +1,8 @@
 """Float8 transformers on disk, so that a server for float8 does not read the bf16 weights at start.
 
-A file holds exactly what `flux/transformers/quantize.py` makes of a checkpoint's pristine weights, in torchao's
-own layout; `safetensors` and torchao's `unflatten_tensor_state_dict` can read it. It does not say
-whether a linear also quantizes its inputs, because that depends on the device.
+A file holds exactly what `flux/transformers/quantize.py` makes of a checkpoint's base weights, in
+torchao's own layout; `safetensors` and torchao's `unflatten_tensor_state_dict` can read it. It does
+not say whether a linear also quantizes its inputs, because that depends on the device.
 
 A file belongs to one checkpoint and one recipe. It names both, and is refused for any other. The
 checkpoint is recognised by its fingerprint (weights/fingerprint.py).
@@ -86,7 +86,7 @@ def fingerprint_of(directory: Path) -> str:
 
 
 def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
-    """Quantize a pristine transformer into a file; an incomplete file never takes its name.
+    """Quantize a base transformer into a file; an incomplete file never takes its name.
 
     Weights are quantized one by one, so besides the memory map of the bf16 weights this takes the
     size of the result, 12 GB for FLUX.1, and the temporaries of one weight.

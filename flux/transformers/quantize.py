@@ -8,15 +8,12 @@ dtype: they are half a per cent of FLUX.1's parameters, and would cause most of 
 
 Weights are quantized here and not by torchao's `quantize_` for three reasons. A weight that
 adapters change must be written in place, so that a compiled graph keeps its storage. The scale is
-taken in fp32, from the exact sum of the pristine weight and the deltas, where torchao rounds it
+taken in fp32, from the exact sum of the base weight and the deltas, where torchao rounds it
 to the weight's dtype, so that the largest value of a row may be clipped. And a row of zeros has
 scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
 
-`flux/transformers/scaled.py` multiplies if activations are quantized too, because not every shape has a kernel.
-
-Rejected: quantizing weights that were float8 before (a delta of 0.5 % of the weights then keeps a
-fifth of its strength), per-tensor e5m2 activations, and choosing layers by parts of their names
-("proj_out" is also the name of a layer in every single block).
+`flux/transformers/scaled.py` multiplies if activations are quantized too, because not every shape
+has a kernel.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A safetensors file in, an Adapter out: every format of `lora/formats/spellings.py`, every kind of delta.
+"""A safetensors file in, an Adapter out: every format, and every kind of delta.
 
 Nothing is dropped silently. A key belongs to a module of the model, or is of a kind that is
 known to be harmless and is listed as ignored, or is an error that names it.
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora.formats.contributions import Parameter, read_contributions
-from lora.formats.deltas import Contribution, LoRA, Pristine, placed
+from lora.formats.deltas import BaseValues, Contribution, LoRA, placed
 from lora.formats.foreign import refuse_foreign
 from lora.formats.header import AdapterError, Header, TensorInfo, read_header, short
 from lora.formats.keys import Targets
@@ -59,7 +59,7 @@ class Adapter:
         return self.contributions.keys()
 
     def add_to(
-        self, scratch: Tensor, component: str, parameter: str, pristine: Pristine, scale: float
+        self, scratch: Tensor, component: str, parameter: str, base: BaseValues, scale: float
     ) -> None:
         """Add `scale * delta` of one parameter to `scratch` in place.
 
@@ -67,11 +67,11 @@ class Adapter:
             scratch: fp32, of the parameter's shape.
             component: "transformer", "text_encoder" or "text_encoder_2".
             parameter: a name out of `parameters`.
-            pristine: (component, parameter name) -> pristine value; DoRA normalises by it.
+            base: (component, parameter name) -> base value; DoRA normalises by it.
             scale: any finite number; the delta itself does not depend on it.
         """
         for contribution in self.contributions[component, parameter]:
-            contribution.add_to(scratch, scale, pristine)
+            contribution.add_to(scratch, scale, base)
 
     def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
         """The delta of one parameter as a sum of LoRA deltas; None where it is none.

@@ -1,8 +1,8 @@
 """The kinds of difference an adapter file can hold, added to weights in fp32.
 
-Each kind keeps the file's tensors in the file's dtype and knows one thing: how to add
-`factor x` some of its rows to an fp32 tensor in place. Some are made from the pristine weight,
-here and in `lora/formats/rotations.py`; they read the rows that they need. A dense delta of a whole adapter
+Each kind keeps the file's tensors in the file's dtype and knows one thing: how to add `factor x`
+some of its rows to an fp32 tensor in place. Some are made from the base weight, here and in
+`lora/formats/rotations.py`; they read the rows that they need. A dense delta of a whole adapter
 would take as much memory as the model four times over, so none is ever stored.
 
 Formulas: LoRA (Hu et al. 2021), LoHa and LoKr (LyCORIS, arXiv 2309.14859), DoRA (Liu et al.
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-Pristine = Callable[[str, str], Tensor]
-"""(component, parameter name) -> the parameter's pristine value."""
+BaseValues = Callable[[str, str], Tensor]
+"""(component, parameter name) -> the parameter's base value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,16 @@ class Module:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """The pristine weight of a module, read where a delta needs it.
+    """The base weight of a module, read where a delta needs it.
 
     Attributes:
         module: the module, and so the order of its rows.
-        pristine: (component, parameter name) -> the parameter's pristine value.
+        base: (component, parameter name) -> the parameter's base value.
         like: a tensor on the device where it is wanted.
     """
 
     module: Module
-    pristine: Pristine
+    base: BaseValues
     like: Tensor
 
     def rows(self, rows: slice) -> Tensor:
@@ -60,7 +60,7 @@ class Weight:
             last = min(rows.stop, part.source.stop)
             if first < last:
                 shift = part.target.start - part.source.start
-                values = self.pristine(self.module.component, part.parameter)
+                values = self.base(self.module.component, part.parameter)
                 found.append(exact(values[first + shift : last + shift], self.like))
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -75,7 +75,7 @@ class Delta(Protocol):
             out: what is added to.
             rows: of the module as it was trained.
             factor: any finite number; the delta itself does not depend on it.
-            weight: the pristine weight of the module, for deltas that are made from it.
+            weight: the base weight of the module, for deltas that are made from it.
         """
         ...
 
@@ -172,7 +172,7 @@ class LoKr:
 
 @dataclass(frozen=True, slots=True)
 class GLoRA:
-    """`delta = strength * (W @ a_up @ a_down + b_up @ b_down)` from the pristine W.
+    """`delta = strength * (W @ a_up @ a_down + b_up @ b_down)` from the base weight W.
 
     a_up is `[columns, rank]`, b_up `[rows, rank]`, a_down and b_down are `[rank, columns]`.
     """
@@ -193,7 +193,7 @@ class GLoRA:
 
 @dataclass(frozen=True, slots=True)
 class DoRA:
-    """`delta = m (W + d) / norm(W + d) - W` from the pristine W and a `delta` d of any kind.
+    """`delta = m (W + d) / norm(W + d) - W` from the base weight W and a `delta` d of any kind.
 
     `magnitude` is `[rows, 1]` (one norm for each output row) or `[1, columns]` (one for each
     input column). A column's norm runs over all rows of the module as it was trained.
@@ -234,10 +234,10 @@ class Contribution:
     part: Part
     module: Module
 
-    def add_to(self, scratch: Tensor, factor: float, pristine: Pristine) -> None:
+    def add_to(self, scratch: Tensor, factor: float, base: BaseValues) -> None:
         """Add `factor * delta` to the parameter's `scratch` (fp32) in place."""
         out = scratch[self.part.target]
-        self.delta.add_to(out, self.part.source, factor, Weight(self.module, pristine, out))
+        self.delta.add_to(out, self.part.source, factor, Weight(self.module, base, out))
 
 
 def placed(value: T, send: Callable[[Tensor], Tensor]) -> T:

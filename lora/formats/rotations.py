@@ -1,4 +1,4 @@
-"""Orthogonal fine-tuning: differences that turn the pristine weight.
+"""Orthogonal fine-tuning: differences that turn the base weight.
 
 All of them begin with a skew-symmetric matrix Q for each block of rows or columns, and with the
 rotation R that the Cayley transform makes of it. What is computed is R - I, so that a small

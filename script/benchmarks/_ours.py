@@ -18,7 +18,7 @@ from PIL import Image
 from flux.autoencoder import memory_format
 from flux.canvas import prepare
 from flux.memory.budget import DEVICE_RESERVE
-from flux.memory.residency import PristineCopy
+from flux.memory.residency import BaseCopy
 from flux.request import Request
 from flux.sampling import ASPECT_RATIOS
 from flux.transformers.compile import graphs
@@ -46,19 +46,19 @@ def images(session: Session) -> None:
 
 
 def swaps(session: Session) -> None:
-    """Changes of adapter: pristine weights on the device, then in page-locked memory."""
+    """Changes of adapter: base weights on the device, then in page-locked memory."""
     one, two = session.adapters
     transformers = session.engine._transformers
 
     def turn(where: str, rounds: int = 3) -> None:
         for key, other in ((DEV8, DEV), (DEV, DEV8)):
             session.clean()
-            session.merge(other, one)  # or its weights would be pristine ones on the device
+            session.merge(other, one)  # or its weights would be base ones on the device
             session.merge(key, one)
             turns = itertools.cycle((two, one))
             seconds = [session.merge(key, next(turns)) for _ in range(2 * rounds)]
             figures = {"swap": sorted(seconds)[rounds], "restore": session.merge(key, [])}
-            name = f"{' '.join(key)} {{}}, pristine {where}, ms"
+            name = f"{' '.join(key)} {{}}, base weights {where}, ms"
             session.record(
                 "swaps",
                 {name.format(what): round(1000 * s, 1) for what, s in figures.items()},
@@ -70,7 +70,7 @@ def swaps(session: Session) -> None:
     turn("on the device" if copied else "where the budget has it")
     session.record("swaps", {"nothing to change, ms": round(1000 * session.merge(DEV, []), 2)})
     if copied:
-        item = PristineCopy("dev")
+        item = BaseCopy("dev")
         session.call(lambda _: (transformers._evict(item), transformers._residency.exclude(item)))
         session.call(lambda _: transformers._masters["dev"].at_hand())
         turn("on the host")
@@ -199,7 +199,7 @@ def numbers(session: Session) -> None:
 
 
 def _bits(session: Session, key: Key) -> Iterator[tuple[str, bool]]:
-    """Whether merges give the same bits again, and restorations the pristine ones."""
+    """Whether merges give the same bits again, and restorations the base ones."""
     parameters = list(session.engine._transformers.modules[key].parameters())[::EVERY]
     one, two = session.adapters
     states = []
@@ -211,7 +211,7 @@ def _bits(session: Session, key: Key) -> Iterator[tuple[str, bool]]:
     name = " ".join(key)
     yield f"{name}: a merge repeated has the same bits", same(states[1], states[3])
     yield f"{name}: another adapter has others", not same(states[1], states[2])
-    yield f"{name}: restored weights have the pristine bits", same(states[0], states[4])
+    yield f"{name}: restored weights have the base weight bits", same(states[0], states[4])
 
 
 def decoder(session: Session) -> None:

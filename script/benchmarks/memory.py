@@ -1,8 +1,8 @@
 """What is where on which card: the tables of docs/memory.md, from FLUX.1's own configurations.
 
 Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
-what fits is decided by the code that serves (flux/memory/residency.py). A card or host is taken to have
-its nominal size in GiB, and a card less what CUDA and the safety checkers take.
+what fits is decided by the code that serves (flux/memory/residency.py). A card or host is taken to
+have its nominal size in GiB, and a card less what CUDA and the safety checkers take.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from torch import nn
 
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.memory.offload import COMPONENTS
-from flux.memory.residency import ORDER, PRISTINE, BudgetError, Item, PristineCopy, Residency
+from flux.memory.residency import BASE, ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.transformers.pool import size
 from flux.transformers.quantize import float8_parameters
 from flux.variants import VARIANTS, Key
@@ -60,7 +60,7 @@ def at_start(sizes: Mapping[Item, int], budget: int) -> str:
         return "none: setup fails"
     names = [" ".join(item) for item in found]
     if set(ORDER) <= set(found):
-        names = ["all four", *(name for name in names if name.endswith(PRISTINE))]
+        names = ["all four", *(name for name in names if name.endswith(BASE))]
     return ", ".join(names)
 
 
@@ -69,7 +69,7 @@ def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[st
     lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
     items = {
         **sizes,
-        **{PristineCopy(variant): sizes[Key(variant, "bf16")] for variant in VARIANTS},
+        **{BaseCopy(variant): sizes[Key(variant, "bf16")] for variant in VARIANTS},
     }
     for gibibytes in CARDS:
         free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE - ADAPTERS

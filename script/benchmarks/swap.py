@@ -133,14 +133,14 @@ def bare(path: Path, heads: int) -> Contenders:
     scratch = torch.empty(max(weight.numel() for weight, *_ in rows))
 
     def three_operations() -> None:
-        for working, pristine, up, down in rows:
+        for working, base, up, down in rows:
             exact = scratch[: working.numel()].view(working.shape)
-            exact.copy_(pristine).addmm_(up.float(), down.float())
+            exact.copy_(base).addmm_(up.float(), down.float())
             working.copy_(exact)
 
     def one_pass() -> None:
-        for working, pristine, up, down in rows:
-            torch.addmm(pristine, up, down, out=working)
+        for working, base, up, down in rows:
+            torch.addmm(base, up, down, out=working)
 
     return {"bare: widen, addmm, round": three_operations, "bare: bf16 addmm": one_pass}
 

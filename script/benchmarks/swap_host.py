@@ -91,12 +91,12 @@ def main() -> None:
             for seed in (1, 2)
         ]
         adapters = [load_adapter(path, path.stem, targets) for path in files]
-    pristine = {name: p.detach().clone() for name, p in model.named_parameters()}
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def swapping(one_pass: OnePass | None) -> Callable[[], object]:
         weights = WorkingWeights(
             {"transformer": model},
-            lambda _, name: pristine[name],
+            lambda _, name: base[name],
             staging=Staging(torch.device("cpu"), Here()),  # type: ignore[arg-type]
             one_pass=one_pass,
         )

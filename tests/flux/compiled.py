@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 from flux.transformers import lora_kernel
 from flux.transformers.quantize import LARGEST, TINY
 
-POINTERS = {"pristine": "*bf16", "scales": "*fp32", "amplitudes": "*fp32"}
+POINTERS = {"base": "*bf16", "scales": "*fp32", "amplitudes": "*fp32"}
 SIZES = ("rows", "columns", "rank", "changed")
 
 

@@ -18,9 +18,9 @@ from tests import tiny
 from tests.flux.low_rank import (
     adapter,
     assert_rounded,
+    base,
     bits,
     factors,
-    pristine,
     same,
     whole,
     working,
@@ -109,7 +109,7 @@ def assert_close(found, reference):
     ],
 )
 def test_any_shape_rank_and_dtype(rows, columns, rank, dtype, form):
-    values = {"w": pristine(rows, columns)}
+    values = {"w": base(rows, columns)}
     delta = factors(rows, columns, rank, dtype)
     found, reference, written = merged(values, [(whole("a", w=delta), -0.7)], **form)
     assert written == 1
@@ -119,7 +119,7 @@ def test_any_shape_rank_and_dtype(rows, columns, rank, dtype, form):
 
 @forms
 def test_three_adapters_are_one_delta_in_any_order(form):
-    values = {"w": pristine(40, 70)}
+    values = {"w": base(40, 70)}
     kinds = [(5, torch.bfloat16, 0.8), (16, torch.float16, -1.3), (30, torch.float32, 0.1)]
     deltas = [(factors(40, 70, rank, dtype, rank), scale) for rank, dtype, scale in kinds]
     desired = [(whole(str(n), w=delta), scale) for n, (delta, scale) in enumerate(deltas)]
@@ -133,7 +133,7 @@ def test_three_adapters_are_one_delta_in_any_order(form):
 @forms
 @pytest.mark.parametrize("ranks", [(256, 256), (256, 257)], ids=str)
 def test_ranks_up_to_the_limit(ranks, form):
-    values = {"w": pristine(20, 50)}
+    values = {"w": base(20, 50)}
     deltas = [factors(20, 50, rank, torch.bfloat16, rank) for rank in ranks]
     desired = [(whole(str(n), w=delta), 0.5) for n, delta in enumerate(deltas)]
     found, reference, written = merged(values, desired, **form)
@@ -145,7 +145,7 @@ def test_ranks_up_to_the_limit(ranks, form):
 @forms
 def test_rows_of_a_fused_delta(form):
     """Parameters that each get some rows, and one of them only in its middle."""
-    values = {"q": pristine(24, 40), "k": pristine(30, 40), "v": pristine(20, 40)}
+    values = {"q": base(24, 40), "k": base(30, 40), "v": base(20, 40)}
     delta = factors(70, 40, 6, torch.bfloat16)
     rows = {
         "q": (slice(0, 24), slice(0, 24)),
@@ -165,7 +165,7 @@ def test_rows_of_a_fused_delta(form):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @forms
 def test_what_is_not_finite_shows_as_before(form, value):
-    values = {"w": pristine(20, 40)}
+    values = {"w": base(20, 40)}
     values["w"][3, 7] = value
     found, reference, _ = merged(values, [(whole("a", w=factors(20, 40, 4)), 1.0)], **form)
     plain = [getattr(w["w"], "qdata", w["w"]).float() for w in (found, reference)]

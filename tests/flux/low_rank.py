@@ -31,14 +31,14 @@ class Kernel:
 def factors(
     rows: int, columns: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LoRA:
-    """A delta about as large as a weight of `pristine`."""
+    """A delta about as large as a weight of `base`."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     up = torch.randn(rows, rank, generator=generator) / rank**0.5
     down = torch.randn(rank, columns, generator=generator)
     return LoRA(up.to(dtype), down.to(dtype), 0.5)
 
 
-def pristine(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def base(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(rows, columns, generator=generator)
     return (weight * torch.logspace(-4, 2, rows)[:, None]).to(dtype)
@@ -67,7 +67,7 @@ def working(
     float8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[WorkingWeights, dict[str, Tensor]]:
-    """Blank weights to be written from pristine values, and the parameters themselves."""
+    """Blank weights to be written from base values, and the parameters themselves."""
     parameters: dict[str, Tensor] = {}
     for name, value in values.items():
         empty = torch.empty_like(value, dtype=dtype)

@@ -1,1 +1,1 @@
-"""What serving requests takes, whatever the model: settings, the engine thread, cancels, outputs, errors."""
+"""What serving takes, whatever the model: settings, the engine thread, cancels, outputs."""

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from flux.memory.residency import ORDER, BudgetError, PristineCopy, Residency
+from flux.memory.residency import ORDER, BaseCopy, BudgetError, Residency
 
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 FLUX = {DEV: 238, DEV8: 120, SCHNELL8: 120, SCHNELL: 238}  # tenths of a gigabyte
-OF_DEV, OF_SCHNELL = PristineCopy("dev"), PristineCopy("schnell")
-WITH_PRISTINE = {**FLUX, OF_DEV: 238, OF_SCHNELL: 238}
+OF_DEV, OF_SCHNELL = BaseCopy("dev"), BaseCopy("schnell")
+WITH_BASE = {**FLUX, OF_DEV: 238, OF_SCHNELL: 238}
 
 
 @pytest.mark.parametrize(
@@ -62,27 +62,27 @@ def test_the_operator_may_want_one_precision_at_the_start(precision, budget, exp
         (120, [DEV8]),
     ],
 )
-def test_pristine_weights_of_dev_come_before_schnell(budget, expected) -> None:
-    assert Residency(WITH_PRISTINE, budget).at_start() == expected
+def test_base_weights_of_dev_come_before_schnell(budget, expected) -> None:
+    assert Residency(WITH_BASE, budget).at_start() == expected
 
 
-def test_a_start_in_float8_alone_brings_no_pristine_weights() -> None:
-    assert Residency(WITH_PRISTINE, None).at_start(("fp8",)) == [SCHNELL8, DEV8]
+def test_a_start_in_float8_alone_brings_no_base_weights() -> None:
+    assert Residency(WITH_BASE, None).at_start(("fp8",)) == [SCHNELL8, DEV8]
 
 
-def test_pristine_weights_leave_for_a_transformer_and_return_by_use() -> None:
-    residency = Residency(WITH_PRISTINE, 600)
+def test_base_weights_leave_for_a_transformer_and_return_by_use() -> None:
+    residency = Residency(WITH_BASE, 600)
     for item in (OF_DEV, DEV8, DEV):
         residency.admit(item)
     assert residency.admit(SCHNELL) == [OF_DEV]
     assert residency.fits_beside(OF_DEV, DEV)
     assert residency.admit(OF_DEV) == [DEV8, DEV]
     assert residency.resident == (SCHNELL, OF_DEV)
-    assert not Residency(WITH_PRISTINE, 475).fits_beside(OF_DEV, DEV)
+    assert not Residency(WITH_BASE, 475).fits_beside(OF_DEV, DEV)
 
 
 def test_what_is_excluded_is_never_counted_again() -> None:
-    residency = Residency(WITH_PRISTINE, 600)
+    residency = Residency(WITH_BASE, 600)
     residency.admit(OF_DEV)
     residency.exclude(OF_DEV)
     assert residency.resident == ()

@@ -51,7 +51,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("key", ORDER, ids="-".join)
 def test_whenever_copies_are_made_the_weights_are_the_same(masters, adapters, stream, key) -> None:
-    """Adapters of every kind, one after another; a DoRA reads several pristine weights."""
+    """Adapters of every kind, one after another; a DoRA reads several base weights."""
     beside, plain = transformers(masters, stream), transformers(masters, None)
     for desired in ([(adapters["a"], 1.0), (adapters["d"], 0.5)], [], [(adapters["c"], 1.5)], []):
         for found in (beside, plain):

@@ -1,4 +1,4 @@
-"""Pristine weights on the device too: what a swap reads, and that they never stand in the way."""
+"""Base weights on the device too: what a swap reads, and that they never stand in the way."""
 
 import random
 import threading
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.memory.offload import OnDevice
-from flux.memory.residency import ORDER, PristineCopy
+from flux.memory.residency import ORDER, BaseCopy
 from flux.transformers.base_weights import Master
 from flux.transformers.pool import Transformers, size
 from flux.transformers.quantize import float8_parameters, storage
@@ -20,7 +20,7 @@ from tests.flux.streams import Late
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
-AT_START = (DEV, DEV8, PristineCopy("dev"))  # as on a card of 80 GB
+AT_START = (DEV, DEV8, BaseCopy("dev"))  # as on a card of 80 GB
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def masters() -> dict[str, nn.Module]:
 
 
 def room_for(masters, *items) -> int:
-    """Bytes of transformers and pristine weights."""
+    """Bytes of transformers and base weights."""
     found = Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None)
     sizes = {key: size(found.modules[key], frozenset()) for key in ORDER}
     for key in (DEV8, SCHNELL8):
         sizes[key] = size(found.modules[key], float8_parameters(found.modules[key]))
-    sizes |= {PristineCopy("dev"): sizes[DEV]}
+    sizes |= {BaseCopy("dev"): sizes[DEV]}
     return sum(sizes[item] for item in items)
 
 
@@ -70,9 +70,9 @@ def assert_same(one, other) -> None:
 
 
 def copied(found: Transformers) -> set[str]:
-    """The variants whose pristine weights are on the device."""
+    """The variants whose base weights are on the device."""
     names = [entry.name for entry in found.entries()]
-    return {name.split()[0] for name in names if name.endswith("pristine copy")}
+    return {name.split()[0] for name in names if name.endswith("base copy")}
 
 
 def spoil(master: nn.Module) -> None:
@@ -146,7 +146,7 @@ def test_out_of_memory_while_they_come_leaves_them_on_the_host(
         patch.setattr("flux.transformers.copies.DeviceCopies.fill", runs_out)
         for key in ORDER:
             found.reconcile(key, [])
-    assert "The pristine weights of dev stay on the host: CUDA out of memory" in caplog.text
+    assert "The base weights of dev stay on the host: CUDA out of memory" in caplog.text
     for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
         found.reconcile(DEV, desired)
         assert_same(bits(found, DEV), plain(masters, DEV, desired))
@@ -210,7 +210,7 @@ def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(masters)
     threading.Timer(0.05, go.set).start()
     rows = {entry.name: entry for entry in found.entries()}
     assert go.is_set()
-    assert (rows["schnell pristine"].seconds or 0) > 0
+    assert (rows["schnell base weights"].seconds or 0) > 0
     assert threading.active_count() <= threads + 1  # the timer may be about to end
 
 
@@ -229,7 +229,7 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
     assert_same(bits(found, SCHNELL8), plain(masters, SCHNELL8, []))
 
 
-def test_pristine_items_are_no_transformers(masters) -> None:
+def test_base_items_are_no_transformers(masters) -> None:
     found = make(masters)
     assert all(isinstance(item, Key) for item in found.at_start)
 

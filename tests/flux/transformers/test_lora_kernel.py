@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flux.transformers.one_pass import one_pass
-from tests.flux.low_rank import COMPONENT, assert_rounded, bits, factors, pristine, same, working
+from tests.flux.low_rank import COMPONENT, assert_rounded, base, bits, factors, same, working
 from tests.flux.low_rank import whole as adapter
 
 ROOT = Path(__file__).parents[3]
@@ -59,7 +59,7 @@ def test_real_shapes_on_a_card(float8) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    values = {name: pristine(*shape).to(device) for name, shape in SHAPES.items()}
+    values = {name: base(*shape).to(device) for name, shape in SHAPES.items()}
     both = [
         {name: factors(*shape, rank, torch.bfloat16, rank) for name, shape in SHAPES.items()}
         for rank in (16, 33)

@@ -54,23 +54,23 @@ def copy_with(modules, values):
 
 
 def test_another_scale_equals_a_fresh_load(modules, adapters):
-    pristine = copy.deepcopy(modules)
+    base = copy.deepcopy(modules)
     weights = WorkingWeights(modules)
     weights.reconcile([(adapters["a"], 1.0)])
     first = state(modules)
     weights.reconcile([(adapters["a"], 0.4)])
-    assert_bits(state(modules), fresh(pristine, [(adapters["a"], 0.4)]))
+    assert_bits(state(modules), fresh(base, [(adapters["a"], 0.4)]))
     key = ("transformer", f"{Q}.weight")
     assert not torch.equal(state(modules)[key], first[key])
 
 
 def test_order_does_not_matter_to_the_bit(modules, adapters):
-    pristine = copy.deepcopy(modules)
+    base = copy.deepcopy(modules)
     a, b, d = adapters["a"], adapters["b"], adapters["d"]
     orders = [[(a, 0.7), (b, 0.3), (d, -1.2)], [(d, -1.2), (a, 0.7), (b, 0.3)]]
-    assert_bits(fresh(pristine, orders[0]), fresh(pristine, orders[1]))
+    assert_bits(fresh(base, orders[0]), fresh(base, orders[1]))
     thirds = [(a, 0.1), (a, 0.2), (a, 0.3)]
-    assert_bits(fresh(pristine, thirds), fresh(pristine, thirds[::-1]))
+    assert_bits(fresh(base, thirds), fresh(base, thirds[::-1]))
     weights = WorkingWeights(modules)
     weights.reconcile(thirds)
     assert weights.reconcile(thirds[::-1]).merged == 0
@@ -135,20 +135,20 @@ def test_fingerprints_tell_what_a_component_holds(modules, adapters):
     assert weights.record("transformer", f"{Q}.weight") == (("b", 1.0),)
 
 
-def test_a_source_of_pristine_values_and_a_store_can_be_given(adapters):
-    """As quantised weights do it: finer pristine values, and a rounding of their own."""
+def test_a_source_of_base_values_and_a_store_can_be_given(adapters):
+    """As quantised weights do it: finer base values, and a rounding of their own."""
     masters = tiny.modules(SIZE, torch.float32)
     modules = {name: copy.deepcopy(m).to(torch.bfloat16) for name, m in masters.items()}
     asked = []
 
-    def pristine(component, name):
+    def base(component, name):
         asked.append((component, name))
         return masters[component].get_parameter(name).detach()
 
     def coarse(working, exact):
         working.copy_((exact.float() * 4).round() / 4)
 
-    weights = WorkingWeights(modules, pristine, coarse)
+    weights = WorkingWeights(modules, base, coarse)
     weights.reconcile([(adapters["a"], 1.0)])
     weight = masters["transformer"].get_parameter(f"{Q}.weight").detach()
     delta = tiny.deltas(adapters["a"], masters)["transformer", f"{Q}.weight"]

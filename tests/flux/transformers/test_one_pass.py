@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux.transformers.merge import Pristine, WorkingWeights
+from flux.transformers.merge import BaseValues, WorkingWeights
 from flux.transformers.one_pass import OnePass, one_pass
 from tests import tiny
-from tests.flux.low_rank import Kernel, bits, factors, pristine, same, whole, working
+from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
 
 ROWS, COLUMNS = 32, 48
@@ -31,7 +31,7 @@ class Bus:
 
 @pytest.fixture
 def values() -> dict[str, torch.Tensor]:
-    return {name: pristine(ROWS, COLUMNS) for name in "qkv"}
+    return {name: base(ROWS, COLUMNS) for name in "qkv"}
 
 
 def lora(digest: str, names: str = "qkv", rank: int = 4, dtype=torch.bfloat16):
@@ -146,7 +146,7 @@ def test_a_lack_of_memory_is_no_failure_of_the_kernel(values) -> None:
 def test_other_kinds_keep_their_path_with_what_is_on_the_device(adapters, last) -> None:
     """DoRA, LoKr, rotations, differences and biases, also beside a LoRA of the same weight."""
 
-    def swap(make: Pristine | None, merging: OnePass | None):
+    def swap(make: BaseValues | None, merging: OnePass | None):
         modules = tiny.modules(SIZE)
         weights = WorkingWeights(modules, make, one_pass=merging)
         for names in (f"c{last}", f"bc{last}", last):

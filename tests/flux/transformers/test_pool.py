@@ -1,4 +1,4 @@
-"""Working transformers: one pass from pristine, exact in both precisions, records and weights."""
+"""Working transformers: one pass from the base weights, exact in both precisions."""
 
 import copy
 import random
@@ -104,7 +104,7 @@ def test_merged_and_quantized_once(masters, adapters, key) -> None:
         assert_bits(transformers.modules[key], expected)
 
 
-def test_swaps_move_no_storage_and_leave_the_pristine_alone(masters, adapters) -> None:
+def test_swaps_move_no_storage_and_leave_the_base_alone(masters, adapters) -> None:
     before = {name: bits(master) for name, master in masters.items()}
     transformers = make(masters)
     for key in ORDER:

@@ -1,4 +1,4 @@
-"""Working transformers from float8 files: whole or healed, and the pristine copy opened once."""
+"""Working transformers from float8 files: whole or healed, and the base copy opened once."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 class Opening:
-    """Opens the pristine transformer, and counts."""
+    """Opens the base transformer, and counts."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.times = directory, 0
@@ -61,9 +61,7 @@ def assert_same(one: Transformers, other: Transformers) -> None:
     assert all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
 
 
-def test_whatever_follows_the_bits_are_those_of_quantizing_the_pristine(
-    checkpoint, adapters
-) -> None:
+def test_whatever_follows_the_bits_are_those_of_quantizing_the_base(checkpoint, adapters) -> None:
     one, two = adapters["a"], adapters["d"]
     quick, opening = make(checkpoint, ready_made=True)
     usual, _ = make(checkpoint, ready_made=False)
@@ -111,7 +109,7 @@ def test_a_cancel_while_it_comes_heals_at_the_next_request(checkpoint, adapters,
     assert opening.times == 1
 
 
-def test_once_the_pristine_is_open_it_serves_and_not_the_file(checkpoint) -> None:
+def test_once_the_base_is_open_it_serves_and_not_the_file(checkpoint) -> None:
     quick, opening = make(checkpoint, ready_made=True)
     usual, _ = make(checkpoint, ready_made=False)
     quick.reconcile(DEV, [])
@@ -119,11 +117,11 @@ def test_once_the_pristine_is_open_it_serves_and_not_the_file(checkpoint) -> Non
     usual.reconcile(DEV8, [])
     assert_same(quick, usual)
     rows = {row.name: row.source for row in quick.entries()}
-    assert rows["dev fp8"] == "dev pristine"
+    assert rows["dev fp8"] == "dev base weights"
     assert opening.times == 1
 
 
-def test_a_pristine_copy_that_cannot_be_opened_fails_the_request_alone(
+def test_a_base_copy_that_cannot_be_opened_fails_the_request_alone(
     checkpoint, adapters, tmp_path
 ) -> None:
     quick, opening = make(checkpoint, ready_made=True)
@@ -141,7 +139,7 @@ def test_a_pristine_copy_that_cannot_be_opened_fails_the_request_alone(
 
 @pytest.mark.gpu
 def test_on_a_gpu(checkpoint, adapters) -> None:
-    """Files are quantized on a CPU, and the pristine weights where they serve: to the same bits."""
+    """Files are quantized on a CPU, and the base weights where they serve: to the same bits."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     quick, usual = (

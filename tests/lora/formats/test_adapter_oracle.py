@@ -137,10 +137,10 @@ def test_the_same_weights_as_diffusers_and_peft(flux, tmp_path, make, scale):
     theirs = fused(flux, tmp_path / "a.safetensors", scale)
     assert any(key[0] == "text_encoder" for key in ours) == (make is kohya_clip)
     for key, weight in theirs.items():
-        pristine = flux[key[0]].get_parameter(key[1]).detach()
-        expected = pristine + ours[key] if key in ours else pristine
+        base = flux[key[0]].get_parameter(key[1]).detach()
+        expected = base + ours[key] if key in ours else base
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(weight, pristine) == (key not in ours)
+        assert torch.equal(weight, base) == (key not in ours)
 
 
 REAL_WIDTH = 3072

@@ -1,4 +1,4 @@
-"""OFT, BOFT and GLoRA, whose differences are made from the pristine weight.
+"""OFT, BOFT and GLoRA, whose differences are made from the base weight.
 
 Expected values are the trainers' formulas written out as whole matrices in float64; for rotations
 of inputs, PEFT's own layer as well.
@@ -140,8 +140,8 @@ def test_oft_of_peft_turns_blocks_of_columns(flux, tmp_path, name, shared, scale
 def test_oft_gives_the_weights_that_peft_merges(flux, tmp_path, shared):
     """PEFT's own layer in a module of the model, trained or not, and merged by PEFT."""
     module = torch.nn.ModuleDict({"to_q": torch.nn.Linear(width(flux), width(flux))})
-    pristine = flux["transformer"].transformer_blocks[0].attn.to_q.weight.detach()
-    module["to_q"].weight.data.copy_(pristine)
+    base = flux["transformer"].transformer_blocks[0].attn.to_q.weight.detach()
+    module["to_q"].weight.data.copy_(base)
     config = OFTConfig(
         r=4, oft_block_size=0, target_modules=["to_q"], init_weights=False, block_share=shared
     )
@@ -152,8 +152,8 @@ def test_oft_gives_the_weights_that_peft_merges(flux, tmp_path, shared):
     adapter = tiny.load(tmp_path / "a", flux, {key: values})
     [ours] = tiny.deltas(adapter, flux).values()
     merged = layer.get_base_layer().weight.detach()
-    assert not torch.equal(merged, pristine)
-    torch.testing.assert_close(pristine + ours, merged, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(merged, base)
+    torch.testing.assert_close(base + ours, merged, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODULES)
