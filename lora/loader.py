@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lora.fetch import fetch
-from lora.formats.header import AdapterError
+from lora.formats.errors import AdapterError
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
 from lora.sources.reference import Access, Artifact, Reference, cache_key

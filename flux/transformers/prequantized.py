@@ -74,7 +74,7 @@ def fingerprint_of(directory: Path) -> str:
     """
     try:
         tensors = stored_tensors(directory)
-        other = sorted({tensor.dtype for tensor in tensors.values()} - {STORED})
+        other = sorted({stored.tensor.dtype for stored in tensors.values()} - {STORED})
         if other:
             raise CheckpointError(
                 f"{directory}: holds {', '.join(other)}; only a checkpoint in {STORED}, as the "

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lora.formats.contributions import Parameter, read_contributions
 from lora.formats.deltas import BaseValues, Contribution, LoRA, placed
+from lora.formats.errors import AdapterError
 from lora.formats.foreign import refuse_foreign
-from lora.formats.header import AdapterError, Header, TensorInfo, read_header, short
 from lora.formats.keys import Targets
 from lora.formats.kinds import NUMBERS, Group, flat_shape
 from lora.formats.metadata import AdapterSettings, trigger_words
 from lora.formats.spellings import BOOKKEEPING, is_embedding, split_role
+from weights.header import Header, HeaderError, TensorInfo, read_header, short
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 
@@ -117,7 +118,10 @@ def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
     Raises:
         AdapterError: the file is not an adapter for this model, or not sound.
     """
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except HeaderError as error:
+        raise AdapterError(str(error)) from error
     refuse_foreign(header, targets)
     size = sum(info.nbytes for info in header.tensors.values())
     if size > MAX_TENSOR_BYTES:

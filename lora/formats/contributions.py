@@ -23,10 +23,11 @@ from lora.formats.deltas import (
     Module,
     Part,
 )
-from lora.formats.header import AdapterError, short
+from lora.formats.errors import AdapterError
 from lora.formats.kinds import NUMBERS, Group
 from lora.formats.metadata import AdapterSettings
 from lora.formats.rotations import InputOFT, OutputBOFT, OutputOFT
+from weights.header import short
 
 LARGEST = 1e15
 """The most that a difference may come to. Weights are far smaller, and the squares of as many such

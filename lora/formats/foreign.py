@@ -6,9 +6,10 @@ message say what the file is, and it is read before any tensor.
 
 from collections.abc import Mapping, Set
 
-from lora.formats.header import AdapterError, Header, TensorInfo, short
+from lora.formats.errors import AdapterError
 from lora.formats.keys import Targets
 from lora.formats.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_role
+from weights.header import Header, TensorInfo, short
 
 NEEDED = "give a LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA or full difference for FLUX.1 instead"
 # (what one of the keys contains; what the file is; why it cannot be merged)

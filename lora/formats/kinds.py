@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isqrt, prod
 
-from lora.formats.header import AdapterError, short
+from lora.formats.errors import AdapterError
 from lora.formats.keys import Place
+from weights.header import short
 
 NUMBERS = frozenset({"alpha", "oft_scaled"})  # roles of a single number, of any dtype
 EXTRAS = NUMBERS | {"magnitude", "up_bias", "diff_b"}  # beside the weight's own delta

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from math import inf, sqrt
 from typing import Any
 
-from lora.formats.header import AdapterError, short
+from lora.formats.errors import AdapterError
+from weights.header import short
 
 ADAPTER_SETTINGS = "lora_adapter_metadata"
 TRIGGER_FIELDS = (

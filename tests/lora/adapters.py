@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora.formats.adapter import AdapterError
+from lora.formats.errors import AdapterError
 from tests import tiny
 
 TO_Q = "transformer.transformer_blocks.0.attn.to_q"

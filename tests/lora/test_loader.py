@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora.formats.header import AdapterError
+from lora.formats.errors import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from tests.lora.files import parse, safetensors

@@ -48,12 +48,12 @@ def test_every_difference_shows(tmp_path, change: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cut off|damaged"),
-        (b"<html>not found</html>", "no safetensors file, or damaged"),
-        ((2).to_bytes(8, "little") + b"[]", "no safetensors file, or damaged"),
-        ((10).to_bytes(8, "little") + b'{"a": 123}', "no safetensors file, or damaged"),
-        ((1 << 40).to_bytes(8, "little") + b"{}", "its header is cut off"),
-        ((2).to_bytes(8, "little") + b"{}more", "14 bytes, expected 10"),
+        (b"", "it is empty"),
+        (b"<html>not found</html>", "it is a web page"),
+        ((2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
+        ((10).to_bytes(8, "little") + b'{"a": 123}', "the header's entry for 'a' is malformed"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+        ((2).to_bytes(8, "little") + b"{}more", "damaged or cut off"),
     ],
 )
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content, message) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from lora.formats.adapter import AdapterError
+from lora.formats.errors import AdapterError
 from tests import tiny
 
 RANK = 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora.formats.adapter import AdapterError
+from lora.formats.errors import AdapterError
 from tests import tiny
 from tests.lora.adapters import FUSED, FUSED_PARTS, dora, expect, random, weights
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flux.transformers.merge import WorkingWeights
-from lora.formats.adapter import AdapterError
+from lora.formats.errors import AdapterError
 from tests import tiny
 from tests.lora.adapters import TO_Q, lora, width
 

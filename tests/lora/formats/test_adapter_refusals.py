@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora.formats import adapter as adapter_module
-from lora.formats.adapter import AdapterError
+from lora.formats.errors import AdapterError
 from tests import tiny
 from tests.lora.adapters import RANK, TO_Q, lora, refused, width
 

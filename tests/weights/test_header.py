@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from lora.formats.header import AdapterError, read_header
+from weights.header import HeaderError, read_header
 
 
 def write(path, entries, data=b"", length=None):
@@ -61,7 +61,7 @@ def test_no_header_length_is_mistaken_for_another_file(tmp_path, length):
 def test_other_files_are_named(tmp_path, start, name):
     path = tmp_path / "f"
     path.write_bytes(start)
-    with pytest.raises(AdapterError, match=name):
+    with pytest.raises(HeaderError, match=name):
         read_header(path)
 
 
@@ -108,7 +108,7 @@ def test_malformed_headers(tmp_path, raw, data, message):
     path = write(tmp_path / "f", raw, data)
     tracemalloc.start()
     start = time.monotonic()
-    with pytest.raises(AdapterError, match=message) as caught:
+    with pytest.raises(HeaderError, match=message) as caught:
         read_header(path)
     seconds = time.monotonic() - start
     peak = tracemalloc.get_traced_memory()[1]
@@ -119,11 +119,11 @@ def test_malformed_headers(tmp_path, raw, data, message):
 
 
 def test_a_length_beyond_the_file(tmp_path):
-    with pytest.raises(AdapterError, match="cut off"):
+    with pytest.raises(HeaderError, match="cut off"):
         read_header(write(tmp_path / "f", {"x": entry()}, bytes(8), length=10_000))
 
 
 def test_long_names_do_not_fill_the_message(tmp_path):
-    with pytest.raises(AdapterError) as caught:
+    with pytest.raises(HeaderError) as caught:
         read_header(write(tmp_path / "f", {"x" * 10_000: 5}))
     assert len(str(caught.value)) < 200

@@ -3,7 +3,7 @@
 A safetensors file is an 8-byte little-endian length, a JSON header of that many bytes, and
 the tensors' bytes (https://huggingface.co/docs/safetensors/index#format). The safetensors
 library checks offsets and dtypes, but it accepts duplicate keys, hundreds of thousands of
-empty tensors and a hundred megabytes of metadata. Adapters come from strangers, so the
+empty tensors and a hundred megabytes of metadata. Files come from strangers, so the
 header is bounded and checked here first; only then does the library open the file.
 """
 
@@ -37,17 +37,28 @@ OTHER_FILES = (
 )
 
 
-class AdapterError(ValueError):
-    """An adapter file that cannot be applied; the message is fit to show to a user."""
+class HeaderError(ValueError):
+    """A file that is not safetensors, or damaged; the message is fit to show to a user."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header says of one tensor."""
+    """What the header says of one tensor.
+
+    Attributes:
+        dtype: as safetensors calls it, `BF16`.
+        begin, end: in bytes from the start of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file, in bytes."""
+        return self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,7 @@ def read_header(path: Path) -> Header:
     """Read and check the header of `path`; the tensors themselves are not touched.
 
     Raises:
-        AdapterError: the file is not safetensors, or its header is malformed or too large.
+        HeaderError: the file is not safetensors, or its header is malformed or too large.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -70,12 +81,12 @@ def read_header(path: Path) -> Header:
         _refuse_other_files(start, size)
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise AdapterError(
+            raise HeaderError(
                 f"the file's header claims {length} bytes; at most {MAX_HEADER_BYTES} are "
                 "accepted. It is damaged, or not a safetensors file."
             )
         if length > size - 8:
-            raise AdapterError(
+            raise HeaderError(
                 f"the file is cut off: its header needs {length} bytes and the file has {size}. "
                 "Download it again."
             )
@@ -84,8 +95,8 @@ def read_header(path: Path) -> Header:
     entries = _parse(raw)
     metadata = _metadata(entries.pop("__metadata__", None))
     if len(entries) > MAX_TENSORS:
-        raise AdapterError(f"the file holds {len(entries)} tensors; at most {MAX_TENSORS} allowed")
-    return Header(_tensors(entries, size - 8 - length), metadata)
+        raise HeaderError(f"the file holds {len(entries)} tensors; at most {MAX_TENSORS} allowed")
+    return Header(_tensors(entries, 8 + length, size), metadata)
 
 
 def short(text: str, limit: int = 100) -> str:
@@ -109,7 +120,7 @@ def _refuse_other_files(start: bytes, size: int) -> None:
             answer = start[:200].decode("utf-8", "replace")
             found = f"a JSON answer, probably an error: {short(answer, 200)}"
     if found:
-        raise AdapterError(
+        raise HeaderError(
             f"this is not a safetensors file: it is {found}. "
             "Check that the reference points at the .safetensors file itself."
         )
@@ -118,15 +129,15 @@ def _refuse_other_files(start: bytes, size: int) -> None:
 def _parse(raw: bytes) -> dict[str, Any]:
     """The header's JSON object; what parsing can allocate is bounded beforehand."""
     if raw.count(b"{") + raw.count(b"[") > MAX_BRACKETS:
-        raise AdapterError("the file's header is too complex for an adapter")
+        raise HeaderError("the file's header is too complex for a model")
     try:
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except AdapterError:
+    except HeaderError:
         raise
     except (ValueError, RecursionError) as error:
-        raise AdapterError("this is not a safetensors file: its header is not JSON") from error
+        raise HeaderError("this is not a safetensors file: its header is not JSON") from error
     if not isinstance(parsed, dict):
-        raise AdapterError("this is not a safetensors file: its header is not a JSON object")
+        raise HeaderError("this is not a safetensors file: its header is not a JSON object")
     return parsed
 
 
@@ -136,7 +147,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise AdapterError(f"the file's header has {short(name)} twice")
+                raise HeaderError(f"the file's header has {short(name)} twice")
             seen.add(name)
     return result
 
@@ -145,27 +156,27 @@ def _metadata(value: object) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise AdapterError("the file's __metadata__ must map strings to strings")
+        raise HeaderError("the file's __metadata__ must map strings to strings")
     return value
 
 
-def _tensors(entries: dict[str, Any], data_bytes: int) -> dict[str, TensorInfo]:
-    """Check every entry, and that the tensors fill the file's data exactly, without overlap."""
+def _tensors(entries: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
+    """Check every entry, and that the tensors fill the file from `start` on, without overlap."""
     tensors: dict[str, TensorInfo] = {}
     spans = []
     for name, entry in entries.items():
         dtype, shape, (begin, end) = _entry(name, entry)
-        tensors[name] = TensorInfo(dtype, shape, end - begin)
+        tensors[name] = TensorInfo(dtype, shape, start + begin, start + end)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise AdapterError("the file is damaged: its tensors overlap or leave gaps")
+            raise HeaderError("the file is damaged: its tensors overlap or leave gaps")
         position = end
-    if position != data_bytes:
-        raise AdapterError(
+    if position != size - start:
+        raise HeaderError(
             f"the file is damaged or cut off: its tensors need {position} bytes and it has "
-            f"{data_bytes}. Download it again."
+            f"{size - start}. Download it again."
         )
     return tensors
 
@@ -176,11 +187,11 @@ def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, i
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
         case _:
-            raise AdapterError(f"the header's entry for {short(name)} is malformed")
+            raise HeaderError(f"the header's entry for {short(name)} is malformed")
     if dtype not in DTYPE_BYTES:
-        raise AdapterError(f"{short(name)} has the dtype {short(dtype)}, which is not supported")
+        raise HeaderError(f"{short(name)} has the dtype {short(dtype)}, which is not supported")
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 32 for n in shape):
-        raise AdapterError(f"{short(name)} has the shape {short(str(shape))}: not an adapter's")
+        raise HeaderError(f"{short(name)} has the shape {short(str(shape))}: not a weight's")
     if begin < 0 or end - begin != prod(shape) * DTYPE_BYTES[dtype]:
-        raise AdapterError(f"{short(name)}: its size does not follow from its shape and dtype")
+        raise HeaderError(f"{short(name)}: its size does not follow from its shape and dtype")
     return dtype, tuple(shape), (begin, end)
