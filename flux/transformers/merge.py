@@ -32,7 +32,7 @@ Store = Callable[[Tensor, Tensor], None]
 """Writes an exact value (fp32, or the base weight itself) into a working weight in place."""
 
 LowRank = tuple[Tensor, Tensor, float, slice]
-"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
+"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], scaling, rows."""
 
 PLANS = 8  # combinations of adapters and scales whose records are kept
 UNKNOWN = None
@@ -53,9 +53,9 @@ class AdapterLike(Protocol):
         ...
 
     def add_to(
-        self, scratch: Tensor, component: str, parameter: str, base: BaseValues, scale: float
+        self, total: Tensor, component: str, parameter: str, base: BaseValues, scale: float
     ) -> None:
-        """Add `scale * delta` of one parameter to `scratch` (fp32, its shape) in place."""
+        """Add `scale * delta` of one parameter to `total` (fp32, its shape) in place."""
         ...
 
     @property

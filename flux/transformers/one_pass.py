@@ -42,12 +42,12 @@ SETS = 64  # whose size is remembered as too large
 class Factors:
     """Two factors of the sum of all deltas of a weight: up `[n, rank]`, down `[rank, columns]`.
 
-    strengths: for each column of `up`, the index of its adapter, and what its scale is times.
+    scalings: for each column of `up`, the index of its adapter, and what its scale is times.
     """
 
     up: Tensor
     down: Tensor
-    strengths: Sequence[tuple[int, float]]
+    scalings: Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class OnePass:
             return None
         self._held.make_room(size)
         sent = {
-            key: Factors(self._send(f.up), self._send(f.down), f.strengths)
+            key: Factors(self._send(f.up), self._send(f.down), f.scalings)
             for key, f in factors.items()
         }
         others = {
@@ -139,9 +139,9 @@ class OnePass:
     def _scaled(self, held: Held, scales: Sequence[float]) -> Near:
         """A set of adapters with scales, which are brought in one copy."""
         factors = held.factors.values()
-        values = [s * scales[index] for f in factors for index, s in f.strengths]
+        values = [s * scales[index] for f in factors for index, s in f.scalings]
         together = self._send(torch.tensor(values, dtype=torch.float32))
-        parts = torch.split(together, [len(f.strengths) for f in factors])
+        parts = torch.split(together, [len(f.scalings) for f in factors])
         for_kernel = [(f.up, f.down, part) for f, part in zip(factors, parts, strict=True)]
         return Near(dict(zip(held.factors, for_kernel, strict=True)), held.adapters)
 
@@ -173,8 +173,8 @@ def _packed(parts: Sequence[Sequence[LowRank] | None]) -> Factors | None:
             ups[rows, column : column + down.shape[0]] = up.to(dtype)
             column += down.shape[0]
         downs = torch.cat([down.to(dtype) for _, (_, down, *_) in deltas])
-    strengths = [(i, s) for i, (_, down, s, _) in deltas for _ in range(down.shape[0])]
-    return Factors(ups, downs, strengths)
+    scalings = [(i, s) for i, (_, down, s, _) in deltas for _ in range(down.shape[0])]
+    return Factors(ups, downs, scalings)
 
 
 def one_pass(device: torch.device, limit: int) -> OnePass | None:

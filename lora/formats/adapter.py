@@ -29,7 +29,7 @@ FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
 
 LowRank = tuple[Tensor, Tensor, float, slice]
-"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], strength, rows."""
+"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], scaling, rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,31 +60,31 @@ class Adapter:
         return self.contributions.keys()
 
     def add_to(
-        self, scratch: Tensor, component: str, parameter: str, base: BaseValues, scale: float
+        self, total: Tensor, component: str, parameter: str, base: BaseValues, scale: float
     ) -> None:
-        """Add `scale * delta` of one parameter to `scratch` in place.
+        """Add `scale * delta` of one parameter to `total` in place.
 
         Args:
-            scratch: fp32, of the parameter's shape.
+            total: fp32, of the parameter's shape.
             component: "transformer", "text_encoder" or "text_encoder_2".
             parameter: a name out of `parameters`.
             base: (component, parameter name) -> base value; DoRA normalises by it.
             scale: any finite number; the delta itself does not depend on it.
         """
         for contribution in self.contributions[component, parameter]:
-            contribution.add_to(scratch, scale, base)
+            contribution.add_to(total, scale, base)
 
     def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
         """The delta of one parameter as a sum of LoRA deltas; None where it is none.
 
-        `delta[rows] = sum of strength * up @ down`, over those that have these rows.
+        `delta[rows] = sum of scaling * up @ down`, over those that have these rows.
         """
         found = []
         for contribution in self.contributions[component, parameter]:
             delta, part = contribution.delta, contribution.part
             if not isinstance(delta, LoRA):
                 return None
-            found.append((delta.up[part.source], delta.down, delta.strength, part.target))
+            found.append((delta.up[part.source], delta.down, delta.scaling, part.target))
         return found
 
     def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "Adapter":

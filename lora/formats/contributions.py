@@ -57,9 +57,9 @@ def read_contributions(
             if role not in NUMBERS:
                 tensor, peaks[role] = _checked(key, read(key))
                 tensors[role] = tensor.reshape(group.shapes[role])
-        strength = _strength(group, settings, read)
-        _refuse_overflow(group, peaks, strength)
-        for name, delta in _deltas(group, tensors, strength):
+        scaling = _scaling(group, settings, read)
+        _refuse_overflow(group, peaks, scaling)
+        for name, delta in _deltas(group, tensors, scaling):
             module = _module(group, name)
             for part in module.parts:
                 parameter = (module.component, part.parameter)
@@ -84,10 +84,10 @@ def _checked(key: str, tensor: Tensor) -> tuple[Tensor, float]:
     return tensor, peak
 
 
-def _strength(group: Group, settings: AdapterSettings, read: Callable[[str], Tensor]) -> float:
+def _scaling(group: Group, settings: AdapterSettings, read: Callable[[str], Tensor]) -> float:
     """What alpha makes of a module's delta: mostly alpha / rank.
 
-    Alpha is that of its own key, else of the header; without any, the strength is 1.0. Where
+    Alpha is that of its own key, else of the header; without any, the scaling is 1.0. Where
     nothing is factored (a full difference, a LoKr of two whole matrices) alpha means nothing:
     trainers write placeholders there, up to infinity. Where outputs are turned, it gives the
     most that the rotation's norm may be, as alpha x rows; 0 is no limit (LyCORIS'
@@ -103,20 +103,20 @@ def _strength(group: Group, settings: AdapterSettings, read: Callable[[str], Ten
     if not group.rank:
         return 1.0
     if key is None:
-        return settings.strength(group.place.component, group.place.spelling, group.rank)
+        return settings.scaling(group.place.component, group.place.spelling, group.rank)
     alpha = float(read(key).item())
     if not 0 < alpha < math.inf:
         raise AdapterError(f"{short(key)} is {alpha}; it must be a finite number above 0")
     return alpha / group.rank
 
 
-def _refuse_overflow(group: Group, peaks: Mapping[str, float], strength: float) -> None:
+def _refuse_overflow(group: Group, peaks: Mapping[str, float], scaling: float) -> None:
     """Bound what the module's tensors can come to, from the largest value of each.
 
     A factor below 1 counts as 1, so that the bound holds for products of some of them too.
     """
     layout, sizes = group.layout, group.sizes
-    scale = max(1.0, strength) if group.rank else 1.0
+    scale = max(1.0, scaling) if group.rank else 1.0
     reach = max(scale * peak for peak in peaks.values())
     if layout is not None and layout.turns:
         rotation = peaks.get("oft_blocks", peaks.get("oft_R", 0.0))
@@ -132,50 +132,48 @@ def _refuse_overflow(group: Group, peaks: Mapping[str, float], strength: float) 
         )
 
 
-def _deltas(
-    group: Group, tensors: Mapping[str, Tensor], strength: float
-) -> list[tuple[str, Delta]]:
+def _deltas(group: Group, tensors: Mapping[str, Tensor], scaling: float) -> list[tuple[str, Delta]]:
     """The differences of one module: to its weight, and to its bias."""
     deltas: list[tuple[str, Delta]] = []
     if group.layout is not None:
-        delta = _delta(group, tensors, strength)
+        delta = _delta(group, tensors, scaling)
         if "magnitude" in tensors:
             delta = DoRA(delta, _magnitude_matrix(tensors["magnitude"], group.place.shape[0]))
         deltas.append(("weight", delta))
     if "up_bias" in tensors:
-        deltas.append(("bias", Full(tensors["up_bias"], strength)))
+        deltas.append(("bias", Full(tensors["up_bias"], scaling)))
     if "diff_b" in tensors:
         deltas.append(("bias", Full(tensors["diff_b"])))
     return deltas
 
 
-def _delta(group: Group, tensors: Mapping[str, Tensor], strength: float) -> Delta:
+def _delta(group: Group, tensors: Mapping[str, Tensor], scaling: float) -> Delta:
     """The delta of a module's weight from its tensors (role -> tensor)."""
     assert group.layout is not None
     match group.layout.kind:
         case "LoRA":
-            return LoRA(tensors["up"], tensors["down"], strength)
+            return LoRA(tensors["up"], tensors["down"], scaling)
         case "LoHa":
             first, second = (
                 (tensors[f"hada_{name}_a"], tensors[f"hada_{name}_b"]) for name in ("w1", "w2")
             )
-            return LoHa(*first, *second, strength)
+            return LoHa(*first, *second, scaling)
         case "LoKr":
             left = (tensors.get(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b"))
             right = (tensors.get(f"lokr_{name}") for name in ("w2", "w2_a", "w2_b", "t2"))
-            return LoKr(Factored(*left), Factored(*right), strength)
+            return LoKr(Factored(*left), Factored(*right), scaling)
         case "GLoRA" | "old GLoRA" as kind:
             a1, a2, b1, b2 = (tensors[f"glora_{name}"] for name in ("a1", "a2", "b1", "b2"))
             if kind == "GLoRA":
-                return GLoRA(a1, a2, b1, b2, strength)
-            return GLoRA(a2, a1, b2, b1, strength)
+                return GLoRA(a1, a2, b1, b2, scaling)
+            return GLoRA(a2, a1, b2, b1, scaling)
         case "OFT":
-            return OutputOFT(tensors["oft_blocks"], strength, tensors.get("rescale"))
+            return OutputOFT(tensors["oft_blocks"], scaling, tensors.get("rescale"))
         case "BOFT":
-            return OutputBOFT(tensors["oft_blocks"], strength, tensors.get("rescale"))
+            return OutputBOFT(tensors["oft_blocks"], scaling, tensors.get("rescale"))
         case "OFT of inputs":
-            return InputOFT(tensors["oft_R"], group.sizes["size"], strength)
-    return Full(tensors["diff"], strength)
+            return InputOFT(tensors["oft_R"], group.sizes["size"], scaling)
+    return Full(tensors["diff"], scaling)
 
 
 def _magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:

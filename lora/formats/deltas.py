@@ -1,6 +1,6 @@
 """The kinds of difference an adapter file can hold, added to weights in fp32.
 
-Each kind keeps the file's tensors in the file's dtype and knows one thing: how to add `factor x`
+Each kind keeps the file's tensors in the file's dtype and knows one thing: how to add `scale x`
 some of its rows to an fp32 tensor in place. Some are made from the base weight, here and in
 `lora/formats/rotations.py`; they read the rows that they need. A dense delta of a whole adapter
 would take as much memory as the model four times over, so none is ever stored.
@@ -68,13 +68,13 @@ class Weight:
 class Delta(Protocol):
     """A difference to a weight of `rows x columns`, or to a vector of `rows`."""
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
-        """Add `factor * delta[rows]` to `out` (fp32, that many rows) in place.
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
+        """Add `scale * delta[rows]` to `out` (fp32, that many rows) in place.
 
         Args:
             out: what is added to.
             rows: of the module as it was trained.
-            factor: any finite number; the delta itself does not depend on it.
+            scale: any finite number; the delta itself does not depend on it.
             weight: the base weight of the module, for deltas that are made from it.
         """
         ...
@@ -82,45 +82,45 @@ class Delta(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """The difference itself: `delta = strength * values`, of any shape."""
+    """The difference itself: `delta = scaling * values`, of any shape."""
 
     values: Tensor
-    strength: float = 1.0
+    scaling: float = 1.0
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
         """See `Delta.add_to`."""
-        out.add_(exact(self.values[rows], out), alpha=factor * self.strength)
+        out.add_(exact(self.values[rows], out), alpha=scale * self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """`delta = strength * up @ down`; up is `[rows, rank]`, down `[rank, columns]`."""
+    """`delta = scaling * up @ down`; up is `[rows, rank]`, down `[rank, columns]`."""
 
     up: Tensor
     down: Tensor
-    strength: float
+    scaling: float
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
         """See `Delta.add_to`."""
         up, down = exact(self.up[rows], out), exact(self.down, out)
-        out.addmm_(up, down, alpha=factor * self.strength)
+        out.addmm_(up, down, alpha=scale * self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
 class LoHa:
-    """`delta = strength * (w1_a @ w1_b) * (w2_a @ w2_b)`, the middle product elementwise."""
+    """`delta = scaling * (w1_a @ w1_b) * (w2_a @ w2_b)`, the middle product elementwise."""
 
     w1_a: Tensor
     w1_b: Tensor
     w2_a: Tensor
     w2_b: Tensor
-    strength: float
+    scaling: float
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
         """See `Delta.add_to`."""
         first = exact(self.w1_a[rows], out) @ exact(self.w1_b, out)
         second = exact(self.w2_a[rows], out) @ exact(self.w2_b, out)
-        out.addcmul_(first, second, value=factor * self.strength)
+        out.addcmul_(first, second, value=scale * self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +149,13 @@ class Factored:
 
 @dataclass(frozen=True, slots=True)
 class LoKr:
-    """`delta = strength * kron(w1, w2)`."""
+    """`delta = scaling * kron(w1, w2)`."""
 
     w1: Factored
     w2: Factored
-    strength: float
+    scaling: float
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, _weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
         """See `Delta.add_to`; row block i of the product is `w1[i] (x) w2`, added by itself."""
         w1, w2 = self.w1.matrix(out), self.w2.matrix(out)
         height = w2.shape[0]
@@ -166,13 +166,13 @@ class LoKr:
             block.view(last - first, w1.shape[1], w2.shape[1]).addcmul_(
                 w1[index].view(1, -1, 1),
                 w2[first - start : last - start].unsqueeze(1),
-                value=factor * self.strength,
+                value=scale * self.scaling,
             )
 
 
 @dataclass(frozen=True, slots=True)
 class GLoRA:
-    """`delta = strength * (W @ a_up @ a_down + b_up @ b_down)` from the base weight W.
+    """`delta = scaling * (W @ a_up @ a_down + b_up @ b_down)` from the base weight W.
 
     a_up is `[columns, rank]`, b_up `[rows, rank]`, a_down and b_down are `[rank, columns]`.
     """
@@ -181,11 +181,11 @@ class GLoRA:
     a_down: Tensor
     b_up: Tensor
     b_down: Tensor
-    strength: float
+    scaling: float
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
         """See `Delta.add_to`."""
-        alpha = factor * self.strength
+        alpha = scale * self.scaling
         turned = weight.rows(rows) @ exact(self.a_up, out)
         out.addmm_(turned, exact(self.a_down, out), alpha=alpha)
         out.addmm_(exact(self.b_up[rows], out), exact(self.b_down, out), alpha=alpha)
@@ -202,7 +202,7 @@ class DoRA:
     delta: Delta
     magnitude: Tensor
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
         """See `Delta.add_to`."""
         before, moved = self._moved(rows, weight)
         magnitude = exact(self.magnitude, out)
@@ -216,7 +216,7 @@ class DoRA:
             ]
             norm = torch.stack(squares).sum(dim=0).sqrt_()
         moved.mul_(magnitude / norm.clamp_min_(torch.finfo(torch.float32).tiny))
-        out.add_(moved.sub_(before), alpha=factor)
+        out.add_(moved.sub_(before), alpha=scale)
 
     def _moved(self, rows: slice, weight: Weight) -> tuple[Tensor, Tensor]:
         """Some rows of W and of W + d, in fp32."""
@@ -234,10 +234,10 @@ class Contribution:
     part: Part
     module: Module
 
-    def add_to(self, scratch: Tensor, factor: float, base: BaseValues) -> None:
-        """Add `factor * delta` to the parameter's `scratch` (fp32) in place."""
-        out = scratch[self.part.target]
-        self.delta.add_to(out, self.part.source, factor, Weight(self.module, base, out))
+    def add_to(self, total: Tensor, scale: float, base: BaseValues) -> None:
+        """Add `scale * delta` to the parameter's `total` (fp32) in place."""
+        out = total[self.part.target]
+        self.delta.add_to(out, self.part.source, scale, Weight(self.module, base, out))
 
 
 def placed(value: T, send: Callable[[Tensor], Tensor]) -> T:

@@ -37,7 +37,7 @@ class AdapterSettings:
         if self._settings is None:
             raise AdapterError(f"the file's {ADAPTER_SETTINGS} is not a JSON object")
 
-    def strength(self, component: str, module: str, rank: int) -> float:
+    def scaling(self, component: str, module: str, rank: int) -> float:
         """What a LoRA without an alpha of its own is multiplied by; 1.0 when nothing is said.
 
         That is alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter.

@@ -33,7 +33,7 @@ class OutputOFT:
     constraint: float
     rescale: Tensor | None
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
         """See `Delta.add_to`; reads the weight of all blocks that the rows lie in."""
         size = self.blocks.shape[-1]
         first, last = rows.start // size, -(-rows.stop // size)
@@ -41,7 +41,7 @@ class OutputOFT:
         turn = _cayley(self.blocks, self.constraint, out, slice(first, last)).transpose(1, 2)
         change = (turn @ before.reshape(last - first, size, -1)).flatten(0, 1)
         inside = slice(rows.start - first * size, rows.stop - first * size)
-        _add_rescaled(out, change[inside], before[inside], self.rescale, rows, factor)
+        _add_rescaled(out, change[inside], before[inside], self.rescale, rows, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class OutputBOFT:
     constraint: float
     rescale: Tensor | None
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
         """See `Delta.add_to`; reads the whole weight, since all of its rows are mixed.
 
         Columns are not, and so only some of them at a time take memory for what lies between.
@@ -76,7 +76,7 @@ class OutputBOFT:
                 half = size // 2 * 2**index
                 mixed = _swapped(before + change, 2, half).reshape(blocks, size, -1)
                 change += _swapped((turn @ mixed).flatten(0, 1), half, 2)
-            _add_rescaled(some, change[rows], before[rows], self.rescale, rows, factor)
+            _add_rescaled(some, change[rows], before[rows], self.rescale, rows, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +90,16 @@ class InputOFT:
         packed: `[blocks, size * (size - 1) / 2]`, the part of each Q above its diagonal, row by
             row; a single one is shared by all blocks of columns.
         size: of a block.
-        strength: what Q is multiplied by.
+        scaling: what Q is multiplied by.
     """
 
     packed: Tensor
     size: int
-    strength: float
+    scaling: float
 
-    def add_to(self, out: Tensor, rows: slice, factor: float, weight: Weight, /) -> None:
+    def add_to(self, out: Tensor, rows: slice, scale: float, weight: Weight, /) -> None:
         """See `Delta.add_to`."""
-        packed = exact(self.packed, out) * self.strength
+        packed = exact(self.packed, out) * self.scaling
         above = packed.new_zeros(packed.shape[0], self.size, self.size)
         row, column = torch.triu_indices(self.size, self.size, 1, device=out.device)
         above[:, row, column] = packed
@@ -109,7 +109,7 @@ class InputOFT:
         height, columns = out.shape
         before = weight.rows(rows).reshape(height, columns // self.size, self.size).transpose(0, 1)
         change = before @ turn.transpose(1, 2)
-        out.add_(change.transpose(0, 1).reshape(height, columns), alpha=factor)
+        out.add_(change.transpose(0, 1).reshape(height, columns), alpha=scale)
 
 
 def _cayley(blocks: Tensor, constraint: float, like: Tensor, wanted: slice = slice(None)) -> Tensor:
@@ -135,10 +135,10 @@ def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
 
 
 def _add_rescaled(
-    out: Tensor, change: Tensor, before: Tensor, rescale: Tensor | None, rows: slice, factor: float
+    out: Tensor, change: Tensor, before: Tensor, rescale: Tensor | None, rows: slice, scale: float
 ) -> None:
-    """Add `factor * (rescale * (before + change) - before)` to `out`."""
+    """Add `scale * (rescale * (before + change) - before)` to `out`."""
     if rescale is not None:
-        scale = exact(rescale, out)[rows]
-        change = scale * change + (scale - 1) * before
-    out.add_(change, alpha=factor)
+        factors = exact(rescale, out)[rows]
+        change = factors * change + (factors - 1) * before
+    out.add_(change, alpha=scale)

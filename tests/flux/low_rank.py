@@ -98,7 +98,7 @@ def assert_rounded(found: Tensor, before: Tensor, deltas: list[tuple[LoRA, float
     """
     exact, lost = before.double(), before.double().abs() * 2**-22
     for delta, scale in deltas:
-        up, down, factor = delta.up.double(), delta.down.double(), scale * delta.strength
+        up, down, factor = delta.up.double(), delta.down.double(), scale * delta.scaling
         exact = exact + factor * up @ down
         lost = lost + abs(factor) * (up.abs() @ down.abs()) * 2**-20
     if hasattr(found, "qdata"):

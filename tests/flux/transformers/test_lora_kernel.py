@@ -74,7 +74,7 @@ def test_real_shapes_on_a_card(float8) -> None:
     first = bits(found)
     for name, weight in found.items():
         deltas = [(d[name], s) for d, s in zip(both, (0.8, -1.2), strict=True)]
-        on_card = [(type(d)(d.up.to(device), d.down.to(device), d.strength), s) for d, s in deltas]
+        on_card = [(type(d)(d.up.to(device), d.down.to(device), d.scaling), s) for d, s in deltas]
         assert_rounded(weight, values[name], on_card)
     weights.reconcile([(a, 1.0)])
     torch.cuda.synchronize()

@@ -86,7 +86,7 @@ def test_row_2_alpha_may_be_an_integer(flux, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "strength"),
+    ("settings", "scaling"),
     [
         ({"transformer.lora_alpha": 6, "transformer.r": RANK}, 6 / RANK),
         ({"transformer.lora_alpha": 6, "transformer.use_rslora": True}, 6 / RANK**0.5),
@@ -105,14 +105,14 @@ def test_row_2_alpha_may_be_an_integer(flux, tmp_path):
         ({"text_encoder.lora_alpha": 6}, 1.0),
     ],
 )
-def test_row_3_alpha_in_the_header(flux, tmp_path, settings, strength):
+def test_row_3_alpha_in_the_header(flux, tmp_path, settings, scaling):
     down, up = tiny.factors(width(flux), width(flux), RANK)
     module = "transformer.transformer_blocks.0.attn.to_q"
     tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     adapter = tiny.load(tmp_path / "a.safetensors", flux, tensors, metadata)
     key = ("transformer", "transformer_blocks.0.attn.to_q.weight")
-    tiny.assert_same(tiny.deltas(adapter, flux), {key: strength * plain(down, up)})
+    tiny.assert_same(tiny.deltas(adapter, flux), {key: scaling * plain(down, up)})
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_row_18_lokr(flux, tmp_path, how1, how2):
     tensors, w1, w2 = lokr_tensors(rows, weights(flux, FUSED_PARTS)[0].shape[1], how1, how2)
     tensors["alpha"] = torch.tensor(ALPHA)
     adapter = tiny.load(tmp_path / "a", flux, {f"{FUSED}.{k}": v for k, v in tensors.items()})
-    strength = 1.0 if (how1, how2) == ("whole", "whole") else ALPHA / RANK
-    expect(flux, adapter, strength * torch.kron(w1, w2))
+    scaling = 1.0 if (how1, how2) == ("whole", "whole") else ALPHA / RANK
+    expect(flux, adapter, scaling * torch.kron(w1, w2))
     assert adapter.format == "kohya keys, BFL names, LoKr"
 
 
@@ -169,7 +169,7 @@ def test_row_21_layer_norms_of_the_text_encoder(flux, tmp_path):
     tiny.assert_same(tiny.deltas(adapter, flux), expected)
 
 
-def test_row_22_the_bias_of_up_takes_the_same_strength(flux, tmp_path):
+def test_row_22_the_bias_of_up_takes_the_same_scaling(flux, tmp_path):
     """PEFT: with lora_bias, up's bias is multiplied by alpha / rank like up itself."""
     module, rows = "double_blocks.0.img_attn.qkv", 3 * weights(flux, FUSED_PARTS)[0].shape[0]
     down, up = tiny.factors(rows, weights(flux, FUSED_PARTS)[0].shape[1], RANK)
@@ -181,12 +181,12 @@ def test_row_22_the_bias_of_up_takes_the_same_strength(flux, tmp_path):
         f"{module}.alpha": torch.tensor(ALPHA),
     }
     adapter = tiny.load(tmp_path / "a", flux, tensors)
-    strength, expected = ALPHA / RANK, {}
-    dense = strength * up.double() @ down.double()
+    scaling, expected = ALPHA / RANK, {}
+    dense = scaling * up.double() @ down.double()
     for i, x in enumerate("qkv"):
         name = f"transformer_blocks.0.attn.to_{x}"
         expected["transformer", f"{name}.weight"] = dense.chunk(3)[i]
-        expected["transformer", f"{name}.bias"] = strength * bias.chunk(3)[i]
+        expected["transformer", f"{name}.bias"] = scaling * bias.chunk(3)[i]
     tiny.assert_same(tiny.deltas(adapter, flux), expected)
 
 
