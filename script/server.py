@@ -75,6 +75,11 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """The process id of the server, the parent of its worker."""
+        return self._process.pid
+
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
         """Send an HTTP request; repeats the 409 that the server gives between two predictions."""
         for _ in range(40):

@@ -51,6 +51,14 @@ def test_the_way_of_a_request_is_six_lines_each_in_a_file() -> None:
         assert (ROOT / name).is_file(), name
 
 
+def test_every_test_that_the_page_on_reliability_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), test
+
+
 def test_every_page_is_one_click_from_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     for page in PAGES[1:]:

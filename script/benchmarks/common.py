@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 def report_file() -> Path | None:
     """Where `--json FILE` on the command line says that the report goes."""
-    file: Path | None = parser().parse_args().json
+    file: Path | None = parser().parse_known_args()[0].json
     return file
 
 

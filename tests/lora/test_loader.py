@@ -171,10 +171,11 @@ def test_file_evicted_just_before_it_is_opened_is_fetched_again(
     assert loader.load(text).hit == "download"
 
 
-def _load(settings, text, start, hits):
+def _load(settings, texts, start, hits):
     start.wait(30)
     with closing(AdapterLoader(settings, parse)) as loader:
-        hits.put(loader.load(text).hit)
+        for text in texts:
+            hits.put(loader.load(text).hit)
 
 
 def test_processes_that_ask_at_once_share_one_download(hub, settings):
@@ -183,7 +184,7 @@ def test_processes_that_ask_at_once_share_one_download(hub, settings):
     hub.drip("/x.safetensors", size=100_000, seconds=0.1, times=99)
     context = multiprocessing.get_context("spawn")
     start, hits = context.Event(), context.SimpleQueue()
-    processes = [context.Process(target=_load, args=(settings, text, start, hits)) for _ in "12"]
+    processes = [context.Process(target=_load, args=(settings, [text], start, hits)) for _ in "12"]
     for process in processes:
         process.start()
     start.set()
@@ -192,6 +193,24 @@ def test_processes_that_ask_at_once_share_one_download(hub, settings):
         process.join()
         process.close()
     assert found == ["disk", "download"]
+
+
+def test_two_processes_and_twenty_adapters_at_once_fetch_each_once(hub, settings):
+    texts = add_files(hub, *(f"shared{number}" for number in range(20)))
+    context = multiprocessing.get_context("spawn")
+    start, hits = context.Event(), context.SimpleQueue()
+    processes = [
+        context.Process(target=_load, args=(settings, order, start, hits))
+        for order in (texts, texts[::-1])
+    ]
+    for process in processes:
+        process.start()
+    start.set()
+    found = sorted(hits.get() for _ in range(40))
+    for process in processes:
+        process.join()
+        process.close()
+    assert found == ["disk"] * 20 + ["download"] * 20
 
 
 def test_settings_come_from_the_environment():
