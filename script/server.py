@@ -155,6 +155,20 @@ class Server:
                 self._on_log(message)
 
 
+def processes(command: bytes, mark: str) -> set[int]:
+    """Ids of the processes with `command` in their command line, and in their environment `mark`.
+
+    A mark, `NAME=value`, tells the processes that one server was started with from all others.
+    """
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            started_with = (entry / "environ").read_bytes().split(b"\0")
+            if command in (entry / "cmdline").read_bytes() and mark.encode() in started_with:
+                found.add(int(entry.name))
+    return found
+
+
 def free_port() -> int:
     """A port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:

@@ -32,7 +32,7 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
         max_queued_requests=chosen["queue"],
         # No core is reserved: Serve would allow one replica for each.
         ray_actor_options={"num_cpus": 0, "num_gpus": chosen["gpus"]},
-        request_router_config=RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.05),
+        request_router_config=RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.1),
         **LIFE,
     ).bind()
     options = {"max_ongoing_requests": ANY_NUMBER, "ray_actor_options": {"num_cpus": 0}}

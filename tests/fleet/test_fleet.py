@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 from safetensors.torch import save_file
-from server import Server
+from server import Server, processes
 
 from tests.adapters import adapter
 from tests.support import QUICK, webhook
@@ -50,15 +50,7 @@ class Fleet:
 
     def pids(self, command: bytes) -> set[int]:
         """Of the processes with this in their command that belong to this fleet."""
-        found, mark = set(), f"{MARK}={self.directory}".encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = command in (entry / "cmdline").read_bytes()
-                if ours and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.add(int(entry.name))
-            except OSError:
-                continue
-        return found
+        return processes(command, f"{MARK}={self.directory}")
 
     def wait_until_whole(self) -> None:
         wait_for(lambda: self.health()["replicas"] == len(self.pids(WORKER)) == 2)
@@ -223,6 +215,19 @@ def test_callers_wait_and_beyond_the_queue_hear_503(fleet, several) -> None:
     assert [cancel(fleet, number) for number in range(2 + QUEUE)] == [200] * (2 + QUEUE)
     assert cancel(fleet, 9) == 404
     fleet.predict()
+
+
+def test_a_refusal_after_the_answer_is_told_by_the_webhook(fleet, several) -> None:
+    for future in [start_long(fleet, several, number) for number in range(2)]:
+        assert future.result().status_code == 202
+    with webhook() as (hook, payloads, told):
+        body = {"input": {**SMALL, "width": 5000}, "webhook": hook}
+        assert fleet.ask("PUT", "/predictions/late", json=body, headers=ASYNC).status_code == 202
+        assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+        assert told.wait(10)
+        (payload,) = payloads
+        assert (payload["id"], payload["status"]) == ("late", "failed")
+        assert "5000 is greater than the maximum of 1440" in payload["error"]
 
 
 def start_long(fleet: Fleet, pool: ThreadPoolExecutor, number: int) -> "Future[Any]":
