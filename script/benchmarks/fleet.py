@@ -28,7 +28,7 @@ from server import Server, processes
 from flux.deployment import NANO
 
 FLEET = Path(__file__).resolve().parent.parent / "fleet"
-ADAPTERS, REQUESTS = 12, 120
+ADAPTERS, REQUESTS = 12, 80
 PAUSES = {"half a second between requests": 0.5, "no pause": 0.0}  # of as many callers as replicas
 SIZES = (2, 4)
 QUICK = {
@@ -58,8 +58,8 @@ def main() -> None:
         settings = {**SETTINGS, "LORA_CACHE_DIRECTORY": f"{directory}/cache"}
         results = {
             "requests": REQUESTS,
-            "warm_share": [warm_shares(size, adapters, settings) for size in SIZES],
             **speed(settings),
+            "warm_share": [warm_shares(size, adapters, settings) for size in SIZES],
             "losses": losses(settings, f"FLEET_OF={directory}"),
         }
     report("fleet", results)
@@ -155,7 +155,7 @@ def warm_share(answers: Sequence[dict[str, Any]]) -> float:
 
 def speed(settings: dict[str, str]) -> dict[str, Any]:
     """Whole requests by two replicas and by two servers; and the time of one that is refused."""
-    rounds, each = 8, 4
+    rounds, each = 5, 4
     with fleet(2, settings) as front, servers(2, settings) as plain:
         send, direct = sender(front, patient=False), [sender(s, patient=True) for s in plain]
         callers = {

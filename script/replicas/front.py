@@ -2,12 +2,16 @@
 
 Every prediction goes through one place, so that a cancel finds it, a replica that is lost is
 noticed, and the queue has one bound.
+
+Tasks that may outlive the request that began them have a context of their own: when a client goes
+away, Serve cancels all calls that were made in the context of its request.
 """
 
 import asyncio
 import json
 import logging
 import os
+from contextvars import Context
 from typing import Any
 
 import aiohttp
@@ -76,7 +80,7 @@ class Front:
 
     async def _answer(self, request: Request) -> Reply:
         path = request.url.path
-        match request.method, path.strip("/").split("/"):
+        match request.method, path.removeprefix("/").split("/"):
             case ("POST", ["predictions"]) | ("PUT", ["predictions", _]):
                 return await self._predict(request)
             case "POST", ["predictions", identifier, "cancel"]:
@@ -103,7 +107,7 @@ class Front:
             status = "starting" if known.began is None else "processing"
             return Reply.of(202, known.state(status, input=known.call.inputs, metrics={}))
         prediction = self._predictions[call.identifier] = Prediction(call)
-        prediction.task = asyncio.create_task(self._follow(prediction))
+        prediction.task = asyncio.create_task(self._follow(prediction), context=Context())
         try:
             await asyncio.wait({prediction.reply}, timeout=PATIENCE if call.asynchronous else None)
         except asyncio.CancelledError:  # the caller has gone away
@@ -184,9 +188,8 @@ class Front:
     async def _described(self) -> dict[str, bytes] | None:
         """What the first replica's server said of itself; None if none is ready within a second."""
         if self._description is None:
-            self._description = asyncio.create_task(self._describe())
-        if not self._description.done():
-            await asyncio.wait({self._description}, timeout=PATIENCE)
+            self._description = asyncio.create_task(self._describe(), context=Context())
+        await asyncio.wait({self._description}, timeout=PATIENCE)
         return self._description.result() if self._description.done() else None
 
     async def _describe(self) -> dict[str, bytes]:

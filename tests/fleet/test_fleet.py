@@ -4,10 +4,12 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +83,26 @@ def running(tmp_path_factory) -> Iterator[Fleet]:
         MARK: str(directory),
     }
     command = [ROOT / "script" / "fleet", "--replicas", "2", "--queue", str(QUEUE)]
-    with Server(settings, command=command) as server:
-        fleet = Fleet(server, directory)
-        yield fleet
+    server, started = Server(settings, command=command), threading.Event()
+    impatient = threading.Thread(target=hang_up_until, args=(started, server))
+    impatient.start()
+    try:
+        with server:
+            started.set()
+            fleet = Fleet(server, directory)
+            yield fleet
+    finally:
+        started.set()
+        impatient.join()
     for helper in fleet.pids(b"ray::"):  # two of them outlive a kill -9 of the command by a minute
         os.kill(helper, signal.SIGKILL)
+
+
+def hang_up_until(started: threading.Event, server: Server) -> None:
+    """Ask for the health again and again, without waiting for it: that must disturb nobody."""
+    while not started.wait(0.2):
+        with suppress(AttributeError, requests.RequestException):  # it has no address at first
+            ask(server.url, "GET", "/health-check", timeout=0.05)
 
 
 @pytest.fixture
