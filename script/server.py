@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,13 +33,16 @@ class Server:
     Args:
         environment: added to this process's; the deployment settings go here.
         on_log: called with every line that the predictor logs, in a thread of its own.
+        command: what starts the server; takes `--port PORT` like script/serve, the default.
     """
 
     def __init__(
         self,
         environment: Mapping[str, str] | None = None,
         on_log: Callable[[str], None] | None = None,
+        command: Sequence[str | Path] = (),
     ) -> None:
+        self._command = command or (SERVE,)
         self._environment = {**os.environ, **(environment or {})}
         self._on_log = on_log
         self._tail: deque[str] = deque(maxlen=20)
@@ -51,7 +54,7 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
-            [SERVE, "--port", str(port)],
+            [*self._command, "--port", str(port)],
             env=self._environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -101,12 +104,21 @@ class Server:
         answer: dict[str, Any] = response.json()
         return answer
 
+    @property
+    def running(self) -> bool:
+        """Whether the server's process is there."""
+        return self._process.poll() is None
+
     def stop(self) -> None:
         """Ask the server to end, then make it; returns when it and its worker are gone."""
         self._session.close()
-        if self._process.poll() is None:
+        if self.running:
             self._process.terminate()
         self._reader.join(STOP_SECONDS)  # the pipe closes when the worker, too, has ended
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server and its worker at once."""
         with suppress(ProcessLookupError):  # a worker in setup does not hear of the end
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -122,7 +134,7 @@ class Server:
                 raise ServerError("the server ended:\n" + "\n".join(self._tail))
             try:
                 health = self._session.get(f"{self.url}/health-check", timeout=5).json()
-            except (requests.ConnectionError, requests.Timeout):
+            except (requests.ConnectionError, requests.Timeout, requests.JSONDecodeError):
                 health = {"status": "STARTING"}
             if health["status"] == "READY":
                 return
@@ -146,6 +158,20 @@ class Server:
             ours = target in LOGS and "source" in record["fields"]
             if self._on_log and (ours or target == LATE_LOG):
                 self._on_log(message)
+
+
+def processes(command: bytes, mark: str) -> set[int]:
+    """Ids of the processes with `command` in their command line, and in their environment `mark`.
+
+    A mark, `NAME=value`, tells the processes that one server was started with from all others.
+    """
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            started_with = (entry / "environ").read_bytes().split(b"\0")
+            if command in (entry / "cmdline").read_bytes() and mark.encode() in started_with:
+                found.add(int(entry.name))
+    return found
 
 
 def free_port() -> int:

@@ -2,9 +2,10 @@
 
 Cog's server outlives its worker. After a setup that failed, a kill -9, or when the system is out of
 memory, it answers every request, and fails every prediction. Here it is stopped then, so that
-systemd, Kubernetes or a shell loop can start it again.
+systemd, Kubernetes or a shell loop can start it again. If this process is killed, so is the server.
 """
 
+import ctypes
 import json
 import signal
 import subprocess
@@ -17,11 +18,15 @@ TIMES = 2  # a healthcheck that was late once is no reason to stop
 STOP_SECONDS = 10
 BROKEN = {"SETUP_FAILED", "DEFUNCT", "UNHEALTHY"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def main(host: str, port: str) -> int:
     """Run the server until it ends; return its exit status, or 1 when it cannot predict."""
-    server = subprocess.Popen([sys.executable, "-m", "cog.server.http", "--host", host])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "cog.server.http", "--host", host],
+        preexec_fn=end_with_the_parent,  # safe here: there is one thread
+    )
     for number in SIGNALS:
         signal.signal(number, lambda number, _: server.send_signal(number))
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/health-check"
@@ -40,6 +45,11 @@ def main(host: str, port: str) -> int:
         server.kill()
         server.wait()
     return 1
+
+
+def end_with_the_parent() -> None:
+    """Have Linux send SIGTERM to this process when the one that started it is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def health(url: str) -> str | None:

@@ -61,9 +61,11 @@ def program(path: Path, line: str) -> None:
     path.chmod(0o755)
 
 
-def setup(checkout: Path, interpreters: Path, **environment: str) -> subprocess.CompletedProcess:
+def setup(
+    checkout: Path, interpreters: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [checkout / "script" / "setup"],
+        [checkout / "script" / "setup", *arguments],
         env={"PATH": f"{interpreters}:/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
@@ -88,6 +90,17 @@ def test_the_second_run_does_nothing(installed, interpreters) -> None:
     assert (installed / ".venv").readlink() == Path(".cog/venv")
     result = setup(installed, interpreters)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_fleet_has_an_environment_of_its_own(installed, interpreters) -> None:
+    (installed / "requirements-fleet.txt").touch()
+    result = setup(installed, interpreters, "fleet", PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    assert "Installing requirements-fleet.txt" in result.stderr
+    assert (installed / ".cog" / "fleet" / "bin" / "python").exists()
+    assert (installed / ".venv").readlink() == Path(".cog/venv")
+    assert not (installed / ".venv" / "installed-requirements-fleet.txt").exists()
+    assert setup(installed, interpreters, "fleet").stderr == ""
 
 
 def test_python_names_the_only_interpreter_to_try(checkout, interpreters) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import client
 import pytest
 from PIL import Image
-from server import Server, ServerError, free_port
+from server import Server, ServerError, free_port, processes
 from supervise import health
 
 from tests.support import colours
@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 MARK = "STARTED_BY_TEST_IN"  # tells this test's servers from those of tests that run beside it
 
 
-WORKER = b"coglet.server._run_worker"  # in the command of the process that predicts
+SERVER = b"cog.server.http"  # in the command of the process that answers HTTP
+WORKER = b"coglet.server._run_worker"  # and of the one that predicts
 
 
 def environment_of(cwd: Path, **environment: str) -> dict[str, str]:
@@ -114,19 +115,10 @@ def test_serve_ends_with_an_error_when_it_cannot_predict(tmp_path, status: str) 
         assert servers(tmp_path) == []
 
 
-def servers(cwd: Path, program: bytes = b"cog") -> list[int]:
+def servers(cwd: Path, *programs: bytes) -> list[int]:
     """The process ids of Cog servers and workers that `environment_of(cwd)` was given to."""
-    found, mark = [], f"{MARK}={cwd}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes()
-            ours = b"cog.server.http" in command or WORKER in command
-            environment = (entry / "environ").read_bytes().split(b"\0")
-            if ours and program in command and mark in environment:
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
+    mark = f"{MARK}={cwd}"
+    return [pid for name in programs or (SERVER, WORKER) for pid in processes(name, mark)]
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

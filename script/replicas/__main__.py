@@ -1,0 +1,65 @@
+"""The command behind script/fleet: a Ray of its own on this machine, and the fleet on it."""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+
+import ray
+from ray import serve
+
+from replicas.app import build
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def main() -> int:
+    """Serve until a signal ends it; the exit status is 1 if no fleet could be started."""
+    chosen = arguments()
+    threads = max(1, len(os.sched_getaffinity(0)) // chosen.replicas)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    with tempfile.TemporaryDirectory(prefix="fleet-", ignore_cleanup_errors=True) as directory:
+        ray.init(address="local", include_dashboard=False, _temp_dir=directory)
+        for number in SIGNALS:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        try:
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            if 0 < gpus < chosen.replicas:
+                sys.exit(
+                    f"script/fleet: --replicas {chosen.replicas}: expected at most {gpus}, the "
+                    "number of this machine's GPUs, because each replica takes one"
+                )
+            serve.start(http_options={"host": chosen.host, "port": chosen.port})
+            settings = {"replicas": chosen.replicas, "queue": chosen.queue, "gpus": min(gpus, 1)}
+            serve.run(build(settings), name="flux")
+            print(f"script/fleet: ready at port {chosen.port}", flush=True)
+            while True:
+                signal.pause()
+        except RuntimeError as error:  # of Ray: the last line says what, the log has the rest
+            sys.exit(f"script/fleet: {str(error).splitlines()[-1]} See the log above.")
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            serve.shutdown()
+            ray.shutdown()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="script/fleet", description=__doc__)
+    add = parser.add_argument
+    add("--replicas", type=positive, default=2, metavar="N", help="default: 2")
+    add("--port", type=positive, default=5000, metavar="P", help="default: 5000")
+    add("--host", default="127.0.0.1", help="to listen on; default: 127.0.0.1")
+    add("--queue", type=positive, default=100, metavar="N", help="requests that may wait")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected 1 or more")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

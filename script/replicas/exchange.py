@@ -1,0 +1,112 @@
+"""What passes between the front and a replica: HTTP requests and answers, and what is in them."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora.links import parse_reference
+from weights.errors import ReferenceFormatError
+
+HOP_BY_HOP = {"connection", "content-length", "date", "expect", "host", "transfer-encoding"}
+JSON = {"content-type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request for a prediction, as it is sent to Cog's server.
+
+    identifier: of the prediction. inputs: as the caller sent them. webhook: where its end is told.
+    adapters: what the weights must contain; empty for none, or where a reference cannot be read.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    content: bytes
+    identifier: str
+    asynchronous: bool
+    inputs: Any = None
+    webhook: str = ""
+    adapters: str = ""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer of Cog's server, or one in its form."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes = b""
+
+    @classmethod
+    def of(cls, status: int, document: Mapping[str, Any], **headers: str) -> "Reply":
+        """An answer with a JSON document."""
+        return cls(status, {**JSON, **headers}, json.dumps(document).encode())
+
+
+def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that are not about one connection alone."""
+    return {name: value for name, value in headers.items() if name.lower() not in HOP_BY_HOP}
+
+
+def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes) -> Call:
+    """Read a request to /predictions or /predictions/ID.
+
+    A prediction without an id gets one here, so that it can be cancelled while it waits. A
+    synchronous one without a seed gets a seed, so that a second try draws the same picture. What is
+    no JSON object is passed on as it is; Cog's server says what is wrong with it.
+    """
+    named = path.split("/")[2:]
+    call = Call(
+        method=method,
+        path=path,
+        headers=end_to_end(headers),
+        content=content,
+        identifier=named[0] if named else f"pred_{secrets.token_hex(8)}",
+        asynchronous="respond-async" in headers.get("prefer", ""),
+    )
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        return call
+    inputs = body.get("input")
+    adapters = ""
+    if isinstance(inputs, dict):
+        adapters = adapters_of(inputs)
+        seed = inputs.get("seed", -1)
+        if not call.asynchronous and isinstance(seed, int | float) and seed < 0:
+            body["input"] = {**inputs, "seed": secrets.randbits(32)}
+    if not named:
+        call = replace(call, identifier=str(body.setdefault("id", call.identifier)))
+    events = body.get("webhook_events_filter")
+    told = not isinstance(events, list) or "completed" in events
+    return replace(
+        call,
+        content=json.dumps(body).encode(),
+        inputs=inputs,
+        webhook=str(body.get("webhook") or "") if told else "",
+        adapters=adapters,
+    )
+
+
+def adapters_of(inputs: Mapping[str, Any]) -> str:
+    """An identifier of the set of adapters that inputs name, however their links are spelt.
+
+    It is a hash: links may hold secrets, and Ray writes the identifier to its logs. Empty if there
+    is no adapter, and if a reference cannot be read, for which any replica has the message.
+    """
+    main, extra = inputs.get("replicate_weights"), inputs.get("extra_lora")
+    if not (isinstance(main, str) and main.strip()):
+        main = os.environ.get("COG_WEIGHTS")
+    texts = {text for text in (main, extra) if isinstance(text, str) and text.strip()}
+    try:
+        keys = {parse_reference(text, allow_local_paths=True).key for text in texts}
+    except ReferenceFormatError:
+        return ""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16] if keys else ""

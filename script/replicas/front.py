@@ -1,0 +1,224 @@
+"""The front: Cog's HTTP interface for all replicas together.
+
+Every prediction goes through one place, so that a cancel finds it, a replica that is lost is
+noticed, and the queue has one bound.
+
+Tasks that may outlive the request that began them have a context of their own: when a client goes
+away, Serve cancels all calls that were made in the context of its request.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from contextvars import Context
+from typing import Any
+
+import aiohttp
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import Response
+
+from replicas.exchange import JSON, Call, Reply, read_call
+
+logger = logging.getLogger("ray.serve")
+
+TRIES = 2
+PATIENCE = 1.0  # seconds that an asynchronous request waits for the answer of a replica's server
+RETRY_AFTER = "5"  # seconds
+WEBHOOK_DELAYS = (0.0, 1.0, 5.0, 20.0)  # seconds before each try
+LOST = "The replica that ran this prediction was lost. Send the request again."
+FULL = "All replicas are busy and the queue is full. Try again later."
+STARTING = "Setup has not finished yet. Wait until it has finished, or GET /health-check."
+NOT_READY = Reply.of(503, {"error": STARTING, "status": "failed"})
+
+
+class RefusedLateError(Exception):
+    """A server refused a prediction whose caller had been told that it was accepted."""
+
+
+class Prediction:
+    """A call, from its arrival until a replica has dealt with it.
+
+    reply: the answer to the caller. began: when a replica's server got it, in the loop's seconds.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.began: float | None = None
+        self.task: asyncio.Task[None] | None = None
+
+    def answer(self, reply: Reply) -> None:
+        """Answer the caller, unless that was done."""
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+    def state(self, status: str, **fields: Any) -> dict[str, Any]:
+        """The prediction as a document in Cog's form."""
+        now = asyncio.get_running_loop().time()
+        metrics = {} if self.began is None else {"predict_time": now - self.began}
+        named = {"id": self.call.identifier, "logs": "", "metrics": metrics, "status": status}
+        return {**named, **fields}
+
+
+class Front:
+    """Answers HTTP requests; there must be one instance, so that it knows all predictions."""
+
+    def __init__(self, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas
+        self._predictions: dict[str, Prediction] = {}
+        self._description: asyncio.Task[dict[str, bytes]] | None = None
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer an HTTP request."""
+        reply = await self._answer(request)
+        return Response(reply.content, reply.status, dict(reply.headers))
+
+    async def _answer(self, request: Request) -> Reply:
+        path = request.url.path
+        match request.method, path.removeprefix("/").split("/"):
+            case ("POST", ["predictions"]) | ("PUT", ["predictions", _]):
+                return await self._predict(request)
+            case "POST", ["predictions", identifier, "cancel"]:
+                return self._cancel(identifier)
+            case "GET" | "HEAD", ["health-check"]:
+                return await self._health()
+            case "GET" | "HEAD", [""] | ["openapi.json"]:
+                documents = await self._described()
+                return Reply(200, JSON, documents[path]) if documents else NOT_READY
+            case _, ["predictions"] | ["predictions", _, "cancel"]:
+                return Reply(405, {"allow": "POST"})
+            case _, ["predictions", _]:
+                return Reply(405, {"allow": "PUT"})
+            case _, [""] | ["openapi.json"] | ["health-check"]:
+                return Reply(405, {"allow": "GET,HEAD"})
+        return Reply(404)
+
+    async def _predict(self, request: Request) -> Reply:
+        if not await self._described():
+            return NOT_READY
+        received = request.method, request.url.path, dict(request.headers), await request.body()
+        call = await asyncio.to_thread(read_call, *received)
+        if known := self._predictions.get(call.identifier):  # sent once more: how it stands
+            status = "starting" if known.began is None else "processing"
+            return Reply.of(202, known.state(status, input=known.call.inputs, metrics={}))
+        prediction = self._predictions[call.identifier] = Prediction(call)
+        prediction.task = asyncio.create_task(self._follow(prediction), context=Context())
+        try:
+            await asyncio.wait({prediction.reply}, timeout=PATIENCE if call.asynchronous else None)
+        except asyncio.CancelledError:  # the caller has gone away
+            prediction.task.cancel()
+            raise
+        prediction.answer(Reply.of(202, {"id": call.identifier, "status": "starting"}))
+        return prediction.reply.result()
+
+    async def _follow(self, prediction: Prediction) -> None:
+        """Have a prediction done; tell the caller of an end that no server tells of."""
+        status, end = 503, prediction.state("failed", error=LOST)
+        tell = True  # the webhook
+        try:
+            await self._run(prediction)
+            return
+        except asyncio.CancelledError:
+            status, end = 200, prediction.state("canceled")
+            tell = prediction.began is None
+        except BackPressureError:
+            end["error"] = FULL
+            tell = prediction.reply.done()
+        except RefusedLateError as error:
+            end["error"] = str(error)
+        except Exception as error:  # a replica is lost, or what it has raised
+            logger.error("Prediction %s failed: %s", prediction.call.identifier, error)
+        finally:
+            del self._predictions[prediction.call.identifier]
+        headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
+        prediction.answer(Reply.of(status, end, **headers))
+        if tell:
+            await _send_webhook(prediction.call, end)
+
+    async def _run(self, prediction: Prediction) -> None:
+        """Send a prediction to a replica; to another one, once, if that is lost meanwhile.
+
+        An asynchronous one that a server has accepted is not sent again: its webhooks have begun.
+        """
+        call = prediction.call
+        method = self._replicas.options(stream=True, multiplexed_model_id=call.adapters).predict
+        for attempt in range(1, TRIES + 1):
+            answered = False
+            stream = method.remote(call)
+            try:
+                async for reply in stream:
+                    if reply is None:
+                        prediction.began = asyncio.get_running_loop().time()
+                        continue
+                    answered = True
+                    if prediction.reply.done() and reply.status != 202:
+                        raise RefusedLateError(f"HTTP {reply.status}: {reply.content.decode()}")
+                    prediction.answer(reply)
+                return
+            except asyncio.CancelledError:
+                stream.cancel()
+                raise
+            except RayActorError:
+                if answered and not call.asynchronous:
+                    return
+                if answered or attempt == TRIES:
+                    raise
+                logger.warning("Prediction %s: a replica was lost; trying another", call.identifier)
+                prediction.began = None
+
+    def _cancel(self, identifier: str) -> Reply:
+        if prediction := self._predictions.get(identifier):
+            prediction.task.cancel()
+        return Reply.of(200 if prediction else 404, {})
+
+    async def _health(self) -> Reply:
+        documents = await self._described()
+        running = await asyncio.to_thread(_running_replicas) if documents else 0
+        if not documents or not running:
+            return Reply.of(200, {"status": "STARTING", "replicas": 0})
+        status = "BUSY" if len(self._predictions) >= running else "READY"
+        own = {"status": status, "replicas": running}
+        return Reply.of(200, {**json.loads(documents["/health-check"]), **own})
+
+    async def _described(self) -> dict[str, bytes] | None:
+        """What the first replica's server said of itself; None if none is ready within a second."""
+        if self._description is None:
+            self._description = asyncio.create_task(self._describe(), context=Context())
+        await asyncio.wait({self._description}, timeout=PATIENCE)
+        return self._description.result() if self._description.done() else None
+
+    async def _describe(self) -> dict[str, bytes]:
+        while True:
+            try:
+                return await self._replicas.describe.remote()
+            except RayActorError:
+                continue  # another one starts
+
+
+def _running_replicas() -> int:
+    application = serve.status().applications[serve.get_replica_context().app_name]
+    return application.deployments["Replica"].replica_states.get("RUNNING", 0)
+
+
+async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
+    """Tell of the end of a prediction as Cog's server would; a few tries."""
+    if not call.webhook:
+        return
+    token = os.environ.get("WEBHOOK_AUTH_TOKEN")
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for delay in WEBHOOK_DELAYS:
+            await asyncio.sleep(delay)
+            try:
+                async with session.post(call.webhook, json=state) as answer:
+                    if answer.status < 400:
+                        return
+                    problem = f"HTTP {answer.status}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                problem = type(error).__name__
+    logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)

@@ -1,0 +1,110 @@
+"""A replica: Cog's server as a child process on loopback, and the way to it."""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+from ray import serve
+from server import SERVE, Server
+from supervise import BROKEN
+
+from replicas.exchange import Call, Reply, end_to_end
+
+logger = logging.getLogger("ray.serve")
+
+POLL_SECONDS = 0.02
+FOREVER = aiohttp.ClientTimeout()
+DOCUMENTS = ("/", "/openapi.json", "/health-check")
+TIED_TO_THIS_PROCESS = ("setpriv", "--pdeathsig", "TERM")  # ends the child after a kill -9
+
+
+class Replica:
+    """One server, for one prediction at a time.
+
+    When the server cannot predict any more, the process ends with it. Serve then starts another
+    replica, and the front learns of the loss as of any other.
+    """
+
+    def __init__(self) -> None:
+        self._server = Server(on_log=print, command=(*TIED_TO_THIS_PROCESS, SERVE))
+        self._server.__enter__()
+
+    def __del__(self) -> None:
+        self._server.stop()
+
+    def check_health(self) -> None:
+        """Called by Serve every second; script/serve ends when its server is broken."""
+        if not self._server.running:
+            self._end("its server has ended")
+
+    @serve.multiplexed(max_num_models_per_replica=1)
+    async def _hold(self, adapters: str) -> str:
+        """Tell Serve which adapters the weights contain; Cog's server loads them itself."""
+        return adapters
+
+    async def predict(self, call: Call) -> AsyncIterator[Reply | None]:
+        """Yield None when the prediction is about to be sent to the server, then its answer.
+
+        It ends when the prediction does, also that of an asynchronous call. If it is closed before,
+        the prediction is cancelled: the server does so itself when a connection is closed.
+        """
+        if adapters := serve.get_multiplexed_model_id():
+            await self._hold(adapters)
+        while await self._health() == "BUSY":  # with a step of a prediction that was cancelled
+            await asyncio.sleep(POLL_SECONDS)
+        yield None
+        try:
+            reply = await self._forward(call)
+            yield reply
+            while reply.status == 202 and await self._status() == "BUSY":
+                await asyncio.sleep(POLL_SECONDS)
+        except asyncio.CancelledError:
+            if call.asynchronous:
+                await self._send("POST", f"/predictions/{call.identifier}/cancel")
+            raise
+
+    async def describe(self) -> dict[str, bytes]:
+        """The documents that the server describes itself by, by their paths."""
+        return {path: (await self._send("GET", path)).content for path in DOCUMENTS}
+
+    async def _forward(self, call: Call) -> Reply:
+        """Send a call; again after a 409, which the server gives between two predictions."""
+        while True:
+            reply = await self._send(call.method, call.path, call.headers, call.content)
+            if reply.status == 409 or b'"status":"failed"' in reply.content:
+                await self._health()
+            if reply.status != 409:
+                return reply
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _health(self) -> str:
+        """The server's status; it ends this replica if no prediction can succeed."""
+        if (status := await self._status()) in BROKEN:
+            self._end(f"its server is {status}")
+        return status
+
+    async def _status(self) -> str:
+        return str(json.loads((await self._send("GET", "/health-check")).content)["status"])
+
+    async def _send(
+        self, method: str, path: str, headers: Any = None, content: Any = None
+    ) -> Reply:
+        """Send an HTTP request to the server; it ends this replica if there is no answer."""
+        try:
+            async with (
+                aiohttp.ClientSession(self._server.url, timeout=FOREVER) as session,
+                session.request(method, path, headers=headers, data=content) as answer,
+            ):
+                return Reply(answer.status, end_to_end(answer.headers), await answer.read())
+        except aiohttp.ClientError as error:
+            self._end(f"its server does not answer: {error}")
+            raise
+
+    def _end(self, reason: str) -> None:
+        logger.error("This replica ends: %s", reason)
+        self._server.kill()
+        os._exit(1)

@@ -1,0 +1,393 @@
+"""A fleet of two replicas, over HTTP: it answers as one server does, and loses nothing."""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from safetensors.torch import save_file
+from server import Server, processes
+
+from tests.adapters import adapter
+from tests.support import QUICK, webhook
+
+ROOT = Path(__file__).parent.parent.parent
+MARK = "STARTED_FOR_FLEET_IN"
+QUEUE = 3
+SMALL = {**QUICK, "aspect_ratio": "custom", "width": 256, "height": 256}
+LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
+SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
+ASYNC = {"Prefer": "respond-async"}
+
+
+class Fleet:
+    """A running script/fleet, asked as a caller does: without repeating anything."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        self.url, self.directory = server.url, directory
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        return ask(self.url, method, path, **options)
+
+    def predict(self, **inputs: Any) -> dict[str, Any]:
+        response = self.ask("POST", "/predictions", json={"input": {**SMALL, **inputs}})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        assert answer["status"] == "succeeded", answer
+        return answer
+
+    def health(self) -> dict[str, Any]:
+        document: dict[str, Any] = self.ask("GET", "/health-check").json()
+        return document
+
+    def pids(self, command: bytes) -> set[int]:
+        """Of the processes with this in their command that belong to this fleet."""
+        return processes(command, f"{MARK}={self.directory}")
+
+    def wait_until_whole(self) -> None:
+        wait_for(lambda: self.health()["replicas"] == len(self.pids(WORKER)) == 2)
+
+
+def ask(url: str, method: str, path: str, **options: Any) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.request(method, url + path, **options)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory) -> Iterator[Fleet]:
+    directory = tmp_path_factory.mktemp("fleet")
+    settings = {
+        "FLUX_CHECKPOINT": "nano",
+        "FLUX_DEVICE": "cpu",
+        "FLUX_OUTPUT_DIRECTORY": str(directory),
+        "LORA_ALLOW_LOCAL_PATHS": "true",
+        "LORA_CACHE_DIRECTORY": str(directory / "adapters"),
+        MARK: str(directory),
+    }
+    command = [ROOT / "script" / "fleet", "--replicas", "2", "--queue", str(QUEUE)]
+    server, started = Server(settings, command=command), threading.Event()
+    impatient = threading.Thread(target=hang_up_until, args=(started, server))
+    impatient.start()
+    try:
+        with server:
+            started.set()
+            fleet = Fleet(server, directory)
+            yield fleet
+    finally:
+        started.set()
+        impatient.join()
+    for helper in fleet.pids(b"ray::"):  # two of them outlive a kill -9 of the command by a minute
+        os.kill(helper, signal.SIGKILL)
+
+
+def hang_up_until(started: threading.Event, server: Server) -> None:
+    """Ask for the health again and again, without waiting for it: that must disturb nobody."""
+    while not started.wait(0.2):
+        with suppress(AttributeError, requests.RequestException):  # it has no address at first
+            ask(server.url, "GET", "/health-check", timeout=0.05)
+
+
+@pytest.fixture
+def fleet(running) -> Fleet:
+    running.wait_until_whole()
+    return running
+
+
+@pytest.fixture
+def several() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+# --- the same answers as one server's
+
+PREDICTIONS = "/predictions"
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "prediction": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "num_outputs": 2}}}),
+    "with an id": ("POST", PREDICTIONS, {"json": {"input": SMALL, "id": "mine"}}),
+    "idempotent": ("PUT", f"{PREDICTIONS}/mine", {"json": {"input": SMALL}}),
+    "other id": ("PUT", f"{PREDICTIONS}/mine", {"json": {"input": SMALL, "id": "other"}}),
+    "out of range": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "width": 5000}}}),
+    "null seed": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "seed": None}}}),
+    "text seed": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "seed": "7"}}}),
+    "no prompt": ("POST", PREDICTIONS, {"json": {"input": {}}}),
+    "no input": ("POST", PREDICTIONS, {"json": {}}),
+    "text input": ("POST", PREDICTIONS, {"json": {"input": "x"}}),
+    "a list": ("POST", PREDICTIONS, {"json": [1]}),
+    "no JSON": ("POST", PREDICTIONS, {"data": "{", "headers": {"Content-Type": "text/plain"}}),
+    "bad event": ("POST", PREDICTIONS, {"json": {"input": SMALL, "webhook_events_filter": ["x"]}}),
+    "fails": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "width": None}, "id": "mine"}}),
+    "no adapter": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "extra_lora": "no link"}}}),
+    "no picture": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "image": "/etc/hostname"}}}),
+    "asynchronous, out of range": (
+        "PUT",
+        f"{PREDICTIONS}/a",
+        {"json": {"input": {**SMALL, "width": 5000}}, "headers": ASYNC},
+    ),
+    "cancel of none": ("POST", f"{PREDICTIONS}/none/cancel", {}),
+    "get": ("GET", PREDICTIONS, {}),
+    "get one": ("GET", f"{PREDICTIONS}/mine", {}),
+    "get a cancel": ("GET", f"{PREDICTIONS}/mine/cancel", {}),
+    "post the health": ("POST", "/health-check", {}),
+    "root": ("GET", "/", {}),
+    "schema": ("GET", "/openapi.json", {}),
+    "health": ("GET", "/health-check", {}),
+    "head": ("HEAD", "/health-check", {}),
+    "nowhere": ("GET", "/nowhere", {}),
+}
+
+
+def comparable(response: requests.Response) -> tuple[int, Any, dict[str, str | None]]:
+    """What must be equal: all but times, drawn ids, and what only a fleet has."""
+    headers = {name: response.headers.get(name) for name in ("content-type", "allow")}
+    if "json" not in (headers["content-type"] or "") or not response.content:
+        return response.status_code, response.text, headers
+    document = response.json()
+    document.pop("replicas", None)
+    if "setup" in document:
+        document["setup"] = sorted(document["setup"])
+    if str(document.get("id")).startswith("pred_"):
+        document["id"] = "drawn"
+    if "metrics" in document:
+        document["metrics"] = names(document["metrics"])
+        document["logs"] = re.sub(r"\r.*", "", document["logs"])  # progress, with times
+    return response.status_code, document, headers
+
+
+def names(metrics: Any) -> Any:
+    return {k: names(v) for k, v in metrics.items()} if isinstance(metrics, dict) else None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fleet_answers_as_one_server(fleet, server, case: str) -> None:
+    method, path, options = CASES[case]
+    options = dict(options)
+    if "json" in options and isinstance(options["json"], dict):
+        body = dict(options["json"])
+        if case == "fails":
+            body["input"] = {k: v for k, v in body["input"].items() if k != "width"}
+        options["json"] = body
+    one = comparable(server.server.request(method, path, **options))
+    assert comparable(fleet.ask(method, path, **options)) == one
+
+
+def test_webhooks_are_those_of_one_server(fleet, server) -> None:
+    told = []
+    for url in (server.server.url, fleet.url):
+        with webhook() as (hook, payloads, _):
+            body = {"input": SMALL, "webhook": hook}
+            assert ask(url, "PUT", "/predictions/w", json=body, headers=ASYNC).status_code == 202
+            wait_for(lambda: payloads and payloads[-1]["status"] == "succeeded")
+            told.append((payloads[0], payloads[-1]["output"], names(payloads[-1]["metrics"])))
+    assert told[0] == told[1]
+
+
+# --- where a request goes
+
+
+def test_a_request_goes_to_where_its_adapter_is(fleet) -> None:
+    paths = [fleet.directory / f"{name}.safetensors" for name in "ab"]
+    for seed, path in enumerate(paths):
+        save_file(adapter(seed), path)
+        assert "weights merged" in fleet.predict(replicate_weights=str(path))["logs"]
+        time.sleep(1)  # until the front knows
+    for spelling in ("{}", "file://{}", " {} "):
+        for path in paths:
+            logs = fleet.predict(replicate_weights=spelling.format(path))["logs"]
+            assert "weights merged" not in logs
+            assert "from memory" in logs
+
+
+# --- the queue
+
+
+def test_callers_wait_and_beyond_the_queue_hear_503(fleet, several) -> None:
+    asked = [start_long(fleet, several, number) for number in range(2)]
+    wait_for(lambda: fleet.health()["status"] == "BUSY")
+    assert [future.result().status_code for future in asked] == [202, 202]
+    waiting = [start_long(fleet, several, number) for number in range(2, 2 + QUEUE)]
+    assert [future.result().status_code for future in waiting] == [202] * QUEUE
+    full = start_long(fleet, several, 9).result()
+    assert full.status_code == 503
+    assert int(full.headers["Retry-After"]) > 0
+    assert "the queue is full" in full.json()["error"]
+    assert [cancel(fleet, number) for number in range(2 + QUEUE)] == [200] * (2 + QUEUE)
+    assert cancel(fleet, 9) == 404
+    fleet.predict()
+
+
+def test_a_refusal_after_the_answer_is_told_by_the_webhook(fleet, several) -> None:
+    for future in [start_long(fleet, several, number) for number in range(2)]:
+        assert future.result().status_code == 202
+    with webhook() as (hook, payloads, told):
+        body = {"input": {**SMALL, "width": 5000}, "webhook": hook}
+        assert fleet.ask("PUT", "/predictions/late", json=body, headers=ASYNC).status_code == 202
+        assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+        assert told.wait(10)
+        (payload,) = payloads
+        assert (payload["id"], payload["status"]) == ("late", "failed")
+        assert "5000 is greater than the maximum of 1440" in payload["error"]
+
+
+def start_long(fleet: Fleet, pool: ThreadPoolExecutor, number: int) -> "Future[Any]":
+    path, body = f"/predictions/{number}", {"input": LONG}
+    return pool.submit(fleet.ask, "PUT", path, json=body, headers=ASYNC)
+
+
+def cancel(fleet: Fleet, name: int | str) -> int:
+    return fleet.ask("POST", f"/predictions/{name}/cancel").status_code
+
+
+def test_more_callers_than_replicas_are_all_answered(fleet, several) -> None:
+    calls = [several.submit(fleet.predict, seed=seed % 2) for seed in range(2 + QUEUE)]
+    outputs = [call.result()["output"] for call in calls]
+    assert outputs[::2] == [outputs[0]] * 3
+    assert outputs[1::2] == [outputs[1]] * 2
+    assert outputs[0] != outputs[1]
+
+
+# --- cancelling
+
+
+def test_a_cancel_finds_a_prediction_wherever_it_is(fleet, several) -> None:
+    """On either replica, or waiting; each ends as canceled, and its webhook says so."""
+    with webhook() as (hook, payloads, _):
+        names = [uuid.uuid4().hex for _ in range(3)]
+        for name in names:
+            body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["completed"]}
+            path = f"/predictions/{name}"
+            assert fleet.ask("PUT", path, json=body, headers=ASYNC).status_code == 202
+        again = fleet.ask("PUT", path, json=body, headers=ASYNC)
+        assert (again.status_code, again.json()["status"]) == (202, "starting")
+        assert [cancel(fleet, name) for name in reversed(names)] == [200, 200, 200]
+        wait_for(lambda: len(payloads) == 3, 10)
+        assert {payload["id"] for payload in payloads} == set(names)
+        assert {payload["status"] for payload in payloads} == {"canceled"}
+
+
+def test_a_synchronous_prediction_is_cancelled_as_by_one_server(fleet, server, several) -> None:
+    answers = []
+    for url in (server.server.url, fleet.url):
+        path = f"/predictions/{uuid.uuid4().hex}"
+        with webhook() as (hook, _, started):
+            body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["start"]}
+            call = several.submit(ask, url, "PUT", path, json=body)
+            assert started.wait(10)
+            assert ask(url, "POST", f"{path}/cancel").status_code == 200
+            status, document, headers = comparable(call.result())
+        assert document.pop("id") == path.split("/")[2]
+        answers.append((status, document, headers))
+    assert answers[0] == answers[1]
+    assert answers[0][1]["status"] == "canceled"
+
+
+def test_a_client_that_hangs_up_cancels(fleet, several) -> None:
+    def hang_up() -> None:
+        with pytest.raises(requests.ReadTimeout):
+            fleet.ask("POST", "/predictions", json={"input": LONG}, timeout=0.5)
+
+    for call in [several.submit(hang_up) for _ in range(4)]:  # two of them have to wait
+        call.result()
+    wait_for(lambda: fleet.health()["status"] == "READY", 5)
+    fleet.predict()
+
+
+# --- losing a replica
+
+
+def kill(fleet: Fleet, command: bytes) -> int:
+    """Kill -9 of one process; returns its id."""
+    victim = min(fleet.pids(command))
+    os.kill(victim, signal.SIGKILL)
+    return victim
+
+
+@pytest.mark.parametrize("command", [WORKER, REPLICA], ids=["the child", "the actor"])
+def test_another_replica_answers_for_one_that_dies(fleet, several, command: bytes) -> None:
+    """With the picture of the same seed, though nobody has named one."""
+    workers = fleet.pids(WORKER)
+    inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 50}
+    with webhook() as (hook, payloads, _):
+        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["logs"]}
+        calls = [several.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]
+        wait_for(lambda: len({payload["id"] for payload in payloads}) == 2)
+        kill(fleet, command)
+        answers = [call.result().json() for call in calls]
+        assert [answer["status"] for answer in answers] == ["succeeded"] * 2, answers
+        for answer in answers:
+            logs = [p["logs"] for p in payloads if p["id"] == answer["id"]]
+            seeds = re.findall(r"seed: \d+", "".join([*logs, answer["logs"]]))
+            assert len(set(seeds)) == 1
+    fleet.wait_until_whole()
+    assert len(fleet.pids(WORKER) & workers) == 1  # the lost one is replaced
+
+
+def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
+    with webhook() as (hook, payloads, _):
+        for name in ("one", "two"):
+            body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["completed"]}
+            path = f"/predictions/{name}"
+            assert fleet.ask("PUT", path, json=body, headers=ASYNC).status_code == 202
+        kill(fleet, SERVER)
+        wait_for(lambda: payloads, 10)
+        (lost,) = payloads
+        assert lost["status"] == "failed"
+        assert "was lost. Send the request again" in lost["error"]
+        assert cancel(fleet, lost["id"]) == 404
+        (other,) = {"one", "two"} - {lost["id"]}
+        assert cancel(fleet, other) == 200
+        wait_for(lambda: len(payloads) == 2, 10)
+        assert payloads[1]["status"] == "canceled"
+
+
+# --- the command
+
+
+def test_nothing_outlives_the_command(running) -> None:
+    """Not even after kill -9; the last test, because it ends the fleet."""
+    (command,) = running.pids(b"replicas\0--replicas")
+    os.kill(command, signal.SIGKILL)
+    wait_for(lambda: not running.pids(SERVER) | running.pids(WORKER) | running.pids(REPLICA), 20)
+
+
+def test_a_wrong_number_is_refused() -> None:
+    command = [ROOT / "script" / "fleet", "--replicas", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--replicas: 0: expected 1 or more" in result.stderr
+
+
+def test_the_config_file_is_one_that_serve_takes() -> None:
+    program = """
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from replicas.app import build
+config = ServeDeploySchema.model_validate(yaml.safe_load(open("script/replicas/serve.yaml")))
+(application,) = config.applications
+assert application.import_path == "replicas.app:build"
+build(application.args)
+"""
+    subprocess.run(
+        [ROOT / ".cog" / "fleet" / "bin" / "python", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "script:.", "RAY_USAGE_STATS_ENABLED": "0"},
+        check=True,
+    )
