@@ -218,8 +218,8 @@ def plot(figure: Any, shares: Sequence[dict[str, Any]]) -> None:
     names, values, colours = zip(*rows, strict=True)
     bars = axes.barh(names, values, color=colours)
     axes.bar_label(bars, [f"{100 * value:.0f} %" for value in values], padding=3)
-    axes.set_xlim(0, 1)
-    axes.set_title("requests that find their adapter in the weights")
+    axes.margins(x=0.15)
+    figure.suptitle("requests that find their adapter in the weights")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora.links import parse_reference
-from weights.errors import ReferenceFormatError
+from lora.sources import parse_reference
+from weights.serving.errors import ReferenceFormatError
 
 HOP_BY_HOP = {"connection", "content-length", "date", "expect", "host", "transfer-encoding"}
 JSON = {"content-type": "application/json"}

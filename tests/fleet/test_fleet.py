@@ -78,6 +78,8 @@ def running(tmp_path_factory) -> Iterator[Fleet]:
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": "cpu",
         "FLUX_OUTPUT_DIRECTORY": str(directory),
+        # as many as the single server has: pictures are compared to the bit
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "LORA_ALLOW_LOCAL_PATHS": "true",
         "LORA_CACHE_DIRECTORY": str(directory / "adapters"),
         MARK: str(directory),
