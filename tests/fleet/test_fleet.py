@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -347,16 +348,18 @@ def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
         for name in ("one", "two"):
             body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["completed"]}
             path = f"/predictions/{name}"
-            assert fleet.ask("PUT", path, json=body, headers=ASYNC).status_code == 202
+            accepted = partial(fleet.ask, "PUT", path, json=body, headers=ASYNC)
+            assert accepted().status_code == 202
+            wait_for(lambda ask=accepted: ask().json()["status"] == "processing")
         kill(fleet, SERVER)
-        wait_for(lambda: payloads, 10)
+        wait_for(lambda: payloads)
         (lost,) = payloads
         assert lost["status"] == "failed"
         assert "was lost. Send the request again" in lost["error"]
         assert cancel(fleet, lost["id"]) == 404
         (other,) = {"one", "two"} - {lost["id"]}
         assert cancel(fleet, other) == 200
-        wait_for(lambda: len(payloads) == 2, 10)
+        wait_for(lambda: len(payloads) == 2)
         assert payloads[1]["status"] == "canceled"
 
 
