@@ -80,7 +80,7 @@ class Engine:
         dev = self._pipelines[Key("dev", "bf16"), Mode.TEXT_TO_IMAGE]
         return {
             name: {key: value.shape for key, value in getattr(dev, name).named_parameters()}
-            for name in ("transformer", *ENCODERS)
+            for name in (COMPONENT, *ENCODERS)
         }
 
     @property

@@ -190,6 +190,14 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Insist that something comes true in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def data_uri(content: bytes | Image.Image) -> str:
     if isinstance(content, Image.Image):
         content = encode(content)

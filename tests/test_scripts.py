@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from server import Server, ServerError, free_port, processes
 from supervise import health
 
-from tests.support import colours
+from tests.support import colours, wait_for
 
 ROOT = Path(__file__).parent.parent
 MARK = "STARTED_BY_TEST_IN"  # tells this test's servers from those of tests that run beside it
@@ -119,13 +118,6 @@ def servers(cwd: Path, *programs: bytes) -> list[int]:
     """The process ids of Cog servers and workers that `environment_of(cwd)` was given to."""
     mark = f"{MARK}={cwd}"
     return [pid for name in programs or (SERVER, WORKER) for pid in processes(name, mark)]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:

@@ -173,13 +173,10 @@ class Transformers:
     def _bring(self, key: Key, check_cancelled: CheckCancelled) -> None:
         """Memory for a transformer, and records of what is in it.
 
-        That is nothing yet, or its prequantized weights, where they save opening the base weight.
+        That is nothing yet, or its prequantized weights, where they save opening the base weights.
         """
-        module, empty, master = (
-            self.modules[key],
-            self._home.allocator(),
-            self._masters[key.variant],
-        )
+        module, empty = self.modules[key], self._home.allocator()
+        master = self._masters[key.variant]
         ready_made = None if key.precision == "bf16" or master.is_open else master.prequantized
         try:
             for name, parameter in list(module.named_parameters()):

@@ -11,8 +11,11 @@ from lora.sources.url import UrlReference
 from weights.serving.errors import ReferenceFormatError
 
 SOURCES: tuple[type[Reference], ...] = (
-    *(DataReference, LocalReference),  # before those that read a link as a URL
-    *(HuggingFaceReference, CivitaiReference, UrlReference),
+    DataReference,
+    LocalReference,  # these two before those that read a link as a URL
+    HuggingFaceReference,
+    CivitaiReference,
+    UrlReference,
     ReplicateReference,  # takes what no other takes
 )
 

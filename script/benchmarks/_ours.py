@@ -211,7 +211,7 @@ def _bits(session: Session, key: Key) -> Iterator[tuple[str, bool]]:
     name = " ".join(key)
     yield f"{name}: a merge repeated has the same bits", same(states[1], states[3])
     yield f"{name}: another adapter has others", not same(states[1], states[2])
-    yield f"{name}: restored weights have the base weight bits", same(states[0], states[4])
+    yield f"{name}: restored weights have the base weights' bits", same(states[0], states[4])
 
 
 def decoder(session: Session) -> None:

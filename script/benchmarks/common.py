@@ -61,15 +61,18 @@ def parser() -> argparse.ArgumentParser:
 
 def report_file() -> Path | None:
     """Where `--json FILE` on the command line says that the report goes."""
-    file: Path | None = parser().parse_known_args()[0].json
+    file: Path | None = parser().parse_args().json
     return file
 
 
 def chart(size: tuple[float, float], draw: Callable[[Any], None]) -> None:
     """A chart beside the report, if there is one; `size` in inches, `draw` takes the figure."""
-    file = report_file()
-    if file is None:
-        return
+    if file := report_file():
+        chart_beside(file, size, draw)
+
+
+def chart_beside(file: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """A chart with the name of a report and the suffix .png."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=size, layout="constrained")

@@ -46,7 +46,6 @@ SETTINGS = {
     "FLUX_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
     "LORA_ALLOW_LOCAL_PATHS": "true",
-    "LORA_MIN_FREE_GB": "0",
 }
 
 Send = Callable[[dict[str, Any]], requests.Response]

@@ -8,7 +8,6 @@ Estimates of the regression coefficient based on Kendall's tau, JASA 63, 1968).
 """
 
 import base64
-import io
 import itertools
 import math
 import random
@@ -23,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from common import BLUE, chart, parser, report
+from common import BLUE, chart_beside, parser, publish
 from PIL import Image
 from server import Server, ServerError
 from training.effects import adapter_inputs
+from training.painter import data_uri
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
@@ -48,13 +48,7 @@ Kind = Callable[["Soak", random.Random], str]
 def picture(draw: random.Random, mode: str = "RGB") -> str:
     """A small picture of noise as a data URI."""
     size = (16 * draw.randint(4, 16), 16 * draw.randint(4, 16))
-    buffer = io.BytesIO()
-    Image.effect_noise(size, 90).convert(mode).save(buffer, "PNG")
-    return uri(buffer.getvalue())
-
-
-def uri(content: bytes) -> str:
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    return data_uri(Image.effect_noise(size, 90).convert(mode))
 
 
 def wanted(draw: random.Random) -> Inputs:
@@ -126,11 +120,11 @@ def fails(soak: Soak, draw: random.Random) -> str:
     """A request that passes the schema and cannot be served."""
     broken = draw.choice(
         [
-            {"image": uri(b"<html>not found</html>")},
+            {"image": data_uri(b"<html>not found</html>")},
             {"mask": picture(draw, "L")},
-            {"image": uri(b"")},
+            {"image": data_uri(b"")},
             {"replicate_weights": "not a reference"},
-            {"replicate_weights": uri(b"{}")},
+            {"replicate_weights": data_uri(b"{}")},
             {"replicate_weights": "http://127.0.0.1:9/a.safetensors"},
         ]
     )
@@ -260,16 +254,18 @@ def main() -> int:
                 if sys.stderr.isatty():
                     print(f"\r{number + 1} of {arguments.requests}", end="", file=sys.stderr)
             same = {name: image == before[name] for name, image in soak.images().items()}
-    return publish(soak, same, arguments.requests)
+    return conclude(soak, same, arguments.json)
 
 
-def publish(soak: Soak, same: Mapping[str, bool], count: int) -> int:
+def conclude(soak: Soak, same: Mapping[str, bool], file: Path | None) -> int:
     """Report; 1 if anything is not as it was."""
+    count = soak.sent.total()
     window = count - count // 3
     slopes = {name: slope(values[-window:]) for name, values in soak.samples.items()}
     rising = [name for name, s in slopes.items() if s.rises(window, RESOLUTION.get(name, 0))]
-    chart((8, 7), lambda figure: plot(figure, soak.samples, count // 3))
-    report(
+    if file:
+        chart_beside(file, (8, 7), lambda figure: plot(figure, soak.samples, count // 3))
+    publish(
         "soak",
         {
             "requests": count,
@@ -285,6 +281,7 @@ def publish(soak: Soak, same: Mapping[str, bool], count: int) -> int:
             },
             "rising": rising,
         },
+        file,
     )
     return 0 if all(same.values()) and not rising else 1
 

@@ -125,16 +125,16 @@ def digest(checkpoint: Path) -> str:
     return result.hexdigest()[:16]
 
 
-def data_uri(content: Image.Image | Path) -> str:
-    """A picture, or a file, as an input of a request."""
+def data_uri(content: Image.Image | Path | bytes) -> str:
+    """A picture, a file, or bytes, as an input of a request."""
+    kind = "application/octet-stream"
     if isinstance(content, Path):
-        encoded = content.read_bytes()
-    else:
-        buffer = io.BytesIO()
+        content = content.read_bytes()
+    elif isinstance(content, Image.Image):
+        buffer, kind = io.BytesIO(), "image/png"
         content.save(buffer, "PNG")
-        encoded = buffer.getvalue()
-    kind = "application/octet-stream" if isinstance(content, Path) else "image/png"
-    return f"data:{kind};base64,{base64.b64encode(encoded).decode()}"
+        content = buffer.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _read(path: Path) -> Image.Image:

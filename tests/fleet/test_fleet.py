@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -19,13 +19,14 @@ import requests
 from safetensors.torch import save_file
 from server import Server, processes
 
+from tests import support
 from tests.adapters import adapter
-from tests.support import QUICK, webhook
+from tests.support import QUICK, wait_for, webhook
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "STARTED_FOR_FLEET_IN"
 QUEUE = 3
-SMALL = {**QUICK, "aspect_ratio": "custom", "width": 256, "height": 256}
+SMALL = {**QUICK, **support.SMALL}
 LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
 SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
 ASYNC = {"Prefer": "respond-async"}
@@ -63,13 +64,6 @@ def ask(url: str, method: str, path: str, **options: Any) -> requests.Response:
     with requests.Session() as session:
         session.trust_env = False
         return session.request(method, url + path, **options)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

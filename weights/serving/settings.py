@@ -59,7 +59,7 @@ def _positive(text: str) -> int:
 
 
 def _input_megapixels(text: str) -> int:
-    """Pillow itself refuses pictures above 170."""
+    """Pillow itself refuses images above 170."""
     if (value := _positive(text)) > MAX_INPUT_MEGAPIXELS:
         raise ValueError(f"expected at most {MAX_INPUT_MEGAPIXELS}")
     return value
@@ -116,7 +116,7 @@ class Settings:
         attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
-        max_input_megapixels: larger input pictures (in 1024 x 1024 pixels) are refused.
+        max_input_megapixels: larger input images (in 1024 x 1024 pixels) are refused.
         nsfw_threshold: the open_nsfw score, 0 to 1, from which an image is withheld.
         safety_policy: which checkers look at an image, and when it is withheld
             (safety/policy.py); `auto` is official for a checkpoint that comes with the official
