@@ -3,7 +3,7 @@
 The only module that imports cog. Cog reads this file without running it and resolves
 just a few forms: literals, and names bound to one literal in this file. Anything else
 is dropped without a word, so the signature below stays in those forms
-(tests/test_contract.py checks them on the syntax tree).
+(tests/predictor/test_contract.py checks them on the syntax tree).
 """
 # ruff: noqa: E501  (a description must be one plain string literal)
 

@@ -11,8 +11,9 @@ import pytest
 if TYPE_CHECKING:
     from PIL import Image
 
-    from tests.official import Files
-    from tests.support import Draw, LoggedServer
+    from tests.support.official import Files
+    from tests.support.predictor import Draw
+    from tests.support.server import LoggedServer
 
 
 def pytest_collection_finish() -> None:
@@ -23,7 +24,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""
-    from tests.support import logged_server
+    from tests.support.server import logged_server
 
     with logged_server(tmp_path_factory.mktemp("outputs")) as running:
         yield running
@@ -43,10 +44,10 @@ def photograph() -> "Image.Image":
 @pytest.fixture(scope="session")
 def other_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of quite other dimensions than the committed one, with an 8x VAE."""
-    import miniature
+    from miniature import checkpoint
 
     directory = tmp_path_factory.mktemp("other_checkpoint")
-    dimensions = miniature.Dimensions(
+    dimensions = checkpoint.Dimensions(
         double_blocks=1,
         single_blocks=3,
         heads=2,
@@ -63,14 +64,14 @@ def other_checkpoint(tmp_path_factory) -> Path:
         vae_channels=(8, 8, 16, 16),
         vae_layers=2,
     )
-    miniature.build(directory, dimensions, seed=1)
+    checkpoint.build(directory, dimensions, seed=1)
     return directory
 
 
 @pytest.fixture(scope="session")
 def official_files(tmp_path_factory) -> "dict[str, Files]":
     """The files of the four official repositories, in miniature."""
-    from tests import official
+    from tests.support import official
 
     return official.build(tmp_path_factory.mktemp("official"))
 
@@ -78,7 +79,7 @@ def official_files(tmp_path_factory) -> "dict[str, Files]":
 @pytest.fixture
 def hub():
     """A stand-in for the sites that adapters come from, on loopback."""
-    from tests.hub import Hub
+    from tests.support.hub import Hub
 
     with Hub() as running:
         yield running
@@ -87,6 +88,6 @@ def hub():
 @pytest.fixture
 def start(monkeypatch, tmp_path) -> "Callable[..., Draw]":
     """Set up a predictor under the given environment; returns its `run`, giving images."""
-    from tests.support import set_up_predictor
+    from tests.support.predictor import set_up_predictor
 
     return partial(set_up_predictor, monkeypatch, tmp_path / "outputs")

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import _full_depth as full_depth
 import torch
-from common import BLUE, GREY, chart, interleave, medians, report
 
+from benchmarks.shared import full_depth
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
 from flux.variants import Key
 
 HEADS = 3

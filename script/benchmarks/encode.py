@@ -11,10 +11,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from common import interleave, medians, report
+from miniature.evaluation.effects import psnr
 from PIL import Image
-from server import Server
-from training.effects import psnr
+from serving.server import Server
+
+from benchmarks.shared.report import interleave, medians, report
 
 ROUNDS = 9
 METHODS = range(7)

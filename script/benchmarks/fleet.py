@@ -20,11 +20,11 @@ from typing import Any
 
 import requests
 import torch
-from common import BLUE, GREY, chart, interleave, medians, report
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
-from server import Server, processes
+from serving.server import Server, processes
 
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
 from flux.deployment import NANO
 
 FLEET = Path(__file__).resolve().parent.parent / "fleet"

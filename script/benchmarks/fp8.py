@@ -12,14 +12,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-import _flux1 as flux1
-import _full_depth as full_depth
 import torch
-from common import BLUE, GREY, chart, report
-from step import inputs
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
+from benchmarks.shared import flux1, full_depth
+from benchmarks.shared.report import BLUE, GREY, chart, report
+from benchmarks.step import inputs
 from flux.transformers.pool import size
 from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
 

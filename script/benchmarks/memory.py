@@ -7,10 +7,10 @@ have its nominal size in GiB, and a card less what CUDA and the safety checkers 
 
 from collections.abc import Iterable, Mapping
 
-import _flux1 as flux1
-from common import report
 from torch import nn
 
+from benchmarks.shared import flux1
+from benchmarks.shared.report import report
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import BASE, ORDER, BaseCopy, BudgetError, Item, Residency

@@ -11,9 +11,9 @@ import os
 from collections.abc import Callable
 
 import torch
-from common import interleave, medians, report
 from diffusers import FluxPipeline
 
+from benchmarks.shared.report import interleave, medians, report
 from flux.deployment import NANO
 from predict import Predictor
 

@@ -18,13 +18,13 @@ sources). With `--json FILE` a plot goes beside it, as FILE with the suffix .png
 from dataclasses import dataclass
 from typing import Any
 
-import _flux1 as flux1
 import torch
-from common import BLUE, GREY, chart, report
 from diffusers import FluxTransformer2DModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.shared import flux1
+from benchmarks.shared.report import BLUE, GREY, chart, report
 from flux.transformers.pool import size
 from flux.transformers.quantize import float8_parameters
 from flux.variants import VARIANTS

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from common import BLUE, chart_beside, parser, publish
+from miniature.evaluation.effects import adapter_inputs
+from miniature.evaluation.painter import data_uri
 from PIL import Image
-from server import Server, ServerError
-from training.effects import adapter_inputs
-from training.painter import data_uri
+from serving.server import Server, ServerError
+
+from benchmarks.shared.report import BLUE, chart_beside, parser, publish
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-import _full_depth as full_depth
 import torch
-from common import interleave, medians, report
 
+from benchmarks.shared import full_depth
+from benchmarks.shared.report import interleave, medians, report
 from flux.transformers.merge import WorkingWeights
 from lora.formats.adapter import Targets, load_adapter
 

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import _full_depth as full_depth
 import torch
-from common import BLUE, GREY, chart, interleave, medians, report
 from safetensors.torch import load_file
 
+from benchmarks.shared import full_depth
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
 from flux.transformers.merge import WorkingWeights
 from lora.formats.adapter import Targets, load_adapter
 

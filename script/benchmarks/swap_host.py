@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import _full_depth as full_depth
 import torch
 import triton
-from common import interleave, medians, report
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.shared import full_depth
+from benchmarks.shared.report import interleave, medians, report
 from flux.memory.staging import Staging
 from flux.transformers.lora_kernel import write
 from flux.transformers.merge import WorkingWeights

@@ -9,8 +9,8 @@ from typing import Any
 
 import aiohttp
 from ray import serve
-from server import SERVE, Server
-from supervise import BROKEN
+from serving.server import SERVE, Server
+from serving.supervise import BROKEN
 
 from replicas.exchange import Call, Reply, end_to_end
 

@@ -17,16 +17,17 @@ from typing import Any
 import pytest
 import requests
 from safetensors.torch import save_file
-from server import Server, processes
+from serving.server import Server, processes
 
-from tests import support
-from tests.adapters import adapter
-from tests.support import QUICK, wait_for, webhook
+from tests.support import inputs
+from tests.support.adapters import adapter
+from tests.support.inputs import QUICK
+from tests.support.server import wait_for, webhook
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "STARTED_FOR_FLEET_IN"
 QUEUE = 3
-SMALL = {**QUICK, **support.SMALL}
+SMALL = {**QUICK, **inputs.SMALL}
 LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
 SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
 ASYNC = {"Prefer": "respond-async"}

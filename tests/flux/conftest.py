@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lora.formats.adapter import Adapter
-from tests import tiny
 from tests.flux.merging import SIZE, files
+from tests.support import tiny
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)

@@ -14,7 +14,6 @@ from triton.runtime import interpreter
 from flux.transformers.lora_kernel import write
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import MAX_RANK, OnePass
-from tests import tiny
 from tests.flux.low_rank import (
     adapter,
     assert_rounded,
@@ -26,6 +25,7 @@ from tests.flux.low_rank import (
     working,
 )
 from tests.flux.merging import SIZE, state
+from tests.support import tiny
 
 DTYPES = {
     tl.float32: torch.float32,

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from flux.transformers.merge import WorkingWeights
-from tests import tiny
+from tests.support import tiny
 
 SIZE = tiny.SIZES[0]
 WIDTH = SIZE.width

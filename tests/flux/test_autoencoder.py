@@ -12,7 +12,7 @@ from flux.engine import Engine
 from flux.memory.residency import BudgetError
 from flux.request import Inputs, resolve
 from tests.flux.engines import parts
-from tests.support import difference, same
+from tests.support.pictures import difference, same
 from weights.serving.settings import Settings
 from weights.serving.timing import Stopwatch
 

@@ -10,7 +10,7 @@ from flux.engine import Engine
 from flux.request import Inputs, resolve
 from flux.transformers.pool import Transformers
 from tests.flux.engines import parts
-from tests.support import same
+from tests.support.pictures import same
 from weights.serving.settings import Settings
 from weights.serving.timing import Stopwatch
 

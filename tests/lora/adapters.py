@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora.formats.errors import AdapterError
-from tests import tiny
+from tests.support import tiny
 
 TO_Q = "transformer.transformer_blocks.0.attn.to_q"
 RANK = 4

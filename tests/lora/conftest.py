@@ -3,9 +3,9 @@ from huggingface_hub.utils import close_session
 
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings, SourceSettings
-from tests import tiny
 from tests.lora.files import parse
-from tests.services import Civitai, HuggingFace, Replicate
+from tests.support import tiny
+from tests.support.services import Civitai, HuggingFace, Replicate
 from weights.download.cache import CacheSettings
 from weights.download.http import HttpSettings
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora.archive import kind_of, take_weights
 from tests.lora.files import safetensors
-from tests.services import tar, trained_on_replicate
+from tests.support.services import tar, trained_on_replicate
 from weights.serving.errors import InvalidFileError
 
 WEIGHTS = safetensors("x")

@@ -12,7 +12,7 @@ from lora.formats.errors import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from tests.lora.files import parse, safetensors
-from tests.services import trained_on_replicate
+from tests.support.services import trained_on_replicate
 from weights.download.cache import FileCache
 from weights.serving.errors import InvalidFileError, SourceUnavailableError
 from weights.serving.settings import Settings

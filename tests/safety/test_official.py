@@ -14,8 +14,8 @@ from transformers import ViTForImageClassification
 from safety.checker import CheckerError, Verdict, judge
 from safety.official import CompVis, Falconsai
 from safety.policy import POLICIES, load_checker
-from tests.planted import clip_input, compvis_model, embedding, plant, plant_flags
-from tests.support import colours
+from tests.support.pictures import colours
+from tests.support.planted import clip_input, compvis_model, embedding, plant, plant_flags
 from weights.serving.inventory import Inventory
 from weights.serving.settings import Settings
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.official import wanted
-from tests.services import HuggingFace, tar
+from tests.support.official import wanted
+from tests.support.services import HuggingFace, tar
 from weights import checkpoint
 from weights.checkpoint import directory_of, fetch_missing
 from weights.manifest import REPOSITORIES

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from huggingface_hub.utils import close_session
 
-from tests.official import wanted
-from tests.services import HuggingFace, sha256
+from tests.support.official import wanted
+from tests.support.services import HuggingFace, sha256
 from weights import snapshot
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import LogProgress

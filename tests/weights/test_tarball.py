@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 
-from tests.services import tar
+from tests.support.services import tar
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
 from weights.tarball import unpacked

@@ -11,9 +11,9 @@ from flux.memory.offload import OnHost, offload, offloaded
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers, size
-from tests import tiny
 from tests.flux.merging import SIZE
 from tests.flux.streams import Streams
+from tests.support import tiny
 from weights.serving.settings import SettingsError
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
 from flux.memory.page_locked import PageLocked, Slabs, give_back, hold
-from tests import tiny
+from tests.support import tiny
 from weights.serving.inventory import PAGE_LOCKED, place_of
 
 CPU = torch.device("cpu")

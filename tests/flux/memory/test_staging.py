@@ -10,9 +10,9 @@ from flux.memory.residency import ORDER
 from flux.memory.staging import CudaCopyStream, Staging, move
 from flux.transformers.merge import UNKNOWN, WorkingWeights
 from flux.transformers.pool import Transformers
-from tests import tiny
 from tests.flux.merging import SIZE
 from tests.flux.streams import Early, Late
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 

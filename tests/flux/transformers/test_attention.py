@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from flux.sampling import ASPECT_RATIOS
 from flux.transformers.attention import build_plans, builds_plans, set_attention_backend
-from tests import tiny
+from tests.support import tiny
 from weights.serving.settings import SettingsError
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import miniature
 import pytest
 import torch
+from miniature import checkpoint
 from PIL import Image
 from torch._dynamo import register_backend
 
@@ -20,14 +20,14 @@ from flux.request import Inputs, Mode, resolve
 from flux.transformers.base_weights import template
 from flux.transformers.compile import Compilation, compile_blocks, graphs, to_warm_up
 from tests.flux.engines import parts
-from tests.support import colours, same
+from tests.support.pictures import colours, same
 from weights.serving.cancel import Cancelled, CheckCancelled, never_cancelled
 from weights.serving.settings import Settings, SettingsError
 from weights.serving.timing import Stopwatch
 
 HERE = Deployment("nano", torch.device("cpu"), torch.float32)
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
-SHALLOW = miniature.Dimensions(
+SHALLOW = checkpoint.Dimensions(
     double_blocks=1,
     single_blocks=1,
     heads=16,  # a width of 512, dev's number of text tokens
@@ -81,7 +81,7 @@ Start = Callable[..., Engine]
 def start(tmp_path_factory) -> Start:
     """Makes an engine of one block of each kind; `share` of dev's bytes is room on the device."""
     directory = tmp_path_factory.mktemp("shallow")
-    miniature.build(directory, SHALLOW)
+    checkpoint.build(directory, SHALLOW)
     settings = Settings(checkpoint=str(directory), device="cpu")
     whole = bytes_of(template("dev", directory / "dev" / "transformer", torch.float32))
     dev, _ = parts(settings)[0].values()

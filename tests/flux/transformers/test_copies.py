@@ -15,8 +15,8 @@ from flux.transformers.base_weights import Master
 from flux.transformers.pool import Transformers, size
 from flux.transformers.quantize import float8_parameters, storage
 from flux.variants import Key
-from tests import tiny
 from tests.flux.streams import Late
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flux.transformers.merge import WorkingWeights
-from tests import tiny
 from tests.flux.merging import SIZE, Counted, Q, assert_bits, fresh, lora, state
+from tests.support import tiny
 
 
 def test_one_rounding_of_the_exact_sum(modules, adapters):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flux.transformers.merge import UNKNOWN, WorkingWeights
-from tests import tiny
 from tests.flux.merging import SIZE, Counted, assert_bits, fresh, state
+from tests.support import tiny
 
 
 @pytest.mark.parametrize("after", ["the same", "another", "nothing"])

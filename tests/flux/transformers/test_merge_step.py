@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.transformers.merge import WorkingWeights
-from tests import tiny
 from tests.flux.merging import SIZE
+from tests.support import tiny
 
 
 def inputs(batch=1, tokens=12, text=6):

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.transformers.merge import BaseValues, WorkingWeights
 from flux.transformers.one_pass import OnePass, one_pass
-from tests import tiny
 from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
+from tests.support import tiny
 
 ROWS, COLUMNS = 32, 48
 ROOM = 1 << 20

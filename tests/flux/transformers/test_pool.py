@@ -14,7 +14,7 @@ from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers, size, skeleton
 from flux.transformers.quantize import float8_parameters, storage
-from tests import tiny
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER

@@ -12,9 +12,9 @@ from flux.transformers.base_weights import Master, load_transformer, template
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Identity, Prequantized, fingerprint_of, write
 from flux.transformers.quantize import storage
-from tests import tiny
 from tests.flux.merging import SIZE
 from tests.flux.streams import Streams
+from tests.support import tiny
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 DEV, DEV8, _, _ = ORDER

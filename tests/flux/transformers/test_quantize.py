@@ -17,7 +17,7 @@ from flux.transformers.quantize import (
     quantizes_activations,
     storage,
 )
-from tests import tiny
+from tests.support import tiny
 from weights.serving.settings import SettingsError
 
 CPU = torch.device("cpu")

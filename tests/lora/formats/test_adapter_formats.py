@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora.formats.errors import AdapterError
-from tests import tiny
+from tests.support import tiny
 
 RANK = 4
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lora.formats.errors import AdapterError
-from tests import tiny
 from tests.lora.adapters import FUSED, FUSED_PARTS, dora, expect, random, weights
+from tests.support import tiny
 
 ALPHA, RANK = 3.0, 2
 

@@ -7,8 +7,8 @@ import torch
 
 from flux.transformers.merge import WorkingWeights
 from lora.formats.errors import AdapterError
-from tests import tiny
 from tests.lora.adapters import TO_Q, lora, width
+from tests.support import tiny
 
 TO_K = "transformer.transformer_blocks.0.attn.to_k"
 Q = ("transformer", "transformer_blocks.0.attn.to_q.weight")

@@ -11,7 +11,7 @@ import torch
 from diffusers import FluxPipeline
 
 from lora.formats.adapter import Targets, load_adapter
-from tests import tiny
+from tests.support import tiny
 
 RANK = 4
 KOHYA_DOUBLE = {

@@ -7,8 +7,8 @@ import torch
 
 from lora.formats import adapter as adapter_module
 from lora.formats.errors import AdapterError
-from tests import tiny
 from tests.lora.adapters import RANK, TO_Q, lora, refused, width
+from tests.support import tiny
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora.formats.adapter import Targets, load_adapter
-from tests import tiny
+from tests.support import tiny
 
 ALPHA, RANK = 2.0, 4
 KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")

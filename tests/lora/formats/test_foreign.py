@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import tiny
 from tests.lora.adapters import TO_Q, lora, refused, width
+from tests.support import tiny
 
 
 @pytest.mark.parametrize("module", ["img_in", "transformer.x_embedder"])

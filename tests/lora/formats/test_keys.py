@@ -4,7 +4,7 @@ import pytest
 
 from lora.formats.keys import Piece, Targets
 from lora.formats.spellings import DIALECTS, split_role
-from tests import tiny
+from tests.support import tiny
 
 TOP = (
     "img_in",

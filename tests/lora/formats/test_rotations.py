@@ -9,7 +9,6 @@ import torch
 from peft import OFTConfig, inject_adapter_in_model
 
 from lora.formats import rotations
-from tests import tiny
 from tests.lora.adapters import (
     FUSED,
     FUSED_PARTS,
@@ -25,6 +24,7 @@ from tests.lora.adapters import (
     weights,
     width,
 )
+from tests.support import tiny
 
 # A module as a trainer spells it, and the parameters that it is made of.
 MODULES = {

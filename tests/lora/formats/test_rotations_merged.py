@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from flux.transformers.merge import WorkingWeights
-from tests import tiny
 from tests.lora.adapters import (
     PROJ,
     QKV,
@@ -21,6 +20,7 @@ from tests.lora.adapters import (
     weights,
     width,
 )
+from tests.support import tiny
 
 KINDS = tuple(rotations(4, 4))
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from lora.settings import LoaderSettings
-from tests.hub import Hub
 from tests.lora.files import safetensors
-from tests.services import CIVITAI_LOGIN, Civitai
+from tests.support.hub import Hub
+from tests.support.services import CIVITAI_LOGIN, Civitai
 from weights.serving.errors import (
     AccessDeniedError,
     InvalidFileError,

@@ -9,7 +9,7 @@ import pytest
 
 from lora.sources.url import unsigned
 from tests.lora.files import safetensors
-from tests.services import tar, trained_on_replicate
+from tests.support.services import tar, trained_on_replicate
 from weights.serving.errors import (
     AccessDeniedError,
     ForbiddenAddressError,

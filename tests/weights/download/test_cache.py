@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services import sha256
+from tests.support.services import sha256
 from weights.download.cache import CacheSettings, FileCache, Record
 from weights.serving.errors import DiskSpaceError
 

@@ -6,7 +6,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from tests.services import sha256
+from tests.support.services import sha256
 from weights.download.http import Credential, HttpClient, HttpSettings, Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, LogProgress, download

@@ -1,0 +1,1 @@
+"""Everything that a CUDA card decides: script/bench gpu."""

@@ -1,0 +1,1 @@
+"""The embedded miniature: what builds, trains and measures it."""

@@ -1,0 +1,1 @@
+"""The server as a process of the caller's: started, supervised, asked."""

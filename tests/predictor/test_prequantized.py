@@ -1,0 +1,339 @@
+"""Float8 weights on disk: the same images, from a start that does not read the bf16 weights."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+from flux.__main__ import main
+from flux.deployment import NANO
+from flux.memory.budget import bytes_of
+from flux.transformers.base_weights import template
+from flux.transformers.pool import size
+from flux.transformers.quantize import float8_parameters
+from tests.support.adapters import adapter
+from tests.support.pictures import colours, data_uri, same
+
+ROOT = Path(__file__).parents[2]
+FAST = {"go_fast": True}
+PAGE = 4096
+
+
+def quantize(directory: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [ROOT / "script" / "quantize", "--directory", directory, *arguments],
+        env={**os.environ, "FLUX_CHECKPOINT": "nano", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def status() -> int:
+    """What the script ends with, run in this process."""
+    try:
+        return main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    directory = tmp_path_factory.mktemp("quantized")
+    return directory, quantize(directory)
+
+
+@pytest.fixture(scope="module")
+def quantized(made) -> Path:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def style() -> str:
+    return data_uri(save(adapter(1)))
+
+
+@pytest.fixture
+def small(tmp_path) -> dict[str, object]:
+    """Inputs for a picture that is drawn quickly."""
+    colours(64, 48).save(tmp_path / "picture.png")
+    return {"image": tmp_path / "picture.png", "num_inference_steps": 1}
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A checkpoint directory of its own, of the same weights."""
+    return Path(shutil.copytree(NANO, tmp_path / "copied"))
+
+
+@pytest.fixture
+def fast(start, quantized) -> Callable:
+    """A predictor that starts with float8 transformers alone, from the files."""
+
+    def set_up(**environment: str) -> Callable:
+        files = {"FLUX_QUANTIZED_DIRECTORY": str(quantized), "FLUX_AT_START": "fp8"}
+        return start(**files | environment)
+
+    return set_up
+
+
+def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
+    directory, result = made
+    assert result.returncode == 0, result.stderr
+    assert f"{directory}/dev.safetensors: 0.004 GB" in result.stderr
+    assert f"FLUX_QUANTIZED_DIRECTORY={directory}" in result.stderr
+    assert "torchao" not in result.stderr
+    assert "torchvision" not in result.stderr
+    assert {p.name for p in directory.glob("*.safetensors")} == {
+        "dev.safetensors",
+        "schnell.safetensors",
+    }
+    assert not list(directory.glob("*.draft"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--directory", "files"], {"FLUX_CHECKPOINT": "/absent"}, "python -m flux: FLUX_CHECKPO"),
+        (["--directory", "files"], {"FLUX_CHECKPOINT": "float32"}, "holds F32; only a checkpoint"),
+        (["--directory", "files", "pro"], {}, "no such variant: pro"),
+        ([], {}, "name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY"),
+    ],
+)
+def test_the_script_says_what_is_wrong(
+    monkeypatch, copied, caplog, capsys, arguments, environment, message
+) -> None:
+    copied.rename(copied.with_name("float32"))
+    monkeypatch.chdir(copied.parent)
+    path = next(Path("float32/dev/transformer").glob("*.safetensors"))
+    save_file({name: tensor.float() for name, tensor in load_file(path).items()}, path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["script/quantize", *arguments])
+    assert status() > 0
+    assert message in caplog.text + capsys.readouterr().err
+    assert not Path("files").exists()
+
+
+def test_an_interrupted_run_leaves_the_files_as_they_were(
+    monkeypatch, quantized, copied, caplog
+) -> None:
+    directory = Path(shutil.copytree(quantized, copied.parent / "files"))
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def interrupted(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(bytes(1000))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", str(directory)])
+    monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
+    with monkeypatch.context() as patch:
+        patch.setattr("flux.transformers.prequantized.save_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    full = shutil.disk_usage(directory)._replace(free=1_000_000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: full)
+    assert status() == 1
+    assert "0.00 GB are to be written, and the disk has 0.00 GB free" in caplog.text
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_torchao_reads_the_files_and_finds_its_own_bits(quantized) -> None:
+    """Against torchao's quantize_ of the checkpoint, each weight and each answer."""
+    ours, theirs = (
+        FluxTransformer2DModel.from_pretrained(NANO / "dev/transformer", dtype=torch.float32)
+        for _ in range(2)
+    )
+    names = float8_parameters(theirs)
+    quantize_(theirs, Float8WeightOnlyConfig(), lambda _, name: f"{name}.weight" in names)
+    path = quantized / "dev.safetensors"
+    with safe_open(path, framework="pt") as file:
+        state, rest = unflatten_tensor_state_dict(load_file(path), file.metadata())
+    assert rest == {}
+    found = dict(theirs.named_parameters())
+    assert state.keys() == found.keys()
+    for name, value in state.items():
+        if name in names:
+            assert torch.equal(value.qdata.view(torch.uint8), found[name].qdata.view(torch.uint8))
+            assert torch.equal(value.scale, found[name].scale)
+        else:
+            assert torch.equal(value.float(), found[name])
+    ours.load_state_dict(state, assign=True)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, ours.config.in_channels),
+        "encoder_hidden_states": torch.randn(1, 3, ours.config.joint_attention_dim),
+        "pooled_projections": torch.randn(1, ours.config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([2.0]),  # times 1000, a number in bfloat16 too
+    }
+    places = {"img_ids": torch.zeros(4, 3), "txt_ids": torch.zeros(3, 3)}
+    with torch.no_grad():
+        exact = theirs(**inputs, **places).sample
+        found = ours(**{n: t.bfloat16() for n, t in inputs.items()}, **places).sample.float()
+    assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_every_image_is_the_same_to_the_bit(start, fast, small, style) -> None:
+    usual, quick = start(), fast()
+    requests = [
+        {**FAST, "model": "dev"},
+        {**FAST, "model": "schnell"},
+        {**FAST, "model": "dev", "replicate_weights": style},
+        {**FAST, "model": "dev"},
+        {"model": "schnell"},
+        {"model": "dev", "replicate_weights": style},
+    ]
+    for request in requests:
+        assert same(quick(**small, **request)[0], usual(**small, **request)[0]), request
+
+
+@pytest.mark.parametrize("other", [{"FLUX_FP8_ACTIVATIONS": "fp8"}, {"FLUX_OFFLOAD": "all"}])
+def test_the_files_serve_other_deployments(start, fast, small, other) -> None:
+    assert same(fast(**other)(**small, **FAST)[0], start(**other)(**small, **FAST)[0])
+
+
+def spoil(transformer: Path) -> None:
+    """Overwrite all but the first page of every tensor, by which checkpoints are told apart."""
+    (path,) = transformer.glob("*.safetensors")
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor.view(torch.uint8).view(-1)[PAGE:] = 0
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("opens", ["bf16", "adapter"])
+def test_the_bf16_weights_are_not_read_before_they_are_needed(
+    start, fast, copied, small, style, caplog, opens: str
+) -> None:
+    expected = start()(**small, **FAST)[0]
+    request = {**FAST, "replicate_weights": style} if opens == "adapter" else {}
+    right = start()(**small, **request)[0]
+    for variant in ("dev", "schnell"):
+        spoil(copied / variant / "transformer")
+    caplog.clear()
+    draw = fast(FLUX_CHECKPOINT=str(copied))
+    assert same(draw(**small, **FAST)[0], expected)
+    assert same(draw(**small, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
+    assert "Loading dev base weights" not in caplog.messages
+    assert not same(draw(**small, **request)[0], right)  # drawn with the spoilt weights
+    assert "Loading dev base weights" in caplog.messages
+    assert "Loading schnell base weights" not in caplog.messages
+
+
+def test_a_default_adapter_opens_what_it_changes(
+    start, fast, small, style, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("predict.Predictor.setup.__defaults__", (style,))
+    expected = start()(**small, **FAST)[0]
+    caplog.clear()
+    assert same(fast()(**small, **FAST)[0], expected)
+    assert "Loading dev base weights" in caplog.messages
+
+
+def test_transformers_that_take_turns_come_from_the_files(start, fast, small, caplog) -> None:
+    shared = FluxPipeline.from_pretrained(NANO / "dev", dtype=torch.float32, transformer=None)
+    model = template("dev", NANO / "dev" / "transformer", torch.float32)
+    needed = sum(map(bytes_of, (shared.vae, shared.text_encoder, shared.text_encoder_2)))
+    room = str((needed + size(model, float8_parameters(model))) / 1e9 + 1e-6)
+    usual = start()
+    caplog.clear()
+    narrow = fast(FLUX_DEVICE_MEMORY_GB=room)
+    for model in ("dev", "schnell", "dev"):
+        request = {**small, **FAST, "model": model}
+        assert same(narrow(**request)[0], usual(**request)[0])
+    assert "dev fp8 leaves cpu" in caplog.messages
+    assert "Loading dev base weights" not in caplog.messages
+
+
+# --- files that do not serve
+
+
+def rewrite(path: Path, change: Callable[[dict, dict], None]) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def identity(**fields: str) -> Callable[[dict, dict], None]:
+    def change(_: dict, metadata: dict) -> None:
+        found = json.loads(metadata["flux_fine_tune"])
+        metadata["flux_fine_tune"] = json.dumps(found | fields)
+
+    return change
+
+
+def another_shape(tensors: dict, _: dict) -> None:
+    tensors["x_embedder.bias"] = tensors["x_embedder.bias"][:-1].clone()
+
+
+def one_less(tensors: dict, _: dict) -> None:
+    del tensors["x_embedder.bias"]
+
+
+def unquantized(tensors: dict, metadata: dict) -> None:
+    name = "single_transformer_blocks.0.attn.to_q"
+    values = tensors.pop(f"{name}._weight_qdata").bfloat16()
+    del tensors[f"{name}._weight_scale"]
+    tensors[f"{name}.weight"] = values
+    metadata[f"{name}.weight"] = metadata["x_embedder.bias"]
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+REFUSALS = {
+    "no such file": Path.unlink,
+    "damaged or incomplete": cut_off,
+    "was not made by script/quantize": lambda path: save_file({"a": torch.zeros(1)}, path),
+    "by another version": lambda path: rewrite(path, identity(colour="red")),
+    "its recipe is '0'": lambda path: rewrite(path, identity(recipe="0")),
+    "was made from schnell of nano": lambda path: shutil.copy(
+        path.with_name("schnell.safetensors"), path
+    ),
+    r"x_embedder.bias is \[\(159,\)\], expected \[\(160,\)\]": lambda p: rewrite(p, another_shape),
+    "x_embedder.bias is None": lambda path: rewrite(path, one_less),
+    r"to_q.weight is \[\(160, 160\)\], expected \[\(160, 160\), \(160, 1\)\]": (
+        lambda path: rewrite(path, unquantized)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_a_file_that_does_not_serve_fails_setup(fast, quantized, tmp_path, reason: str) -> None:
+    directory = Path(shutil.copytree(quantized, tmp_path / "files"))
+    REFUSALS[reason](directory / "dev.safetensors")
+    message = rf"dev\.safetensors: .*{reason}.*Run script/quantize again"
+    with pytest.raises(RuntimeError, match=message):
+        fast(FLUX_QUANTIZED_DIRECTORY=str(directory))
+
+
+def test_files_of_another_checkpoint_are_refused(fast, copied) -> None:
+    """Of the same shapes, with one weight that differs in one value."""
+    (path,) = (copied / "dev" / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["proj_out.weight"][0, 0] += 1
+    save_file(tensors, path, {"format": "pt"})
+    message = rf"was made from dev of nano .*, and {copied}/dev/transformer is .*script/quantize"
+    with pytest.raises(RuntimeError, match=message):
+        fast(FLUX_CHECKPOINT=str(copied))
+
+
+def test_a_checkpoint_that_is_cut_off_fails_setup_although_it_is_not_opened(fast, copied) -> None:
+    cut_off(next((copied / "schnell" / "transformer").glob("*.safetensors")))
+    with pytest.raises(RuntimeError, match=r"damaged or cut off: its tensors need .* bytes"):
+        fast(FLUX_CHECKPOINT=str(copied))

@@ -1,0 +1,210 @@
+"""script/bench gpu where there is no card, and what its steps do when one fails, hangs or dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.start import checkpoint
+from benchmarks.gpu.steps import Results, Step, chosen, supervise
+
+ROOT = Path(__file__).parents[2]
+IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, list[dict]]]:
+    def run(*arguments: str) -> tuple[int, str, list[dict]]:
+        monkeypatch.setattr("sys.argv", ["gpu", "--out", str(tmp_path / "out"), *arguments])
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        status = gpu.main()
+        return status, capsys.readouterr().out, Results(tmp_path / "out/results.jsonl").rows()
+
+    return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_it_says_so(bench) -> None:
+    status, text, rows = bench()
+    assert status == 0
+    assert text.startswith("script/bench gpu: skipped: there is no CUDA device")
+    assert rows == []
+
+
+def test_a_step_that_is_not_there_is_refused(bench, capsys) -> None:
+    with pytest.raises(SystemExit):
+        bench("--only", "images,sculptures")
+    assert "no such step: sculptures; there are machine, gpu_tests" in capsys.readouterr().err
+
+
+def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
+    monkeypatch.setenv("FLUX_COMPILE", "off")  # tests/predictor/test_compile.py compiles
+    steps = [step.name for step in gpu.STEPS if step.name != IN_ANOTHER_TEST]
+    status, text, rows = bench("--rehearse", "--only", ",".join(steps))
+    assert [row for row in rows if "error" in row or "skipped" in row] == []
+    assert status == 0
+    assert [row["step"] for row in rows if "took" in row] == steps
+    figures = {name: v for row in rows for name, v in row.get("figures", {}).items()}
+    for name in ("dev fp8, s", "dev bf16 with an adapter, s", "schnell fp8, 1 MP, s"):
+        assert figures[name] > 0
+    for name in ("diffusers compiled, s", "diffusers, hot-swap, ms", "decode, channels_last, ms"):
+        assert figures[name] > 0
+    assert figures["graphs in requests"] == 0
+    assert all(value for name, value in figures.items() if " bits" in name)
+    assert figures["fp8 eager against bf16 eager, relative"] < 0.1
+    assert "images     dev fp8, s: " in text
+    (machine,) = [row for row in rows if "torch" in row]
+    assert machine["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_official_checkpoints_are_used_where_they_are(bench, monkeypatch, there: bool) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr("benchmarks.gpu.__main__.is_there", lambda *_: there)
+    monkeypatch.setattr("benchmarks.gpu.__main__.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "benchmarks.gpu.__main__.supervise", lambda _, start, *__: start(["setup"], {})
+    )
+    monkeypatch.setattr(
+        "benchmarks.gpu.__main__.subprocess.Popen", lambda command, **_: commands.append(command)
+    )
+    bench("--only", "setup")
+    (command,) = commands
+    assert ("--checkpoint official" in " ".join(command)) == there
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path, room) -> None:
+    """And is made once."""
+    made: list[Path] = []
+
+    def build(directory: Path, *_: object) -> None:
+        directory.mkdir(parents=True)
+        made.append(directory)
+
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    memory.mkdir()
+    monkeypatch.setattr("benchmarks.gpu.start.SHM", memory)
+    monkeypatch.setattr("benchmarks.gpu.start.SYNTHETIC_BYTES", 1 if room else 1e18)
+    monkeypatch.setattr("benchmarks.gpu.start.tempfile.gettempdir", lambda: str(disk))
+    monkeypatch.setattr("benchmarks.gpu.start.synthetic.build", build)
+    for _ in range(2):
+        session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
+        checkpoint(session)
+        assert session.checkpoint == str((memory if room else disk) / "flux-synthetic")
+    assert len(made) == 1
+
+
+# --- steps
+
+
+WORKER = """
+import os, signal, sys, time
+from benchmarks.gpu.steps import Results, Step, do
+
+def plain(shared): results.add("figure", step_of=os.environ.get("AGAIN", "once"))
+def broken(shared): raise ArithmeticError("of this step alone")
+def slow(shared): time.sleep(60)
+def deaf(shared):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    time.sleep(60)
+def dead(shared): os.kill(os.getpid(), signal.SIGKILL)
+def base(shared):
+    if os.environ.get("AGAIN") != "yes" and sys.argv[3] == "unlucky": raise OSError("no base")
+
+class Shared:
+    def usable(self): return True
+
+results = Results(__import__("pathlib").Path(sys.argv[1]))
+work = {"base": base, "broken": broken, "slow": slow, "deaf": deaf, "dead": dead}
+steps = [
+    Step(name, 1, work.get(name, plain), base=name == "base") for name in sys.argv[2].split(",")
+]
+sys.exit(do(steps, Shared(), results, time.time() + 60))
+"""
+
+
+def steps_of(*names: str, **again: str) -> list[Step]:
+    return [Step(n, 1, lambda _: None, base=n == "base", again=again) for n in names]
+
+
+@pytest.fixture
+def rows(tmp_path) -> Callable[..., list[dict]]:
+    """Supervise steps of these names; returns what was written."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+
+    def run(steps: list[Step], luck: str = "lucky") -> list[dict]:
+        results = Results(tmp_path / "results.jsonl")
+
+        def start(names: Sequence[str], extra: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+            return subprocess.Popen(
+                [sys.executable, str(script), tmp_path / "results.jsonl", ",".join(names), luck],
+                env={**os.environ, "PYTHONPATH": str(ROOT / "script"), **extra},
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+        supervise(steps, start, results, time.time() + 60, grace=1)
+        return results.rows()
+
+    return run
+
+
+def outcome(rows: list[dict]) -> list[str]:
+    return [f"{row['step']}: {row['error']}" for row in rows if "error" in row]
+
+
+def done(rows: list[dict]) -> list[str]:
+    return [row["step"] for row in rows if "took" in row]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("broken", "broken: ArithmeticError: of this step alone"),
+        ("slow", "slow: OutOfTime: more than 1 s"),
+        ("deaf", "deaf: killed after"),
+        ("dead", "dead: the worker ended with -9"),
+    ],
+)
+def test_a_step_that_fails_costs_no_other(rows, name: str, error: str) -> None:
+    found = rows(steps_of("first", "base", name, "last"))
+    (said,) = outcome(found)
+    assert said.startswith(error)
+    assert [step for step in done(found) if step not in (name, "base")] == ["first", "last"]
+    assert done(found)[-2:] == (["base", "last"] if name in ("deaf", "dead") else [name, "last"])
+
+
+def test_a_base_that_fails_is_tried_once_more_with_other_settings(rows) -> None:
+    found = rows(steps_of("base", "last", AGAIN="yes"), luck="unlucky")
+    assert outcome(found) == ["base: OSError: no base"]
+    assert done(found) == ["base", "last"]
+    assert [row["step_of"] for row in found if row["step"] == "figure"] == ["yes"]
+
+
+def test_without_its_base_no_later_step_is_done(rows) -> None:
+    found = rows(steps_of("first", "base", "last"), luck="unlucky")
+    assert outcome(found) == ["base: OSError: no base"]
+    assert done(found) == ["first"]
+
+
+def test_only_some_steps_and_the_base_that_they_need() -> None:
+    steps = steps_of("first", "base", "middle", "last")
+    assert [step.name for step in chosen(steps, ["last"])] == ["base", "last"]
+    assert [step.name for step in chosen(steps, ["first"])] == ["first"]
+    assert chosen(steps, []) == steps
+
+
+def test_lines_are_whole_json(tmp_path) -> None:
+    results = Results(tmp_path / "new" / "results.jsonl")
+    results.add("images", figures={"s": 1.5}, path=tmp_path)
+    (line,) = (tmp_path / "new" / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(tmp_path)

@@ -1,0 +1,49 @@
+"""A predictor in this process, set up under a deployment's settings."""
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from predict import Predictor
+from tests.support.inputs import QUICK
+
+Draw = Callable[..., list[Image.Image]]
+"""A predictor's `run`, with the images in place of their files."""
+
+
+def set_up_predictor(monkeypatch: pytest.MonkeyPatch, outputs: Path, **environment: str) -> Draw:
+    """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images."""
+    settings = {
+        "FLUX_CHECKPOINT": "nano",
+        "FLUX_DEVICE": "cpu",
+        "FLUX_OUTPUT_DIRECTORY": str(outputs),
+        **environment,
+    }
+    for name in [name for name in os.environ if name.startswith("FLUX_")]:
+        monkeypatch.delenv(name)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    predictor = Predictor()
+    predictor.setup()
+
+    def draw(**inputs: Any) -> list[Image.Image]:
+        options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
+        return [_load(path) for path in predictor.run(**options)]
+
+    return draw
+
+
+def _load(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.copy()
+
+
+def defaults(run: Any) -> dict[str, Any]:
+    """The inputs that `Predictor.run` takes when a caller gives none."""
+    parameters = inspect.signature(run).parameters
+    return {name: p.default.default for name, p in parameters.items() if name != "self"}
