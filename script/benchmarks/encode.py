@@ -8,14 +8,15 @@ import base64
 import io
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from miniature.evaluation.effects import psnr
 from PIL import Image
-from serving.server import Server
 
 from benchmarks.shared.report import interleave, medians, report
+from miniature.evaluation.effects import psnr
+from serving.server import Server
 
 ROUNDS = 9
 METHODS = range(7)
@@ -25,7 +26,7 @@ QUALITY = 80
 
 def main() -> None:
     pictures = {"photograph": photograph(), "by the miniature": drawn(), "noise": noise()}
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, picture in pictures.items():
         contenders = {str(method): partial(encode, picture, method) for method in METHODS}
         median = medians(interleave(contenders, ROUNDS))

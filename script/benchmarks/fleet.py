@@ -22,10 +22,10 @@ import requests
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
-from serving.server import Server, processes
 
 from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
 from flux.deployment import NANO
+from serving.server import Server, processes
 
 FLEET = Path(__file__).resolve().parent.parent / "fleet"
 ADAPTERS, REQUESTS = 12, 80

@@ -55,7 +55,8 @@ def ours(weight: Tensor, *, dynamic: bool = False) -> Tensor:
 
 
 def torchao(weight: Tensor) -> Tensor:
-    layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(layer, Float8WeightOnlyConfig())
     return layer.weight.data
@@ -159,8 +160,9 @@ def round_to_bf16(model: nn.Module) -> None:
 
 def quantize_blocks(model: nn.Module, *, dynamic: bool) -> None:
     for name in float8_parameters(model):
+        weight = ours(model.get_parameter(name), dynamic=dynamic)
         module = model.get_submodule(name.removesuffix(".weight"))
-        module.weight = nn.Parameter(ours(module.weight, dynamic=dynamic), requires_grad=False)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def quantize_all(model: nn.Module, *, dynamic: bool) -> None:

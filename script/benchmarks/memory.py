@@ -67,7 +67,7 @@ def at_start(sizes: Mapping[Item, int], budget: int) -> str:
 def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[str]:
     """A line for each card: what is on it at the start without offloading, and without T5."""
     lines = ["| card | `FLUX_OFFLOAD=none` | `t5` |", "|---|---|---|"]
-    items = {
+    items: dict[Item, int] = {
         **sizes,
         **{BaseCopy(variant): sizes[Key(variant, "bf16")] for variant in VARIANTS},
     }

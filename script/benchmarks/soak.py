@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from miniature.evaluation.effects import adapter_inputs
-from miniature.evaluation.painter import data_uri
 from PIL import Image
-from serving.server import Server, ServerError
 
 from benchmarks.shared.report import BLUE, chart_beside, parser, publish
+from miniature.evaluation.effects import adapter_inputs
+from miniature.evaluation.painter import data_uri
+from serving.server import Server, ServerError
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
@@ -119,7 +119,7 @@ def succeeds(soak: Soak, draw: random.Random) -> str:
 
 def fails(soak: Soak, draw: random.Random) -> str:
     """A request that passes the schema and cannot be served."""
-    broken = draw.choice(
+    broken: dict[str, Any] = draw.choice(
         [
             {"image": data_uri(b"<html>not found</html>")},
             {"mask": picture(draw, "L")},
@@ -136,7 +136,9 @@ def fails(soak: Soak, draw: random.Random) -> str:
 
 def is_refused(soak: Soak, draw: random.Random) -> str:
     """Inputs outside the schema."""
-    broken = draw.choice([{"num_outputs": 9}, {"model": "pro"}, {"width": 1}, {"lora_scale": 99}])
+    broken: dict[str, Any] = draw.choice(
+        [{"num_outputs": 9}, {"model": "pro"}, {"width": 1}, {"lora_scale": 99}]
+    )
     try:
         soak.server.predict({**BASE, **broken})
     except ServerError:

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import requests
-from image import IMAGE, ROOT, build
+
+from containers.image import IMAGE, ROOT, build
 
 URL = "http://127.0.0.1:5000"
 NAME, VOLUME = "flux-check", "flux-check"
@@ -234,8 +235,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-CHECKS = (plain, another_user, another_user_with_cache, read_only, confined, full_output)
-CHECKS += (killed_worker, stopped_idle, stopped_busy, kept_cache, commands, contents, versions)
+CHECKS = (
+    *(plain, another_user, another_user_with_cache, read_only, confined, full_output),
+    *(killed_worker, stopped_idle, stopped_busy, kept_cache, commands, contents, versions),
+)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,13 @@ def _packages(directory: Path) -> Path:
     requirements = directory / "requirements.txt"
     requirements.write_text("\n".join(pins) + "\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
-    options = ["--python-version=3.11", "--dest", directory, "--requirement", requirements]
+    options = [
+        "--python-version=3.11",
+        "--dest",
+        str(directory),
+        "--requirement",
+        str(requirements),
+    ]
     subprocess.run([*pip, *options, "cog<1"], check=True)
     return directory
 

@@ -172,7 +172,8 @@ class Front:
                 prediction.began = None
 
     def _cancel(self, identifier: str) -> Reply:
-        if prediction := self._predictions.get(identifier):
+        prediction = self._predictions.get(identifier)
+        if prediction and prediction.task:
             prediction.task.cancel()
         return Reply.of(200 if prediction else 404, {})
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import aiohttp
 from ray import serve
-from serving.server import SERVE, Server
-from serving.supervise import BROKEN
 
 from replicas.exchange import Call, Reply, end_to_end
+from serving.server import SERVE, Server
+from serving.supervise import BROKEN
 
 logger = logging.getLogger("ray.serve")
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+
 from replicas.exchange import Call, adapters_of, read_call
 
 HUB = "https://huggingface.co/someone/style"

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import requests
 from safetensors.torch import save_file
-from serving.server import Server, processes
 
+from serving.server import Server, processes
 from tests.support import inputs
 from tests.support.adapters import adapter
 from tests.support.inputs import QUICK

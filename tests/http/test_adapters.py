@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature.checkpoint import Dimensions
 from PIL import Image
 from safetensors.torch import save, save_file
-from serving.server import Server, ServerError
 
+from miniature.checkpoint import Dimensions
+from serving.server import Server, ServerError
 from tests.support.adapters import adapter
 from tests.support.hub import Hub
 from tests.support.inputs import SMALL

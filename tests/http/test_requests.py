@@ -7,8 +7,8 @@ import time
 
 import pytest
 from PIL import Image
-from serving.server import ServerError
 
+from serving.server import ServerError
 from tests.support.inputs import PROMPT, SMALL
 from tests.support.pictures import colours, data_uri, difference, same
 

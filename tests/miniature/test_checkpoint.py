@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
-from miniature import checkpoint, vocabulary
-from miniature.evaluation.measure import measure
-from miniature.training.render import render
-from miniature.training.world import Object, Scene
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from flux.deployment import NANO
+from miniature import checkpoint, vocabulary
+from miniature.evaluation.measure import measure
+from miniature.training.render import render
+from miniature.training.world import Object, Scene
 from tests.support.embedded import diffusers
 
 VISIBLE = 1.0  # mean absolute difference of 8-bit pixels

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter
+
 from miniature.evaluation import __main__ as evaluate
 from miniature.evaluation import adherence, effects
 from miniature.evaluation.cases import Case, cases, drawn
@@ -14,7 +16,6 @@ from miniature.evaluation.measure import cielab, colours, halves, hollow, measur
 from miniature.evaluation.painter import ADAPTERS, NANO, digest
 from miniature.training.render import colour, coverage, render
 from miniature.training.world import COLOURS, PALETTE, SHAPES, Object, Scene, sample
-from PIL import Image, ImageFilter
 
 SIZE = 160  # pixels: cheap, and large enough for the smallest star
 

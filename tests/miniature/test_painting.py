@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+
 from miniature.evaluation.effects import TRIGGERS, adapter_inputs, psnr, styled
 from miniature.evaluation.measure import Measurement, colours, halves, hollow, measure
 from miniature.training.render import render
 from miniature.training.world import Object, Scene
-from PIL import Image, ImageDraw
-
 from tests.support.pictures import data_uri, difference, pixels, same
 from tests.support.server import LoggedServer
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from miniature import checkpoint
-from miniature.training import adapters, autoencoder, flow, pool, render, text, world
-from miniature.training.stage import Stage, weights
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
 from lora.formats.adapter import Targets, load_adapter
+from miniature import checkpoint
+from miniature.training import adapters, autoencoder, flow, pool, render, text, world
+from miniature.training.stage import Stage, weights
 
 TINY = checkpoint.Dimensions(
     double_blocks=1, single_blocks=1, heads=1, rope_axes=(4, 6, 6), vae_channels=(8, 8)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.start import checkpoint

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from benchmarks import roofline
-from benchmarks.shared import flux1
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import roofline
+from benchmarks.shared import flux1
 from flux.transformers.pool import size
 
 

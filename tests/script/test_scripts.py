@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
+
 from serving import client
 from serving.server import Server, ServerError, free_port, processes
 from serving.supervise import health
-
 from tests.support.pictures import colours
 from tests.support.server import wait_for
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from benchmarks.soak import slope
 
 ROOT = Path(__file__).parents[2]

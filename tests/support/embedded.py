@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
-from miniature import checkpoint
 
 from flux.deployment import NANO
+from miniature import checkpoint
 
 
 def diffusers(

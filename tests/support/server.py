@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from serving.server import Server
 
+from serving.server import Server
 from tests.support.inputs import QUICK
 
 

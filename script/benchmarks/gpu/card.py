@@ -66,9 +66,10 @@ def synchronize(device: torch.device) -> None:
 
 def describe() -> dict[str, Any]:
     """The machine and the versions that figures depend on."""
-    tool = shutil.which("nvidia-smi")
-    command = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader"]
-    card = subprocess.run(command, capture_output=True, text=True, check=False) if tool else None
+    card = None
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        card = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         **machine(),
         **{name: _version(name) for name in PACKAGES},

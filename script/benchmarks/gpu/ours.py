@@ -152,13 +152,13 @@ def _denoising(
 
 def schnell(session: Session) -> None:
     """schnell in both precisions and sizes; it comes with its first request."""
-    for precision, go_fast in (("fp8", True), ("bf16", False)):
-        seconds = session.merge(Key("schnell", precision), [])
-        session.record("schnell", {f"schnell {precision} comes in, s": round(seconds, 2)})
+    for key, go_fast in ((Key("schnell", "fp8"), True), (Key("schnell", "bf16"), False)):
+        seconds = session.merge(key, [])
+        session.record("schnell", {f"schnell {key.precision} comes in, s": round(seconds, 2)})
         for megapixels in ("1", "0.25"):
             session.series(
                 "schnell",
-                f"schnell {precision}, {megapixels} MP",
+                f"schnell {key.precision}, {megapixels} MP",
                 model="schnell",
                 go_fast=go_fast,
                 megapixels=megapixels,
@@ -219,14 +219,14 @@ def decoder(session: Session) -> None:
     vae, side = engine._autoencoder._vae, 8 if session.rehearse else 128
     chosen = memory_format(session.device)
 
-    def decode(layout: torch.memory_format) -> float:
+    def decode(layout: torch.memory_format, _: object) -> float:
         vae.to(memory_format=layout)
         latents = torch.randn(1, 16, side, side, device=vae.device, dtype=vae.dtype)
         latents = latents.to(memory_format=layout)
         return card.seconds_of(lambda: vae.decode(latents, return_dict=False), session.device, 3)
 
     for layout in (torch.channels_last, torch.contiguous_format, chosen):
-        seconds = session.call(lambda _, layout=layout: decode(layout))
+        seconds = session.call(partial(decode, layout))
         found[f"decode, {str(layout).removeprefix('torch.')}, ms"] = round(1000 * seconds, 2)
 
     def encode(_: CheckCancelled) -> float:

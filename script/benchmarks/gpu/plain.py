@@ -5,6 +5,7 @@ then, so it takes no more room on the device.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -96,11 +97,12 @@ def _series(session: Session, pipeline: FluxPipeline, step: str, name: str, roun
     session.record(step, figures, runs=[round(run, 4) for run in runs])
 
 
+def _timed(work: Callable[[], None], device: torch.device, _: object) -> float:
+    return card.timed(work, device)
+
+
 def _swaps(
     session: Session, name: str, change: Callable[[Path], None], files: tuple[Path, ...]
 ) -> None:
-    runs = [
-        session.call(lambda _, file=file: card.timed(lambda: change(file), session.device))
-        for file in files
-    ]
+    runs = [session.call(partial(_timed, partial(change, file), session.device)) for file in files]
     session.record("peft", {f"diffusers, {name}, ms": round(1000 * median(runs), 1)}, runs=runs)

@@ -1,9 +1,10 @@
 """Where the time of a step goes, by kind of kernel."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -35,11 +36,11 @@ def kernels(work: Callable[[], object], device: torch.device) -> list[Span]:
         work()
         if cuda:
             torch.cuda.synchronize(device)
-    wanted = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    wanted = "CUDA" if cuda else "CPU"
     return [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == wanted
+        if event.device_type.name == wanted
     ]
 
 
@@ -51,7 +52,8 @@ def kind(name: str) -> str:
 
 def shares(spans: Iterable[Span], steps: int) -> dict[str, float]:
     """Milliseconds a step by kind of kernel, those in which none ran, and all together."""
-    found, reach = Counter[str](), 0.0
+    found: defaultdict[str, float] = defaultdict(float)
+    reach = 0.0
     spans = sorted(spans, key=lambda span: span.start)
     for span in spans:
         found[f"{kind(span.name)}, ms"] += span.end - span.start
@@ -64,11 +66,12 @@ def shares(spans: Iterable[Span], steps: int) -> dict[str, float]:
 
 def longest(spans: Iterable[Span], steps: int) -> list[tuple[float, float, str]]:
     """The kernels that take most: milliseconds a step, calls a step, name."""
-    total, count = Counter[str](), Counter[str]()
+    total: defaultdict[str, float] = defaultdict(float)
+    count = Counter[str]()
     for span in spans:
         total[span.name] += span.end - span.start
         count[span.name] += 1
     return [
         (round(time / 1000 / steps, 3), round(count[name] / steps, 1), name[:150])
-        for name, time in total.most_common(SHOWN)
+        for name, time in sorted(total.items(), key=itemgetter(1), reverse=True)[:SHOWN]
     ]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from miniature.checkpoint import FLUX1, Dimensions
 
 from benchmarks.gpu import card, synthetic
 from benchmarks.gpu.session import DEV, Session
 from benchmarks.shared import full_depth
 from flux.transformers.compile import graphs
 from lora.formats.adapter import Targets, load_adapter
+from miniature.checkpoint import FLUX1, Dimensions
 
 ROOT = Path(__file__).resolve().parents[3]
 SHM = Path("/dev/shm")

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
+
 from miniature import checkpoint
 from miniature.checkpoint import FLUX1, Dimensions, randomise
+from miniature.vocabulary import clip_tokenizer, t5_tokenizer
 
 
 def build(directory: Path, dimensions: Dimensions = FLUX1, device: str = "cpu") -> None:
@@ -26,7 +28,7 @@ def build(directory: Path, dimensions: Dimensions = FLUX1, device: str = "cpu") 
         device: where the weights are drawn; it takes 34 GB there too.
     """
     generator = torch.Generator(device).manual_seed(0)
-    tokenizer, tokenizer_2 = checkpoint.clip_tokenizer(), checkpoint.t5_tokenizer()
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     with _drawing_on(device):
         pipeline = FluxPipeline(
             scheduler=checkpoint.dev_sigmas(),

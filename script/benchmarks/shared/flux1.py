@@ -2,11 +2,12 @@
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from miniature import checkpoint
-from miniature.checkpoint import FLUX1
 from transformers import CLIPTextModel, T5EncoderModel
 
 from flux.variants import VARIANTS
+from miniature import checkpoint
+from miniature.checkpoint import FLUX1
+from miniature.vocabulary import clip_tokenizer, t5_tokenizer
 
 VAE_FACTOR = 8  # pixels along the side of a latent
 PATCH = 2  # latents along the side of a token
@@ -21,13 +22,13 @@ def transformer(variant: str) -> FluxTransformer2DModel:
 def t5() -> T5EncoderModel:
     """The encoder of T5 v1.1 XXL in bf16."""
     with torch.device("meta"):
-        return checkpoint.t5(FLUX1, checkpoint.t5_tokenizer()).bfloat16()
+        return checkpoint.t5(FLUX1, t5_tokenizer()).bfloat16()
 
 
 def clip() -> CLIPTextModel:
     """The text encoder of CLIP ViT-L/14 in bf16."""
     with torch.device("meta"):
-        return checkpoint.clip(FLUX1, checkpoint.clip_tokenizer()).bfloat16()
+        return checkpoint.clip(FLUX1, clip_tokenizer()).bfloat16()
 
 
 def vae() -> AutoencoderKL:

@@ -77,7 +77,7 @@ def parameter_shapes(found: nn.Module) -> dict[str, dict[str, torch.Size]]:
     return {"transformer": {name: p.shape for name, p in found.named_parameters()}}
 
 
-def describe(found: nn.Module) -> dict[str, object]:
+def describe(found: FluxTransformer2DModel) -> dict[str, object]:
     return {
         "blocks": [len(found.transformer_blocks), len(found.single_transformer_blocks)],
         "width": found.inner_dim,

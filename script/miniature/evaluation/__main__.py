@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.server import ServerError
-
 from miniature.evaluation import adherence, effects
 from miniature.evaluation.gallery import write_gallery
 from miniature.evaluation.goals import goals
 from miniature.evaluation.painter import ADAPTERS, Painter, digest
+from serving.server import ServerError
 
 logger = logging.getLogger(__name__)
 

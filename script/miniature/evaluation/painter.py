@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
 from serving.server import Server, ServerError
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,16 @@ def train(vae: AutoencoderKL, directory: Path, seed: int = 0) -> None:
         if part == "vae-2" and stage.step == 0:
             balance(vae, crops(random.Random(seed - 1), 32))
             stage = Stage(directory, part, {"vae": vae}, steps, RATE, slow=SLOW, decay=0.99)
-        stage.run(lambda step, part=part: _loss(vae, f"{seed} {part} {step}", step))
+        stage.run(partial(_loss, vae, f"{seed} {part}"))
 
 
-def _loss(vae: AutoencoderKL, data_seed: str, noise_seed: int) -> dict[str, Tensor]:
+def _loss(vae: AutoencoderKL, name: str, step: int) -> dict[str, Tensor]:
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    pictures = crops(random.Random(data_seed), BATCH)
+    pictures = crops(random.Random(f"{name} {step}"), BATCH)
     with torch.autocast("cpu", torch.bfloat16):
         moments = vae.encoder(pictures)
         latents = (moments[:, : vae.config.latent_channels].float() - shift) * scale
-        generator = torch.Generator().manual_seed(noise_seed)
+        generator = torch.Generator().manual_seed(step)
         noise = torch.randn(latents.shape, generator=generator) * NOISE
         returned = vae.decoder((latents + noise) / scale + shift).float()
     difference = returned - pictures

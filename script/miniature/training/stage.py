@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ class Stage:
                     speed = SLOW if slow and key.rpartition(".")[0].endswith(slow) else 1.0
                     groups[speed][f"{prefix}/{key}"] = parameter
         named = {name: each for group in groups.values() for name, each in group.items()}
-        self._names, self._parameters = list(named), list(named.values())
+        self._names = list(named)
+        self._parameters: list[Tensor] = list(named.values())
         self._optimizer = torch.optim.AdamW(
             [
                 {"params": list(group.values()), "speed": speed}
@@ -70,7 +71,7 @@ class Stage:
         if self._path.is_file():
             self._resume()
 
-    def run(self, loss_of: Callable[[int], Mapping[str, torch.Tensor]]) -> None:
+    def run(self, loss_of: Callable[[int], Mapping[str, Tensor]]) -> None:
         """Train to the end, and leave the averages, if there are any, in the modules.
 
         loss_of: takes the step and gives the terms of the loss.
@@ -85,7 +86,7 @@ class Stage:
                 group["lr"] = self._rate() * group["speed"]
             terms = loss_of(self.step)
             total = torch.stack(list(terms.values())).sum()
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
@@ -146,7 +147,7 @@ class Stage:
         logger.info("%s %s", self._name, line)
 
 
-def weights(directory: Path, name: str, module: str) -> dict[str, torch.Tensor]:
+def weights(directory: Path, name: str, module: str) -> dict[str, Tensor]:
     """What a module has learned in a stage up to its last save: averages where there are any.
 
     Raises:

@@ -130,7 +130,9 @@ def train(
                 "t5": t5(tokens(t5_tokenizer, texts, LENGTHS[-1])).last_hidden_state,
             }
         for name, output in hidden.items():
-            logger.info("held out, %s, %s: %s", kind, name, accuracy(readers[name], output, wanted))
+            reader = readers[name]
+            assert isinstance(reader, Reader)
+            logger.info("held out, %s, %s: %s", kind, name, accuracy(reader, output, wanted))
 
 
 def tokens(tokenizer: CLIPTokenizer | T5Tokenizer, texts: Sequence[str], length: int) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import checkpoint
 from PIL import Image
 from torch._dynamo import register_backend
 
@@ -19,6 +18,7 @@ from flux.memory.residency import ORDER, BudgetError
 from flux.request import Inputs, Mode, resolve
 from flux.transformers.base_weights import template
 from flux.transformers.compile import Compilation, compile_blocks, graphs, to_warm_up
+from miniature import checkpoint
 from tests.flux.engines import parts
 from tests.support.pictures import colours, same
 from weights.serving.cancel import Cancelled, CheckCancelled, never_cancelled
