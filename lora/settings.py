@@ -50,7 +50,7 @@ class LoaderSettings:
         """The part of the deployment's settings that is about adapters."""
         return cls(
             cache=CacheSettings(
-                root=settings.lora_cache_directory,
+                root=settings.cache_directory / "adapters",
                 max_bytes=settings.lora_cache_bytes,
             ),
             sources=SourceSettings(

@@ -23,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog=name,
         description="Fetch and verify the official checkpoints and safety checkers. Settings are "
-        "environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, FLUX_DEV_REVISION, ...",
+        "environment variables: HF_TOKEN, HF_HOME, HF_ENDPOINT, FLUX_REVISIONS",
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(REPOSITORIES)}; default: all")
     parser.add_argument(

@@ -66,15 +66,18 @@ def commit_of(part: str, directory: Path) -> str | None:
 def root_of(checkpoint: str, settings: Settings) -> Path:
     """The directory that a path or the URL of a tar leads to."""
     if checkpoint.startswith(("http://", "https://")):
-        return unpacked(checkpoint, settings.checkpoint_directory)
+        return unpacked(checkpoint, settings.cache_directory / "checkpoints")
     return Path(checkpoint)
 
 
 def wanted(part: str, settings: Settings, directory: Path | None = None) -> Wanted:
     """A part at the revision that the settings ask for, to be put into a directory or cached."""
     repository = REPOSITORIES[part]
-    revision: str = getattr(settings, repository.revision_setting)
-    return Wanted(repository, revision, directory)
+    return Wanted(repository, _revision(repository, settings), directory)
+
+
+def _revision(repository: Repository, settings: Settings) -> str:
+    return dict(settings.revisions).get(repository.short, repository.revision)
 
 
 def _local(part: str, checkpoint: str, settings: Settings) -> Path | None:
@@ -97,10 +100,10 @@ def _log_use(directory: Path, repository: Repository, settings: Settings) -> Non
         "%s (%s): licence: %s; commit %s",
         *(repository.title, repository.name, repository.licence, stamp.commit),
     )
-    revision: str = getattr(settings, repository.revision_setting)
+    revision = _revision(repository, settings)
     if not stamp.meets(revision):
         logger.warning(
-            "%s: these files were fetched at %s, and %s asks for %s, which is not looked at: "
-            "fetch it with script/download --directory, or remove %s.",
-            *(repository.title, stamp.revision, repository.variable, revision, directory),
+            "%s: these files were fetched at %s, and FLUX_REVISIONS asks for %s, which is not "
+            "looked at: fetch it with script/download --directory, or remove %s.",
+            *(repository.title, stamp.revision, revision, directory),
         )

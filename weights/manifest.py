@@ -27,8 +27,7 @@ from dataclasses import dataclass, field
 class Repository:
     """A repository of the Hugging Face hub, and what is wanted of it.
 
-    part: where it lies in a checkpoint directory. revision_setting: name of the field of Settings
-    that pins it, and variable, its environment variable. revision: the default of that setting.
+    part: where it lies in a checkpoint directory. revision: unless the settings name another.
     sha256: of files that are pinned beyond a revision that can change; lower-case hex. remedy:
     what else to do where the repository cannot be had.
     """
@@ -38,11 +37,14 @@ class Repository:
     name: str
     files: tuple[str, ...]
     licence: str
-    revision_setting: str
-    variable: str
     revision: str
     sha256: Mapping[str, str] = field(default_factory=dict)
     remedy: str = ""
+
+    @property
+    def short(self) -> str:
+        """The name that the setting of revisions uses, such as `compvis`."""
+        return self.part.rpartition("/")[2]
 
 
 _CLASSIFIER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
@@ -70,8 +72,6 @@ REPOSITORIES = {
                 "vae/*.safetensors",
             ),
             licence="FLUX.1 [dev] Non-Commercial License",
-            revision_setting="dev_revision",
-            variable="FLUX_DEV_REVISION",
             revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
         ),
         Repository(
@@ -85,8 +85,6 @@ REPOSITORIES = {
                 "transformer/*.safetensors",
             ),
             licence="Apache-2.0",
-            revision_setting="schnell_revision",
-            variable="FLUX_SCHNELL_REVISION",
             revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
         ),
         Repository(
@@ -95,8 +93,6 @@ REPOSITORIES = {
             name="CompVis/stable-diffusion-safety-checker",
             files=_CLASSIFIER_FILES,
             licence="see its model card",
-            revision_setting="compvis_revision",
-            variable="FLUX_COMPVIS_REVISION",
             revision="refs/pr/41",
             sha256={
                 "model.safetensors": (
@@ -111,8 +107,6 @@ REPOSITORIES = {
             name="Falconsai/nsfw_image_detection",
             files=_CLASSIFIER_FILES,
             licence="Apache-2.0",
-            revision_setting="falconsai_revision",
-            variable="FLUX_FALCONSAI_REVISION",
             revision="04367978d3474804ab1a00a9bd6548b741764069",
             remedy=_WITHOUT_CHECKERS,
         ),

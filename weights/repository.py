@@ -64,7 +64,9 @@ class Wanted:
     @property
     def name(self) -> str:
         """The repository and revision, and the setting that chooses it, for messages."""
-        return f"{self.repository.name} at {self.revision} ({self.repository.variable})"
+        return (
+            f"{self.repository.name} at {self.revision} ({self.repository.short} in FLUX_REVISIONS)"
+        )
 
 
 class Fetching:
@@ -150,9 +152,9 @@ class Fetching:
             matches = {f.rfilename: f for f in listed if fnmatchcase(f.rfilename, pattern)}
             if not matches:
                 raise NotFoundError(
-                    f"{self.wanted.name}: this revision has no {pattern}. Name one that has in "
-                    f"{self.wanted.repository.variable}: a branch, a tag, a commit or "
-                    f"refs/pr/NUMBER."
+                    f"{self.wanted.name}: this revision has no {pattern}. Name one that has with "
+                    f"FLUX_REVISIONS={self.wanted.repository.short}=...: a branch, a tag, a commit "
+                    f"or refs/pr/NUMBER."
                 )
             chosen |= matches
         return list(chosen.values())
@@ -168,7 +170,8 @@ class Fetching:
                 raise InvalidFileError(
                     f"{self.wanted.name}: {name} has SHA-256 {announced.get(name)}, but the one "
                     f"that this package was made for has {expected}: the revision was changed. "
-                    f"Look at what changed, and name a commit in {repository.variable}."
+                    f"Look at what changed, and name a commit with "
+                    f"FLUX_REVISIONS={repository.short}=..."
                 )
 
     def _snapshot(self) -> Path:

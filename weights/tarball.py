@@ -35,7 +35,7 @@ def unpacked(url: str, root: Path, retry: RetryPolicy | None = None) -> Path:
     root: where checkpoints are kept, each in a directory named by the hash of its URL.
     Raises WeightsError with a message for the operator.
     """
-    root = usable(root, "FLUX_CHECKPOINT_DIRECTORY")
+    root = usable(root, "FLUX_CACHE_DIRECTORY")
     name = without_secrets(url)
     target = root / hashlib.sha256(url.encode()).hexdigest()[:16]
     with FileLock(target.with_suffix(".lock")):
@@ -51,7 +51,7 @@ def unpacked(url: str, root: Path, retry: RetryPolicy | None = None) -> Path:
                 raise
             raise DiskSpaceError(
                 f"{name}: the disk is full. Unpacking takes twice the size of the tar; free some, "
-                f"or name a larger disk in FLUX_CHECKPOINT_DIRECTORY."
+                f"or name a larger disk in FLUX_CACHE_DIRECTORY."
             ) from error
         return _inside(target)
 

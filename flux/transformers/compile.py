@@ -67,21 +67,21 @@ def compile_blocks(
     if COMPONENT in deployment.offloaded:
         logger.info("Transformers that live on the host are not compiled (FLUX_OFFLOAD)")
         return None
-    directory = _cache_directory(settings.compile_cache_directory)
+    directory = _cache_directory(settings.cache_directory)
     os.environ[CACHE] = str(directory)  # torch documents no other way; Triton's goes beneath it
     return Compilation(modules)
 
 
-def _cache_directory(wanted: Path) -> Path:
+def _cache_directory(root: Path) -> Path:
     """The directory for compiled kernels; a temporary one if the default cannot be used.
 
     Raises:
         SettingsError: the operator's own choice cannot be used.
     """
     try:
-        return usable(wanted, CACHE)
+        return usable(root / "compiled", "FLUX_CACHE_DIRECTORY")
     except DirectoryError as error:
-        if wanted != Settings.compile_cache_directory:
+        if root != Settings.cache_directory:
             raise SettingsError(f"{error}, or set FLUX_COMPILE=off") from error
         logger.warning("Compiled kernels are not kept for the next start: %s.", error)
         return Path(tempfile.mkdtemp(prefix="flux-compiled-"))

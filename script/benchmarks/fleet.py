@@ -54,7 +54,7 @@ Send = Callable[[dict[str, Any]], requests.Response]
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         adapters = [write_adapter(Path(directory) / f"{n}.safetensors", n) for n in range(ADAPTERS)]
-        settings = {**SETTINGS, "LORA_CACHE_DIRECTORY": f"{directory}/cache"}
+        settings = {**SETTINGS, "FLUX_CACHE_DIRECTORY": f"{directory}/cache"}
         results = {
             "requests": REQUESTS,
             **speed(settings),

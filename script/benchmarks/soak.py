@@ -244,7 +244,7 @@ def main() -> int:
             "FLUX_CHECKPOINT": "nano",
             "FLUX_DEVICE": "cpu",
             "FLUX_OUTPUT_DIRECTORY": str(places[0]),
-            "LORA_CACHE_DIRECTORY": str(places[1]),
+            "FLUX_CACHE_DIRECTORY": str(places[1]),
             "TMPDIR": str(places[2]),
         }
         with Server(environment) as server:

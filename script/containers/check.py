@@ -119,13 +119,13 @@ def plain() -> str:
 def another_user() -> str:
     """--user 1000:1000, without a home"""
     found = serves("--user", "1000:1000")
-    assert "LORA_CACHE_DIRECTORY" in found, found
+    assert "FLUX_CACHE_DIRECTORY" in found, found
     return found
 
 
 def another_user_with_cache() -> str:
-    """--user 1000:1000 with LORA_CACHE_DIRECTORY=/tmp/adapters"""
-    found = serves("--user", "1000:1000", "--env", "LORA_CACHE_DIRECTORY=/tmp/adapters")
+    """--user 1000:1000 with FLUX_CACHE_DIRECTORY=/tmp/cache"""
+    found = serves("--user", "1000:1000", "--env", "FLUX_CACHE_DIRECTORY=/tmp/cache")
     assert "succeeded" in found, found
     return found
 
@@ -133,7 +133,7 @@ def another_user_with_cache() -> str:
 def read_only() -> str:
     """--read-only --tmpfs /tmp"""
     found = serves("--read-only", "--tmpfs", "/tmp")
-    assert "LORA_CACHE_DIRECTORY" in found, found
+    assert "FLUX_CACHE_DIRECTORY" in found, found
     return found
 
 
@@ -187,7 +187,7 @@ def stopped_busy() -> str:
 
 def kept_cache() -> str:
     """A new container with the volume of the one before finds the adapter on disk"""
-    volume = ("--volume", f"{VOLUME}:/cache", "--env", "LORA_CACHE_DIRECTORY=/cache/adapters")
+    volume = ("--volume", f"{VOLUME}:/cache", "--env", "FLUX_CACHE_DIRECTORY=/cache")
     logs = []
     for _ in range(2):
         start(*volume)

@@ -77,7 +77,7 @@ def running(tmp_path_factory) -> Iterator[Fleet]:
         # as many as the single server has: pictures are compared to the bit
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
         "LORA_ALLOW_LOCAL_PATHS": "true",
-        "LORA_CACHE_DIRECTORY": str(directory / "adapters"),
+        "FLUX_CACHE_DIRECTORY": str(directory / "cache"),
         MARK: str(directory),
     }
     command = [ROOT / "script" / "fleet", "--replicas", "2", "--queue", str(QUEUE)]

@@ -49,7 +49,7 @@ def environment(hub, tmp_path_factory) -> dict[str, str]:
         "CIVITAI_ENDPOINT": hub.url,
         "REPLICATE_ENDPOINT": hub.url,
         "LORA_ALLOW_PRIVATE_HOSTS": "true",
-        "LORA_CACHE_DIRECTORY": str(root / "cache"),
+        "FLUX_CACHE_DIRECTORY": str(root / "cache"),
         "HF_HOME": str(root / "hf"),
         **SECRETS,
     }

@@ -44,7 +44,7 @@ def environment(hub, tmp_path_factory) -> dict[str, str]:
     return {
         "FLUX_CHECKPOINT": "official",
         "FLUX_SAFETY_POLICY": "any",
-        "FLUX_COMPVIS_REVISION": "main",
+        "FLUX_REVISIONS": "compvis=main",
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "HF_TOKEN": TOKEN,
@@ -112,7 +112,7 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
         settings = {
             "FLUX_CHECKPOINT": "official",
             "FLUX_DEVICE": "cpu",
-            "FLUX_COMPVIS_REVISION": "main",
+            "FLUX_REVISIONS": "compvis=main",
             "HF_ENDPOINT": hub.url,
             "HF_TOKEN": TOKEN,
             **environment,
@@ -131,9 +131,12 @@ def set_up(hub, huggingface, monkeypatch, tmp_path) -> Iterator[Callable[..., No
     ("environment", "message"),
     [
         ({"HF_TOKEN": ""}, r"FLUX\.1-dev at \w+ .*gated\. Accept .*HF_TOKEN \(none is set\)"),
-        ({"FLUX_SCHNELL_REVISION": "v9"}, r"v9 \(FLUX_SCHNELL_REVISION\): no such branch"),
         (
-            {"FLUX_FALCONSAI_REVISION": "v9"},
+            {"FLUX_REVISIONS": "compvis=main, schnell=v9"},
+            r"v9 \(schnell in FLUX_REVISIONS\): no such branch",
+        ),
+        (
+            {"FLUX_REVISIONS": "compvis=main,falconsai=v9"},
             r"Falconsai/\w+ at v9 .*no such branch.*=open_nsfw",
         ),
         ({"HF_ENDPOINT": NOWHERE}, r"CompVis/.*reached.*script/download.*=open_nsfw"),

@@ -221,14 +221,14 @@ def test_settings_come_from_the_environment():
                 "HF_TOKEN": " hf_x\n",
                 "CIVITAI_API_TOKEN": "",
                 "LORA_CACHE_GB": "0.5",
-                "LORA_CACHE_DIRECTORY": "/cache",
+                "FLUX_CACHE_DIRECTORY": "/cache",
                 "LORA_ALLOW_PRIVATE_HOSTS": "true",
             }
         )
     )
     assert settings.sources.hf_endpoint == "http://mirror"
     assert (settings.sources.hf_token, settings.sources.civitai_token) == ("hf_x", None)
-    assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache", 500_000_000)
+    assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache/adapters", 500_000_000)
     assert settings.http.allow_private_hosts
     assert not settings.sources.allow_local_paths
     assert "hf_x" not in repr(settings)

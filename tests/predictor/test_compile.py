@@ -33,10 +33,10 @@ def compiled(cache, tmp_path_factory) -> Iterator[Draw]:
     """A predictor that compiles, after its warm-up with an empty cache."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back in the end: setup sets it
         outputs = tmp_path_factory.mktemp("outputs")
         before = graphs()
-        draw = set_up_predictor(patch, outputs, FLUX_COMPILE="on")
+        draw = set_up_predictor(patch, outputs, FLUX_COMPILE="on", FLUX_CACHE_DIRECTORY=str(cache))
         assert 4 <= graphs() - before <= 8  # two kinds of block in two precisions, and their firsts
         yield draw
     torch._dynamo.reset()
@@ -101,7 +101,9 @@ def test_a_compiled_image_is_close_to_the_eager_one(
 def test_a_second_start_finds_what_the_first_compiled(compiled, monkeypatch, tmp_path) -> None:
     torch._dynamo.reset()  # as in a new process
     missed = counters["inductor"]["fxgraph_cache_miss"]
-    draw = set_up_predictor(monkeypatch, tmp_path, FLUX_COMPILE="on")
+    draw = set_up_predictor(
+        monkeypatch, tmp_path, FLUX_COMPILE="on", FLUX_CACHE_DIRECTORY=str(cache)
+    )
     assert counters["inductor"]["fxgraph_cache_miss"] == missed
     before = graphs()
     for model, go_fast in product(["dev", "schnell"], [False, True]):

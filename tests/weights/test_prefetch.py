@@ -32,7 +32,7 @@ def run(hub, official_files, tmp_path):
         settings = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
-            "FLUX_COMPVIS_REVISION": "main",
+            "FLUX_REVISIONS": "compvis=main",
             **environment,
         }
         return subprocess.run(
@@ -60,7 +60,7 @@ def test_plain_files_for_an_image_are_then_used_without_a_network(
     assert result.returncode == 0, result.stderr
     assert "licence: FLUX.1 [dev] Non-Commercial License" in result.stderr
     monkeypatch.setattr(checkpoint, "EMBEDDED", target)
-    settings = Settings(hf_endpoint=NOWHERE, compvis_revision="main")
+    settings = Settings(hf_endpoint=NOWHERE, revisions=(("compvis", "main"),))
     caplog.set_level(logging.INFO, "weights")
     for part, repository in REPOSITORIES.items():
         assert files(target / part) == wanted(official_files[part], part)
@@ -69,9 +69,9 @@ def test_plain_files_for_an_image_are_then_used_without_a_network(
         assert f"({repository.name}): licence: {repository.licence}; commit " in caplog.text
     assert f"commit {DEV.revision}" in caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-    moved = Settings(hf_endpoint=NOWHERE, dev_revision="v2")
+    moved = Settings(hf_endpoint=NOWHERE, revisions=(("dev", "v2"),))
     assert directory_of("dev", "official", moved) == target / "dev"
-    assert f"fetched at {DEV.revision}, and FLUX_DEV_REVISION asks for v2" in caplog.text
+    assert f"fetched at {DEV.revision}, and FLUX_REVISIONS asks for v2" in caplog.text
     fetched = hub.count("GET", "/cdn/")
     (target / "schnell/.verified").unlink()
     shard = next((target / "schnell/transformer").glob("*-00002-*"))
@@ -115,5 +115,5 @@ def test_failures_are_one_line_and_an_exit_code(run, arguments, environment, cod
 
 def test_a_tar_brings_the_parts_it_holds(hub, tmp_path) -> None:
     url = hub.add_file("/flux.tar", tar({"dev/model_index.json": b"{}", "schnell/x": b""}))
-    settings = Settings(checkpoint_directory=tmp_path)
+    settings = Settings(cache_directory=tmp_path)
     assert (directory_of("dev", url, settings) / "model_index.json").read_text() == "{}"

@@ -23,7 +23,6 @@ from weights.serving.errors import (
     NotFoundError,
     SourceUnavailableError,
 )
-from weights.serving.settings import Settings
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
 COMPVIS = REPOSITORIES["safety/compvis"]
@@ -124,7 +123,7 @@ def test_the_default_revisions_are_those_of_the_manifest(
     for part in ("dev", "schnell", "safety/falconsai"):
         repository = REPOSITORIES[part]
         huggingface[part].commits[repository.revision] = official_files[part]
-        path = obtain(repository, getattr(Settings(), repository.revision_setting), settings)
+        path = obtain(repository, repository.revision, settings)
         assert path.name == repository.revision
         assert re.fullmatch("[0-9a-f]{40}", repository.revision)
 
@@ -135,7 +134,9 @@ def test_a_pull_request_is_pinned_by_the_hash_of_its_weights(
     commit = huggingface["safety/compvis"].commit(
         official_files["safety/compvis"], branch=COMPVIS.revision
     )
-    with pytest.raises(InvalidFileError, match=r"refs/pr/41 .*revision was changed.*COMPVIS_REV"):
+    with pytest.raises(
+        InvalidFileError, match=r"refs/pr/41 .*revision was changed.*FLUX_REVISIONS=compvis="
+    ):
         obtain(COMPVIS, COMPVIS.revision, settings)
     assert hub.count("GET", "/cdn/") == 0
     weights = official_files["safety/compvis"]["model.safetensors"]
@@ -235,7 +236,7 @@ def test_a_gated_model_names_the_token_and_the_page(hub, settings, huggingface):
 
 
 def test_an_unknown_revision_names_its_setting(settings, huggingface):
-    with pytest.raises(NotFoundError, match=r"at v9 \(FLUX_DEV_REVISION\): no such branch"):
+    with pytest.raises(NotFoundError, match=r"at v9 \(dev in FLUX_REVISIONS\): no such branch"):
         obtain(DEV, "v9", settings)
 
 
@@ -249,7 +250,7 @@ def test_a_revision_without_safetensors_names_its_setting(settings, huggingface,
     part = "safety/compvis"
     left = {k: v for k, v in official_files[part].items() if k != "model.safetensors"}
     huggingface[part].commit(left, branch="old")
-    with pytest.raises(NotFoundError, match=r"no model\.safetensors.*FLUX_COMPVIS_REVISION"):
+    with pytest.raises(NotFoundError, match=r"no model\.safetensors.*FLUX_REVISIONS=compvis="):
         obtain(REPOSITORIES[part], "old", settings)
     assert obtain(REPOSITORIES[part], "main", settings)
 

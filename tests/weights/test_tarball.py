@@ -143,5 +143,5 @@ def test_a_full_disk_names_the_setting(hub, tmp_path, monkeypatch):
 
     url = hub.add_file("/store/flux.tar", tar(FILES))
     monkeypatch.setattr("weights.tarball.shutil.copyfileobj", full)
-    with pytest.raises(DiskSpaceError, match="FLUX_CHECKPOINT_DIRECTORY"):
+    with pytest.raises(DiskSpaceError, match="FLUX_CACHE_DIRECTORY"):
         unpacked(url, tmp_path, QUICK)

@@ -47,13 +47,11 @@ class CacheSettings:
     """Where files are kept, and the limits.
 
     max_bytes: budget for all files together. min_free_bytes: what to leave free on the disk.
-    setting: the environment variable that names the root, for messages.
     """
 
     root: Path
     max_bytes: int = Settings.lora_cache_bytes
     min_free_bytes: int = 5 * GB
-    setting: str = "LORA_CACHE_DIRECTORY"
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class FileCache:
 
     def _open(self) -> None:
         """Make the directories; raises DirectoryError."""
-        self._root = usable(self._settings.root, self._settings.setting)
+        self._root = usable(self._settings.root, "FLUX_CACHE_DIRECTORY")
         for name in _DIRECTORIES:
             (self._root / name).mkdir(exist_ok=True)
 

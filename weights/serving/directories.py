@@ -11,8 +11,8 @@ def usable(path: Path, setting: str) -> Path:
     """Make a directory if it is not there, and check that files can be written to it.
 
     Args:
-        path: as the setting has it; `~` is the home directory.
-        setting: the environment variable that names it, for the message.
+        path: `~` is the home directory.
+        setting: the environment variable that decides it, for the message.
 
     Returns:
         its absolute path.
@@ -28,8 +28,7 @@ def usable(path: Path, setting: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DirectoryError(
-            f"{setting}={path}: this directory cannot be written ({reason}). Set {setting} to one "
-            "that can"
+            f"{path}: this directory cannot be written ({reason}). Set {setting} to one that can"
         ) from error
 
 

@@ -80,9 +80,13 @@ def _setting(variable: str, read: Callable[[str], T], default: U, *, secret: boo
     return value
 
 
-def _revision(part: str) -> str:
-    repository = REPOSITORIES[part]
-    return _setting(repository.variable, str, repository.revision)
+def _revisions(text: str) -> tuple[tuple[str, str], ...]:
+    """Reads `dev=main,compvis=refs/pr/41`."""
+    pairs = [pair.strip().partition("=")[::2] for pair in text.split(",")]
+    short = [repository.short for repository in REPOSITORIES.values()]
+    if any(name not in short or not revision for name, revision in pairs):
+        raise ValueError(f"expected NAME=REVISION,... with names of {', '.join(short)}")
+    return tuple(pairs)
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,12 @@ class Settings:
         checkpoint: `official`, `nano` (the embedded miniature), a directory with the
             subdirectories `dev` and `schnell`, the URL of a tar of such a directory, or
             `auto`: official where CUDA is there, else nano.
-        checkpoint_directory: where a checkpoint from a URL is unpacked and kept.
         quantized_directory: holds the float8 transformers of this checkpoint, as script/quantize
             writes them; None: they are made from the bf16 ones.
-        *_revision: branch, tag, commit or refs/pr/NUMBER of the official repositories; the
-            defaults are those of weights/manifest.py.
+        revisions: (repository, branch, tag, commit or refs/pr/NUMBER) where an official repository
+            is wanted at another revision than that of weights/manifest.py.
+        cache_directory: `adapters`, `checkpoints` (from URLs) and `compiled` (kernels) in it are
+            kept between starts.
         device: a torch device, or `auto`: `cuda` where it is there, else `cpu`.
         dtype: the compute dtype of "bf16" requests; `auto` is bfloat16 on CUDA and float32
             on a CPU, where bfloat16 is several times slower.
@@ -112,7 +117,6 @@ class Settings:
         host_memory_bytes: what weights may take in page-locked host memory, offloaded ones first;
             None is what the machine or container has, less a reserve.
         compile: whether the transformers' blocks are compiled; `auto` is on with CUDA.
-        compile_cache_directory: where compiled kernels are kept between starts.
         attention_backend: a name of diffusers' attention backends; `auto` is PyTorch's own.
         output_directory: holds the output files until the next request; None is the system's
             temporary directory.
@@ -122,9 +126,8 @@ class Settings:
             (safety/policy.py); `auto` is official for a checkpoint that comes with the official
             checkers, else open_nsfw.
         allow_disable_safety_checker: whether the input `disable_safety_checker` is obeyed.
-        lora_cache_directory, lora_cache_bytes: adapter files on disk, and their budget. Files
-            from the Hugging Face hub stay in huggingface_hub's own cache (HF_HOME) and count
-            towards the budget.
+        lora_cache_bytes: budget for adapter files on disk. Files from the Hugging Face hub stay in
+            huggingface_hub's own cache (HF_HOME) and count towards it.
         lora_device_bytes: budget for adapters on the device; 0: they are merged from the host.
         lora_max_file_bytes: the largest adapter file accepted.
         lora_allow_private_hosts: download from addresses outside the public internet.
@@ -133,14 +136,9 @@ class Settings:
     """
 
     checkpoint: str = _setting("FLUX_CHECKPOINT", str, "auto")
-    checkpoint_directory: Path = _setting(
-        "FLUX_CHECKPOINT_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/checkpoints")
-    )
     quantized_directory: Path | None = _setting("FLUX_QUANTIZED_DIRECTORY", Path, None)
-    dev_revision: str = _revision("dev")
-    schnell_revision: str = _revision("schnell")
-    compvis_revision: str = _revision("safety/compvis")
-    falconsai_revision: str = _revision("safety/falconsai")
+    revisions: tuple[tuple[str, str], ...] = _setting("FLUX_REVISIONS", _revisions, ())
+    cache_directory: Path = _setting("FLUX_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune"))
     device: str = _setting("FLUX_DEVICE", str, "auto")
     dtype: Dtype = _setting("FLUX_DTYPE", _one_of(Dtype), "auto")
     fp8_activations: Fp8Activations = _setting(
@@ -151,18 +149,12 @@ class Settings:
     device_memory_bytes: int | None = _setting("FLUX_DEVICE_MEMORY_GB", _gigabytes, None)
     host_memory_bytes: int | None = _setting("FLUX_HOST_MEMORY_GB", _gigabytes, None)
     compile: Compile = _setting("FLUX_COMPILE", _one_of(Compile), "auto")
-    compile_cache_directory: Path = _setting(
-        "TORCHINDUCTOR_CACHE_DIR", Path, Path("~/.cache/flux-fine-tune/compiled")
-    )
     attention_backend: str = _setting("FLUX_ATTENTION_BACKEND", str, "auto")
     output_directory: Path | None = _setting("FLUX_OUTPUT_DIRECTORY", Path, None)
     max_input_megapixels: int = _setting("FLUX_MAX_INPUT_MEGAPIXELS", _input_megapixels, 64)
     nsfw_threshold: float = _setting("FLUX_NSFW_THRESHOLD", _probability, 0.8)
     safety_policy: SafetyPolicy = _setting("FLUX_SAFETY_POLICY", _one_of(SafetyPolicy), "auto")
     allow_disable_safety_checker: bool = _setting("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", _flag, True)
-    lora_cache_directory: Path = _setting(
-        "LORA_CACHE_DIRECTORY", Path, Path("~/.cache/flux-fine-tune/adapters")
-    )
     lora_cache_bytes: int = _setting("LORA_CACHE_GB", _gigabytes, 50 * GB)
     lora_device_bytes: int = _setting("LORA_DEVICE_MEMORY_GB", _gigabytes, GB)
     lora_max_file_bytes: int = _setting("LORA_MAX_FILE_GB", _gigabytes, 4 * GB)

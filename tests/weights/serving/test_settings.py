@@ -20,6 +20,7 @@ def test_every_variable_is_read() -> None:
             "FLUX_MAX_INPUT_MEGAPIXELS": "9",
             "FLUX_DTYPE": "bfloat16",
             "FLUX_OUTPUT_DIRECTORY": "/somewhere",
+            "FLUX_REVISIONS": "dev=main, compvis=refs/pr/41",
             "FLUX_NSFW_THRESHOLD": "0.25",
             "FLUX_ALLOW_DISABLE_SAFETY_CHECKER": "False",
         }
@@ -29,6 +30,7 @@ def test_every_variable_is_read() -> None:
     assert settings.max_input_megapixels == 9
     assert settings.dtype == "bfloat16"
     assert settings.output_directory == Path("/somewhere")
+    assert settings.revisions == (("dev", "main"), ("compvis", "refs/pr/41"))
     assert settings.nsfw_threshold == 0.25
     assert settings.allow_disable_safety_checker is False
 
@@ -45,6 +47,9 @@ def test_every_variable_is_read() -> None:
         ("FLUX_AT_START", "fp16"),
         ("FLUX_COMPILE", "true"),
         ("FLUX_SAFETY_POLICY", "both"),
+        ("FLUX_REVISIONS", "main"),
+        ("FLUX_REVISIONS", "dev="),
+        ("FLUX_REVISIONS", "dev=main,pro=main"),
         ("LORA_CACHE_GB", "much"),
         ("LORA_DEVICE_MEMORY_GB", "inf"),
         ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
