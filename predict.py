@@ -247,7 +247,7 @@ class Predictor(BaseRunner):
                 check_cancelled()
             for name, score in inspection.worst.items():
                 self.record_metric(f"safety.{name}", round(score, 4))
-            inspection.insist_on_one()
+            inspection.raise_if_none_passed()
             files.wait()
             check_cancelled()
         self._record(request, files, stopwatch)

@@ -19,8 +19,9 @@ from flux.memory.residency import BudgetError
 from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder
 from flux.request import Mode, Request
-from flux.transformers.compile import Compilation, rehearsal, to_warm_up, warming_up
-from flux.transformers.merge import AdapterLike, WorkingWeights
+from flux.transformers.adapters import AdapterLike
+from flux.transformers.compile import Compilation, to_warm_up, warm_up_request, warming_up
+from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import COMPONENT, Transformers
 from flux.variants import Key
 from weights.serving.cancel import CheckCancelled
@@ -129,11 +130,13 @@ class Engine:
             for key in to_warm_up(self.at_start, self._transformers.precisions):
                 try:
                     self.merge(key, (), check_cancelled)
-                    self._rehearse(rehearsal(key, self._autoencoder.token_size), check_cancelled)
+                    self._warm_up_once(
+                        warm_up_request(key, self._autoencoder.token_size), check_cancelled
+                    )
                 except BudgetError as error:
                     logger.info("%s %s is not compiled: %s", *key, error)
 
-    def _rehearse(self, request: Request, check_cancelled: CheckCancelled) -> None:
+    def _warm_up_once(self, request: Request, check_cancelled: CheckCancelled) -> None:
         """Run the compiled part of a request: the denoising, without decoding."""
         key, seed = request.key, request.seeds[0]
         prompt = self._on_device(key, self._encode_prompt, request)

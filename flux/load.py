@@ -20,7 +20,7 @@ from flux.memory.page_locked import PageLocked, hold
 from flux.memory.residency import BudgetError
 from flux.memory.staging import move
 from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
-from flux.transformers.base_weights import PART, Master, load_transformer, template
+from flux.transformers.base_weights import PART, BaseWeights, load_transformer, template
 from flux.transformers.compile import compile_blocks
 from flux.transformers.one_pass import one_pass
 from flux.transformers.pool import COMPONENT, Transformers
@@ -115,23 +115,23 @@ def working_transformers(
     taken = {name: bytes_of(getattr(shared, name)) for name in MODULES}
     on_host = sum(taken[name] for name in MODULES if name in deployment.offloaded)
     budget = device_budget(settings.device_memory_bytes, device, sum(taken.values()) - on_host)
-    home = OnHost(device) if COMPONENT in deployment.offloaded else None
-    adapters = None if home else one_pass(device, settings.lora_device_bytes)
+    placement = OnHost(device) if COMPONENT in deployment.offloaded else None
+    adapters = None if placement else one_pass(device, settings.lora_device_bytes)
     if adapters and budget is not None:
         budget = max(0, budget - settings.lora_device_bytes)
     page_locked = None
     if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
         left = host_budget(settings.host_memory_bytes) - on_host
-        if home:  # the working weights take it, and the base ones stay in the map
+        if placement:  # the working weights take it, and the base ones stay in the map
             budget = left
         else:
             page_locked = PageLocked(left)
     transformers = Transformers(
-        _masters(sources, deployment.dtype, settings.quantized_directory, page_locked),
+        _base_weights(sources, deployment.dtype, settings.quantized_directory, page_locked),
         device,
         dynamic=quantizes_activations(settings.fp8_activations, device, deployment.dtype),
         budget=budget,
-        home=home,
+        placement=placement,
         precisions=PRECISIONS[settings.at_start],
         one_pass=adapters,
     )
@@ -143,24 +143,24 @@ def working_transformers(
     return transformers
 
 
-def _masters(
+def _base_weights(
     sources: Mapping[str, Path],
     dtype: torch.dtype,
     quantized: Path | None,
     page_locked: PageLocked | None,
-) -> dict[str, Master]:
+) -> dict[str, BaseWeights]:
     """The base transformers, open but for those whose float8 weights are on disk."""
-    masters = {}
+    base_weights = {}
     for variant, source in sources.items():
         directory = source / PART
         model, prequantized = template(variant, directory, dtype), None
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)
         load = partial(load_transformer, variant, directory, dtype)
-        masters[variant] = Master(
+        base_weights[variant] = BaseWeights(
             *(variant, model, load, directory, prequantized),
             hold=page_locked.hold if page_locked else None,
         )
         if not prequantized:
-            masters[variant].open()
-    return masters
+            base_weights[variant].open()
+    return base_weights

@@ -4,14 +4,14 @@ import logging
 from pathlib import Path
 
 from lora.archive import kind_of, take_weights
-from lora.sources.reference import Access, Artifact, Fetched
+from lora.sources.reference import Access, Artifact, FetchedFile
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import LogProgress, sha256_of
 
 logger = logging.getLogger(__name__)
 
 
-def fetch(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) -> Fetched:
+def fetch(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) -> FetchedFile:
     """Fetch the file of an artifact, and take it out of its archive if it is in one.
 
     Args:
@@ -31,7 +31,7 @@ def fetch(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) 
         limit = access.client.settings.max_bytes
         inner = target.with_name(target.name + ".inner")
         words = take_weights(fetched.path, inner, artifact.source, limit, retry.check_cancelled)
-        return Fetched(inner, sha256_of(inner), trigger_words=words)
+        return FetchedFile(inner, sha256_of(inner), trigger_words=words)
     finally:
         if not is_weights and not fetched.in_place:
             fetched.path.unlink(missing_ok=True)

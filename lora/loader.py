@@ -18,7 +18,7 @@ from lora.formats.errors import AdapterError
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
 from lora.sources.reference import Access, Artifact, Reference, cache_key
-from weights.download.cache import FileCache, Record
+from weights.download.cache import CacheRecord, FileCache
 from weights.download.http import HttpClient
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import check_size
@@ -111,7 +111,7 @@ class AdapterLoader:
         except FileNotFoundError:  # evicted by another process since it was found
             return self._read(*self._find(reference, retry))
 
-    def _find(self, reference: Reference, retry: RetryPolicy) -> tuple[Record, Hit]:
+    def _find(self, reference: Reference, retry: RetryPolicy) -> tuple[CacheRecord, Hit]:
         """The file that a reference means now, fetched if it is not on the disk."""
         key = cache_key(reference, self._settings.sources)
         known = self._cache.find(key)
@@ -130,7 +130,7 @@ class AdapterLoader:
         self._cache.remember(key, replace(record, lasting=reference.lasting))
         return record, hit
 
-    def _fetch_once(self, artifact: Artifact, retry: RetryPolicy) -> tuple[Record, Hit]:
+    def _fetch_once(self, artifact: Artifact, retry: RetryPolicy) -> tuple[CacheRecord, Hit]:
         """Fetch an artifact unless it is on the disk; of several processes, only one does."""
         pin = artifact.pin or f"unpinned {uuid4()}"
         check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
@@ -143,7 +143,7 @@ class AdapterLoader:
                 self._cache.remember(pin, record)
             return record, "download" if record.evictable else "disk"
 
-    def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> Record:
+    def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> CacheRecord:
         self._cache.make_room(artifact.size or 0)
         try:
             fetched = fetch(artifact, target, self._access, retry)
@@ -158,7 +158,7 @@ class AdapterLoader:
         path = str(fetched.path)
         if not fetched.in_place:
             path = self._cache.adopt(fetched.path, fetched.sha256)
-        return Record(
+        return CacheRecord(
             sha256=fetched.sha256,
             size=size,
             path=path,
@@ -168,7 +168,7 @@ class AdapterLoader:
             evictable=fetched.evictable,
         )
 
-    def _read(self, record: Record, hit: Hit) -> LoadedAdapter:
+    def _read(self, record: CacheRecord, hit: Hit) -> LoadedAdapter:
         """The adapter in a file, parsed unless it is in memory."""
         adapter = self._memory.get(record.sha256)
         if adapter is not None:

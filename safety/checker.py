@@ -88,7 +88,7 @@ class Inspection:
             )
         return not verdict.flagged
 
-    def insist_on_one(self) -> None:
+    def raise_if_none_passed(self) -> None:
         """Raise SafetyError if no image has passed."""
         if all(verdict.failed for verdict in self._verdicts):
             raise SafetyError(

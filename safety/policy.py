@@ -42,7 +42,7 @@ POLICIES: Mapping[SafetyPolicy, Policy] = {
 }
 
 
-class Combined:
+class CombinedChecker:
     """Several checkers under a policy, in the policy's order; itself a checker."""
 
     def __init__(self, policy: Policy, checkers: Sequence[Checker]) -> None:
@@ -109,7 +109,7 @@ def load_checker(
             remedy = REPOSITORIES[part].remedy
             raise CheckerError(f"Safety checker {checker}: {error} {remedy}") from error
         checkers.append(loaded)
-    return Combined(policy, checkers)
+    return CombinedChecker(policy, checkers)
 
 
 def _policy_name(settings: Settings, checkpoint: str) -> SafetyPolicy:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from weights.manifest import REPOSITORIES, Repository
-from weights.repository import HubSettings, Wanted, cached
+from weights.repository import HubSettings, PinnedRepository, cached
 from weights.serving.settings import Settings
 from weights.snapshot import obtain
 from weights.stamp import read_stamp
@@ -70,10 +70,10 @@ def root_of(checkpoint: str, settings: Settings) -> Path:
     return Path(checkpoint)
 
 
-def wanted(part: str, settings: Settings, directory: Path | None = None) -> Wanted:
+def wanted(part: str, settings: Settings, directory: Path | None = None) -> PinnedRepository:
     """A part at the revision that the settings ask for, to be put into a directory or cached."""
     repository = REPOSITORIES[part]
-    return Wanted(repository, _revision(repository, settings), directory)
+    return PinnedRepository(repository, _revision(repository, settings), directory)
 
 
 def _revision(repository: Repository, settings: Settings) -> str:

@@ -19,19 +19,19 @@ from weights.serving.errors import InvalidFileError
 PAGE = 4096  # bytes
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor on disk."""
 
     path: Path
     tensor: TensorInfo
 
 
-def stored_tensors(directory: Path) -> dict[str, Stored]:
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of all safetensors files in a directory, by name.
 
     Raises InvalidFileError if there are none, or one is damaged or cut off.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         found |= _read(path)
     if not found:
@@ -39,7 +39,7 @@ def stored_tensors(directory: Path) -> dict[str, Stored]:
     return found
 
 
-def fingerprint(tensors: Mapping[str, Stored]) -> str:
+def fingerprint(tensors: Mapping[str, StoredTensor]) -> str:
     """A hash (sha256, hex) of what a model is, however it is spread over files."""
     digest = hashlib.sha256()
     files: dict[Path, int] = {}
@@ -56,9 +56,9 @@ def fingerprint(tensors: Mapping[str, Stored]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Stored]:
+def _read(path: Path) -> dict[str, StoredTensor]:
     try:
         tensors = read_header(path).tensors
     except HeaderError as error:
         raise InvalidFileError(f"{path}: {error}".removesuffix(".")) from error
-    return {name: Stored(path, tensor) for name, tensor in tensors.items()}
+    return {name: StoredTensor(path, tensor) for name, tensor in tensors.items()}

@@ -51,7 +51,7 @@ class HubSettings:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PinnedRepository:
     """A repository at a revision: branch, tag, commit or refs/pr/NUMBER.
 
     directory: where to put the files; None for the cache of huggingface_hub.
@@ -69,7 +69,7 @@ class Wanted:
         )
 
 
-class Fetching:
+class RepositoryDownload:
     """The tries of one repository, each going on where the one before stopped.
 
     Attributes:
@@ -78,7 +78,7 @@ class Fetching:
 
     path: Path
 
-    def __init__(self, wanted: Wanted, hub: HubSettings) -> None:
+    def __init__(self, wanted: PinnedRepository, hub: HubSettings) -> None:
         self.wanted, self._hub, self.size = wanted, hub, 0
         self._files: list[RepoSibling] = []
         self._api = HfApi(endpoint=hub.endpoint, token=hub.token or False)
@@ -200,7 +200,7 @@ def _is_intact(path: Path, file: RepoSibling) -> bool:
     return git_hash(path.read_bytes()) == file.blob_id
 
 
-def cached(wanted: Wanted, hub: HubSettings) -> Path | None:
+def cached(wanted: PinnedRepository, hub: HubSettings) -> Path | None:
     """What the cache of huggingface_hub has of the revision, if it has all that is wanted."""
     try:
         found = snapshot_download(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from weights.download.transfer import LogProgress
-from weights.repository import Fetching, HubSettings, Wanted, cached, too_full
+from weights.repository import HubSettings, PinnedRepository, RepositoryDownload, cached, too_full
 from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
@@ -27,7 +27,7 @@ _ADVICE = (
 )
 
 
-def obtain(wanted: Sequence[Wanted], hub: HubSettings) -> list[Path]:
+def obtain(wanted: Sequence[PinnedRepository], hub: HubSettings) -> list[Path]:
     """Return the directory of each repository's files; asks the hub only for what is not there.
 
     Raises WeightsError with a message for the operator.
@@ -43,7 +43,7 @@ def obtain(wanted: Sequence[Wanted], hub: HubSettings) -> list[Path]:
     return [paths[one.name] for one in wanted]
 
 
-def fetch(wanted: Sequence[Wanted], hub: HubSettings) -> None:
+def fetch(wanted: Sequence[PinnedRepository], hub: HubSettings) -> None:
     """Ask the hub what the revisions are now, fetch what is missing, and verify all of it.
 
     Raises WeightsError with a message for the operator.
@@ -52,7 +52,7 @@ def fetch(wanted: Sequence[Wanted], hub: HubSettings) -> None:
 
 
 def _run(
-    wanted: Sequence[Wanted], hub: HubSettings, unverified: Mapping[str, Path]
+    wanted: Sequence[PinnedRepository], hub: HubSettings, unverified: Mapping[str, Path]
 ) -> dict[str, Path]:
     """Plan all, check that the disk has room for all, fetch one after another.
 
@@ -60,7 +60,7 @@ def _run(
     Returns the directory of each that was fetched, by name.
     """
 
-    def succeeds(one: Fetching, action: Callable[[], None]) -> bool:
+    def succeeds(one: RepositoryDownload, action: Callable[[], None]) -> bool:
         try:
             hub.retry.run(action)
         except WeightsError as error:
@@ -72,7 +72,9 @@ def _run(
             return False
         return True
 
-    planned = [one for one in (Fetching(w, hub) for w in wanted) if succeeds(one, one.plan)]
+    planned = [
+        one for one in (RepositoryDownload(w, hub) for w in wanted) if succeeds(one, one.plan)
+    ]
     _check_room(planned)
     progress = _Progress(sum(one.size for one in planned))
     paths: dict[str, Path] = {}
@@ -83,12 +85,12 @@ def _run(
     return paths
 
 
-def _with_advice(error: WeightsError, wanted: Wanted) -> WeightsError:
+def _with_advice(error: WeightsError, wanted: PinnedRepository) -> WeightsError:
     general = _ADVICE if isinstance(error, SourceUnavailableError) else ""
     return type(error)(" ".join(filter(None, [str(error), general, wanted.repository.remedy])))
 
 
-def _check_room(planned: Sequence[Fetching]) -> None:
+def _check_room(planned: Sequence[RepositoryDownload]) -> None:
     """Raise DiskSpaceError if the disk has no room for what all are to fetch."""
     lacking = [one for one in planned if one.size]
     if not lacking:

@@ -27,7 +27,7 @@ from flux.memory.staging import CopyStream, copy_stream
 from weights.serving.settings import Offload, SettingsError
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
-"""Takes memory for a tensor of a shape and dtype."""
+"""Allocates an uninitialised tensor of a shape and dtype."""
 
 HOOKS = ("layer_execution_tracker", "lazy_prefetch_group_offloading", "group_offloading")
 """What group offloading registers on modules, the last one first."""
@@ -43,7 +43,7 @@ def offloaded(setting: Offload, device: torch.device) -> frozenset[str]:
     """The components that a setting of FLUX_OFFLOAD keeps on the host.
 
     Raises:
-        SettingsError: the device has no streams to bring them on. (On a CPU they need not move.)
+        SettingsError: the device has no streams for the copies. (On a CPU nothing is copied.)
     """
     if setting != "none" and device.type not in ("cuda", "cpu"):
         raise SettingsError(
@@ -76,13 +76,13 @@ def stop_offloading(module: nn.Module) -> None:
         registry.remove_hook(name, recurse=True)
 
 
-class Home(Protocol):
-    """Where working weights are while no layer runs.
+class Placement(Protocol):
+    """Where working weights are between forward passes.
 
     Attributes:
         memory: the device whose memory they take.
-        stream: brings base values there.
-        shares_device: whether weights that leave make room for what is computed.
+        stream: copies base values there.
+        shares_device: whether they share memory with activations.
     """
 
     memory: torch.device
@@ -90,20 +90,20 @@ class Home(Protocol):
     shares_device: bool
 
     def allocator(self) -> Empty:
-        """Takes memory for the weights of one module."""
+        """Return a function that allocates the weights of one module."""
         ...
 
     def enter(self, module: nn.Module) -> None:
-        """The module's parameters are memory of the allocator's now; make it run."""
+        """Prepare a module for forward passes; its parameters are in the allocator's memory now."""
         ...
 
     def leave(self, module: nn.Module) -> None:
-        """Undo `enter`, if it was called."""
+        """Undo `enter` if it was called."""
         ...
 
 
 class OnDevice:
-    """On the device where they are used; `stream` copies base values there.
+    """On the device that computes; `stream` copies base values there.
 
     A CUDA device has a stream of its own for copies; a CPU needs none.
     """
@@ -114,14 +114,14 @@ class OnDevice:
         self.shares_device = True
 
     def allocator(self) -> Empty:
-        """See `Home.allocator`."""
+        """See `Placement.allocator`."""
         return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=self.memory)
 
     def enter(self, module: nn.Module) -> None:
-        """See `Home.enter`."""
+        """See `Placement.enter`."""
 
     def leave(self, module: nn.Module) -> None:
-        """See `Home.leave`."""
+        """See `Placement.leave`."""
 
 
 class OnHost:
@@ -134,13 +134,13 @@ class OnHost:
         self.shares_device = False
 
     def allocator(self) -> Empty:
-        """See `Home.allocator`."""
+        """See `Placement.allocator`."""
         return Slabs(page_locked=self._device.type == "cuda").empty
 
     def enter(self, module: nn.Module) -> None:
-        """See `Home.enter`."""
+        """See `Placement.enter`."""
         offload(module, self._device)
 
     def leave(self, module: nn.Module) -> None:
-        """See `Home.leave`."""
+        """See `Placement.leave`."""
         stop_offloading(module)

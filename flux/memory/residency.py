@@ -32,9 +32,9 @@ class BaseCopy(NamedTuple):
 
 
 Item = Key | BaseCopy
-"""What takes room."""
-Place = Literal["device", "host"]
-"""Whose memory a budget is of."""
+"""What takes device memory."""
+Memory = Literal["device", "host"]
+"""The memory that a budget is for."""
 T = TypeVar("T")
 
 START: tuple[Item, ...] = (
@@ -45,17 +45,17 @@ START: tuple[Item, ...] = (
     Key("schnell", "bf16"),
     BaseCopy("schnell"),
 )
-"""What comes to the device first when the server starts."""
+"""What is loaded to the device when the server starts, in this order."""
 ORDER = tuple(item for item in START if isinstance(item, Key))
-"""Which transformers do."""
-REMEDIES: Mapping[Place, str] = {
+"""The transformers among them."""
+REMEDIES: Mapping[Memory, str] = {
     "device": "a larger device or FLUX_OFFLOAD",
     "host": "a host with more memory",
 }
 
 
 class BudgetError(RuntimeError):
-    """What is asked for takes more memory than there is; the message says what to do."""
+    """Weights take more memory than there is. The message says what to do."""
 
 
 def that_fit(order: Iterable[T], sizes: Mapping[T, int], budget: int | None) -> list[T]:
@@ -81,7 +81,7 @@ class Residency:
     """
 
     def __init__(
-        self, sizes: Mapping[Item, int], budget: int | None, place: Place = "device"
+        self, sizes: Mapping[Item, int], budget: int | None, place: Memory = "device"
     ) -> None:
         self._place = place
         self.sizes = dict(sizes)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PART = "transformer"  # the directory of a checkpoint that holds it
 
 
-class Master:
+class BaseWeights:
     """One variant's base transformer.
 
     Args:

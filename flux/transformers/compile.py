@@ -156,7 +156,7 @@ def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> li
     return [key for precision, key in first.items() if precision in missing] + wanted
 
 
-def rehearsal(key: Key, token: int) -> Request:
+def warm_up_request(key: Key, token: int) -> Request:
     """A request of one step; running it compiles a transformer for all other requests.
 
     Args:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flux.memory.staging import Staging
-from flux.transformers.merge import BaseValues, WorkingWeights
+from flux.transformers.adapters import BaseValues
+from flux.transformers.merge import WorkingWeights
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.inventory import Entry
 
@@ -78,7 +79,7 @@ class DeviceCopies:
         }
         try:
             for copy, near in zip(
-                found.values(), self._staging.bring(sources.values()), strict=True
+                found.values(), self._staging.prefetch(sources.values()), strict=True
             ):
                 check_cancelled()
                 copy.copy_(near)

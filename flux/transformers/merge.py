@@ -11,90 +11,31 @@ same in one, for plain LoRA deltas.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flux.memory.staging import Staging
 from flux.recent import Recent
+from flux.transformers.adapters import (
+    AdapterLike,
+    BaseValues,
+    DeviceAdapters,
+    MergeRecord,
+    OnePassLike,
+    ParameterName,
+)
 from weights.serving.cancel import CheckCancelled, never_cancelled
 
-Parameter = tuple[str, str]
-"""(component, parameter name as in the component's `named_parameters()`)."""
-Record = tuple[tuple[str, float], ...]
-"""What a working value contains: (adapter digest, scale), sorted; empty when pristine."""
-BaseValues = Callable[[str, str], Tensor]
-"""(component, parameter name) -> base value, in the working dtype or a finer one."""
 Store = Callable[[Tensor, Tensor], None]
 """Writes an exact value (fp32, or the base weight itself) into a working weight in place."""
 
-LowRank = tuple[Tensor, Tensor, float, slice]
-"""A LoRA delta of some rows of a weight: up [rows, rank], down [rank, columns], scaling, rows."""
 
 PLANS = 8  # combinations of adapters and scales whose records are kept
 UNKNOWN = None
 """The record of a parameter before its first write, while it is written, and if that fails."""
-
-
-class AdapterLike(Protocol):
-    """What merging needs of an adapter."""
-
-    @property
-    def digest(self) -> str:
-        """Identity: two adapters of one digest add the same."""
-        ...
-
-    @property
-    def parameters(self) -> Set[Parameter]:
-        """Every parameter that `add_to` accepts."""
-        ...
-
-    def add_to(
-        self, total: Tensor, component: str, parameter: str, base: BaseValues, scale: float
-    ) -> None:
-        """Add `scale * delta` of one parameter to `total` (fp32, its shape) in place."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that it holds."""
-        ...
-
-    def low_rank(self, component: str, parameter: str) -> Sequence[LowRank] | None:
-        """The delta of one parameter as a sum of LoRA deltas; None where it is none."""
-        ...
-
-    def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "AdapterLike":
-        """The same for some of its parameters only, with tensors that `send` gives."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Near:
-    """Adapters on the device.
-
-    Attributes:
-        factors: for weights that `OnePassLike.write` can write, what it takes.
-        adapters: by digest, for all others.
-    """
-
-    factors: Mapping[Parameter, tuple[Tensor, Tensor, Tensor]]
-    adapters: Mapping[str, AdapterLike]
-
-
-class OnePassLike(Protocol):
-    """What merging needs of `flux.transformers.one_pass.OnePass`."""
-
-    def near(self, record: Record, adapters: Mapping[str, AdapterLike]) -> Near | None:
-        """Have adapters on the device; None where they cannot be."""
-        ...
-
-    def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
-        """Write a weight from its base value; return whether it is written."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +51,7 @@ class Swap:
 
     merged: int
     restored: int
-    absent: tuple[Parameter, ...]
+    absent: tuple[ParameterName, ...]
 
 
 class ClonedBaseValues:
@@ -120,9 +61,9 @@ class ClonedBaseValues:
     second mapping of the files, or pinned slabs, gives a function of its own instead.
     """
 
-    def __init__(self, parameters: Mapping[Parameter, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[ParameterName, Tensor]) -> None:
         self._parameters = parameters
-        self._copies: dict[Parameter, Tensor] = {}
+        self._copies: dict[ParameterName, Tensor] = {}
 
     def __call__(self, component: str, parameter: str) -> Tensor:
         """The base value; the first call for a parameter must precede its first write."""
@@ -160,7 +101,7 @@ class WorkingWeights:
         one_pass: OnePassLike | None = None,
         blank: bool = False,
     ) -> None:
-        self._parameters: dict[Parameter, Tensor] = {
+        self._parameters: dict[ParameterName, Tensor] = {
             (component, name): parameter.detach()  # the memory, wherever hooks send the parameter
             for component, module in modules.items()
             for name, parameter in module.named_parameters()
@@ -169,13 +110,13 @@ class WorkingWeights:
         self._store = store
         self._staging = staging or Staging(torch.device("cpu"), stream=None)
         self._one_pass = one_pass
-        self._plans: Recent[Record, Mapping[Parameter, Record]] = Recent(PLANS)
-        self._records: dict[Parameter, Record | None] = {}
+        self._plans: Recent[MergeRecord, Mapping[ParameterName, MergeRecord]] = Recent(PLANS)
+        self._records: dict[ParameterName, MergeRecord | None] = {}
         if blank:
             self._records |= dict.fromkeys(self._parameters, UNKNOWN)
         self._scratch = torch.empty(0)
 
-    def record(self, component: str, parameter: str) -> Record | None:
+    def record(self, component: str, parameter: str) -> MergeRecord | None:
         """What a parameter's working value contains; UNKNOWN after a write that failed."""
         return self._records.get((component, parameter), ())
 
@@ -184,7 +125,7 @@ class WorkingWeights:
         clean = self.record(component, parameter) == ()
         return self._parameters[component, parameter] if clean else None
 
-    def fingerprint(self, component: str) -> tuple[tuple[str, Record], ...]:
+    def fingerprint(self, component: str) -> tuple[tuple[str, MergeRecord], ...]:
         """A key that is equal when, and only when, the component's weights are.
 
         Raises:
@@ -232,8 +173,8 @@ class WorkingWeights:
         near = None
         if self._one_pass and any(record for _, record in stale):
             near = self._one_pass.near(combined, adapters)
-        written: dict[Parameter, Record] = {}
-        sources = self._staging.bring(self._base(*key) for key, _ in stale)
+        written: dict[ParameterName, MergeRecord] = {}
+        sources = self._staging.prefetch(self._base(*key) for key, _ in stale)
         try:
             for (key, record), base in zip(stale, sources, strict=True):
                 check_cancelled()
@@ -247,19 +188,19 @@ class WorkingWeights:
         return Swap(merged, len(stale) - merged, absent)
 
     def _plan(
-        self, adapters: Mapping[str, AdapterLike], combined: Record
-    ) -> Mapping[Parameter, Record]:
+        self, adapters: Mapping[str, AdapterLike], combined: MergeRecord
+    ) -> Mapping[ParameterName, MergeRecord]:
         """The record that each touched parameter should have; made once, and kept for a while."""
         plan = self._plans.get(combined)
         return self._plans.put(combined, _wanted(adapters, combined)) if plan is None else plan
 
     def _write(
         self,
-        key: Parameter,
-        record: Record,
+        key: ParameterName,
+        record: MergeRecord,
         base: Tensor,
         adapters: Mapping[str, AdapterLike],
-        near: Near | None,
+        near: DeviceAdapters | None,
     ) -> None:
         """Write one parameter from its base value; its record is unknown afterwards."""
         working = self._parameters[key]
@@ -287,7 +228,7 @@ class WorkingWeights:
 
 def _combined(
     desired: Sequence[tuple[AdapterLike, float]],
-) -> tuple[dict[str, AdapterLike], Record]:
+) -> tuple[dict[str, AdapterLike], MergeRecord]:
     """The adapters by digest; and these with the sums of their scales, but for zeros, sorted."""
     adapters = {adapter.digest: adapter for adapter, _ in desired}
     combined = []
@@ -301,9 +242,11 @@ def _combined(
     return adapters, tuple(combined)
 
 
-def _wanted(adapters: Mapping[str, AdapterLike], combined: Record) -> dict[Parameter, Record]:
+def _wanted(
+    adapters: Mapping[str, AdapterLike], combined: MergeRecord
+) -> dict[ParameterName, MergeRecord]:
     """The record that each touched parameter should have."""
-    wanted: dict[Parameter, Record] = {}
+    wanted: dict[ParameterName, MergeRecord] = {}
     for digest, scale in combined:
         for key in adapters[digest].parameters:
             wanted[key] = (*wanted.get(key, ()), (digest, scale))

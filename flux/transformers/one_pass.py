@@ -25,7 +25,13 @@ from torch import Tensor
 
 from flux.memory.budget import is_out_of_memory
 from flux.recent import Recent
-from flux.transformers.merge import AdapterLike, LowRank, Near, Parameter, Record
+from flux.transformers.adapters import (
+    AdapterLike,
+    DeviceAdapters,
+    LowRank,
+    MergeRecord,
+    ParameterName,
+)
 from weights.serving.settings import GB
 
 logger = logging.getLogger(__name__)
@@ -51,7 +57,7 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class DeviceAdapterSet:
     """A set of adapters on the device.
 
     Attributes:
@@ -60,9 +66,9 @@ class Held:
         scaled: the same with scales of the adapters.
     """
 
-    factors: Mapping[Parameter, Factors]
+    factors: Mapping[ParameterName, Factors]
     adapters: Mapping[str, AdapterLike]
-    scaled: Recent[tuple[float, ...], Near]
+    scaled: Recent[tuple[float, ...], DeviceAdapters]
 
 
 class OnePass:
@@ -78,12 +84,14 @@ class OnePass:
         self._kernel = kernel
         self._limit = limit
         self._send = send
-        self._held: Recent[tuple[str, ...], Held] = Recent(limit)
+        self._held: Recent[tuple[str, ...], DeviceAdapterSet] = Recent(limit)
         self._refused: Recent[tuple[str, ...], bool] = Recent(SETS)
         self.failed = False
         """Whether the kernel failed once, and is not used any more."""
 
-    def near(self, record: Record, adapters: Mapping[str, AdapterLike]) -> Near | None:
+    def near(
+        self, record: MergeRecord, adapters: Mapping[str, AdapterLike]
+    ) -> DeviceAdapters | None:
         """Have adapters on the device, to be merged with the scales of a record.
 
         Returns None where they take more than the limit, or the kernel failed before.
@@ -91,7 +99,7 @@ class OnePass:
         digests = tuple(digest for digest, _ in record)
         if self.failed or digests in self._refused:
             return None
-        held = self._held.get(digests) or self._bring(digests, adapters)
+        held = self._held.get(digests) or self._upload(digests, adapters)
         if held is None:
             return None
         scales = tuple(scale for _, scale in record)
@@ -113,7 +121,9 @@ class OnePass:
             )
             return False
 
-    def _bring(self, digests: tuple[str, ...], adapters: Mapping[str, AdapterLike]) -> Held | None:
+    def _upload(
+        self, digests: tuple[str, ...], adapters: Mapping[str, AdapterLike]
+    ) -> DeviceAdapterSet | None:
         keys = {key for digest in digests for key in adapters[digest].parameters}
         packed = {
             key: _packed([_deltas(adapters[d], key) for d in digests]) for key in sorted(keys)
@@ -134,19 +144,19 @@ class OnePass:
             digest: adapters[digest].placed(adapters[digest].parameters - sent.keys(), self._send)
             for digest in digests
         }
-        return self._held.put(digests, Held(sent, others, Recent(SCALES)), size)
+        return self._held.put(digests, DeviceAdapterSet(sent, others, Recent(SCALES)), size)
 
-    def _scaled(self, held: Held, scales: Sequence[float]) -> Near:
+    def _scaled(self, held: DeviceAdapterSet, scales: Sequence[float]) -> DeviceAdapters:
         """A set of adapters with scales, which are brought in one copy."""
         factors = held.factors.values()
         values = [s * scales[index] for f in factors for index, s in f.scalings]
         together = self._send(torch.tensor(values, dtype=torch.float32))
         parts = torch.split(together, [len(f.scalings) for f in factors])
         for_kernel = [(f.up, f.down, part) for f, part in zip(factors, parts, strict=True)]
-        return Near(dict(zip(held.factors, for_kernel, strict=True)), held.adapters)
+        return DeviceAdapters(dict(zip(held.factors, for_kernel, strict=True)), held.adapters)
 
 
-def _deltas(adapter: AdapterLike, key: Parameter) -> Sequence[LowRank] | None:
+def _deltas(adapter: AdapterLike, key: ParameterName) -> Sequence[LowRank] | None:
     """What an adapter adds to a weight; see `AdapterLike.low_rank`."""
     return adapter.low_rank(*key) if key in adapter.parameters else ()
 

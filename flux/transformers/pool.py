@@ -22,16 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
-from flux.memory.offload import Empty, Home, OnDevice
+from flux.memory.offload import Empty, OnDevice, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging
-from flux.transformers.base_weights import Master
+from flux.transformers.adapters import AdapterLike, BaseValues, OnePassLike
+from flux.transformers.base_weights import BaseWeights
 from flux.transformers.copies import DeviceCopies
-from flux.transformers.merge import AdapterLike, BaseValues, OnePassLike, Swap, WorkingWeights
+from flux.transformers.merge import Swap, WorkingWeights
 from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
+from flux.transformers.skeleton import set_parameter, size, skeleton
 from flux.variants import Key, Precision
 from weights.serving.cancel import CheckCancelled, never_cancelled
-from weights.serving.inventory import Entry, size_of
+from weights.serving.inventory import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Transformers:
     """Brings transformers to the device with the adapters that a request wants.
 
     Args:
-        masters: variant -> base transformer, in the compute dtype.
+        base_weights: variant -> base transformer, in the compute dtype.
         device: where they compute.
         dynamic: whether fp8 linears quantize their inputs too.
         budget: bytes for working weights, where they are at home; None: no limit.
@@ -54,24 +56,24 @@ class Transformers:
 
     def __init__(
         self,
-        masters: Mapping[str, Master],
+        base_weights: Mapping[str, BaseWeights],
         device: torch.device,
         *,
         dynamic: bool,
         budget: int | None,
-        home: Home | None = None,
+        placement: Placement | None = None,
         precisions: Collection[Precision] = ("bf16", "fp8"),
         one_pass: OnePassLike | None = None,
     ) -> None:
         self.precisions = precisions
-        self._masters = masters
+        self._base_weights = base_weights
         self._device = device
         self._dynamic = dynamic
         self._one_pass = one_pass
-        self._home: Home = home or OnDevice(device)
-        self._staging = Staging(self._home.memory, self._home.stream)
+        self._placement: Placement = placement or OnDevice(device)
+        self._staging = Staging(self._placement.memory, self._placement.stream)
         self.modules: dict[Key, nn.Module] = {
-            key: skeleton(masters[key.variant].template) for key in ORDER
+            key: skeleton(base_weights[key.variant].template) for key in ORDER
         }
         self._float8 = {
             key: float8_parameters(module) if key.precision == "fp8" else frozenset()
@@ -80,11 +82,11 @@ class Transformers:
         self._weights: dict[Key, WorkingWeights] = {}
         self._seconds: dict[Key, float] = {}  # that making them took
         self._sources: dict[Key, str] = {}  # what they were made from
-        self._copies = DeviceCopies(self._home.memory, self._staging)
+        self._copies = DeviceCopies(self._placement.memory, self._staging)
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
-        if self._home.stream and self._home.shares_device:  # the host's are not at hand there
-            sizes |= {BaseCopy(name): sizes[Key(name, "bf16")] for name in masters}
-        shares = self._home.shares_device
+        if self._placement.stream and self._placement.shares_device:  # else nothing is copied there
+            sizes |= {BaseCopy(name): sizes[Key(name, "bf16")] for name in base_weights}
+        shares = self._placement.shares_device
         self._residency = Residency(sizes, budget, "device" if shares else "host")
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
@@ -114,14 +116,14 @@ class Transformers:
             fresh = key not in self._seconds  # or never finished: memory may have run out
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
-                self._bring(key, check_cancelled)
+                self._load(key, check_cancelled)
             if self._wants_copy(key, adapters, fresh=fresh):
                 self._copy_base(key.variant, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
                 return swap
             self._seconds[key] = time.perf_counter() - start
-            logger.info("%s %s is on %s: %s", *key, self._home.memory, self._entry(key).cost)
+            logger.info("%s %s is on %s: %s", *key, self._placement.memory, self._entry(key).cost)
             return replace(swap, restored=0)  # they were never anything else
 
         return self.with_room(key, write)
@@ -145,7 +147,7 @@ class Transformers:
     def _alone(self, key: Key, work: Callable[[], T]) -> T:
         """Do some work with one transformer alone on the device."""
         for other in self._residency.resident:
-            if other != key and self._home.shares_device:
+            if other != key and self._placement.shares_device:
                 self._evict(other)
         empty_cache(self._device)
         try:
@@ -160,7 +162,7 @@ class Transformers:
 
     def entries(self) -> list[Entry]:
         """Rows for the table of setup: the base transformers, and those that serve."""
-        found = [master.entry() for master in self._masters.values()]
+        found = [base.entry() for base in self._base_weights.values()]
         return found + self._copies.entries() + [self._entry(key) for key in ORDER]
 
     def _entry(self, key: Key) -> Entry:
@@ -170,20 +172,20 @@ class Transformers:
         held = [t for value in self.modules[key].parameters() for t in storage(value)]
         return Entry.of(name, held, self._sources[key], self._seconds[key])
 
-    def _bring(self, key: Key, check_cancelled: CheckCancelled) -> None:
+    def _load(self, key: Key, check_cancelled: CheckCancelled) -> None:
         """Memory for a transformer, and records of what is in it.
 
         That is nothing yet, or its prequantized weights, where they save opening the base weights.
         """
-        module, empty = self.modules[key], self._home.allocator()
-        master = self._masters[key.variant]
-        ready_made = None if key.precision == "bf16" or master.is_open else master.prequantized
+        module, empty = self.modules[key], self._placement.allocator()
+        base = self._base_weights[key.variant]
+        ready_made = None if key.precision == "bf16" or base.is_open else base.prequantized
         try:
             for name, parameter in list(module.named_parameters()):
-                _set(module, name, self._empty(key, name, parameter, empty))
+                set_parameter(module, name, self._empty(key, name, parameter, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
                 ready_made.fill(module, self._staging, check_cancelled)
-            self._home.enter(module)
+            self._placement.enter(module)
             self._sources[key] = (
                 str(ready_made.path) if ready_made else f"{key.variant} base weights"
             )
@@ -229,12 +231,12 @@ class Transformers:
 
     def _copy_base(self, variant: str, check_cancelled: CheckCancelled) -> None:
         """Have a variant's base weights on the device, unless its memory does not suffice."""
-        item, master = BaseCopy(variant), self._masters[variant]
+        item, base = BaseCopy(variant), self._base_weights[variant]
         self._make_room(self._residency.admit(item))
         if variant in self._copies:
             return
         # what is read once is not worth page-locking; what left, and comes again, may leave again
-        host = master.open if variant in self._to_copy else master.at_hand
+        host = base.open if variant in self._to_copy else base.at_hand
         try:
             read = self._base(variant, host)
             sources = {name: read(COMPONENT, name) for name in host()}
@@ -252,9 +254,9 @@ class Transformers:
 
     def _hold_masters(self) -> None:
         """Start to page-lock what will be read from the host; not beside the copies of setup."""
-        for name, master in self._masters.items():
-            if master.is_open and name not in self._copies and not self._to_copy:
-                master.begin()
+        for name, base in self._base_weights.items():
+            if base.is_open and name not in self._copies and not self._to_copy:
+                base.begin()
 
     def _make_room(self, leaving: Sequence[Item]) -> None:
         """Evict, and return the memory before anything else is allocated.
@@ -264,49 +266,29 @@ class Transformers:
         for key in leaving:
             self._evict(key)
         if leaving:
-            empty_cache(self._home.memory)
+            empty_cache(self._placement.memory)
 
     def _evict(self, item: Item) -> None:
         """Give back the memory of a transformer, with its records, or of base weights."""
         self._residency.drop(item)
         if isinstance(item, BaseCopy):
             if self._copies.drop(item.variant):
-                logger.info("%s %s leaves %s", *item, self._home.memory)
+                logger.info("%s %s leaves %s", *item, self._placement.memory)
             return
         self._seconds.pop(item, None)
         if self._weights.pop(item, None):
-            logger.info("%s %s leaves %s", *item, self._home.memory)
+            logger.info("%s %s leaves %s", *item, self._placement.memory)
         module = self.modules[item]
-        self._home.leave(module)
+        self._placement.leave(module)
         for name, parameter in list(module.named_parameters()):
-            _set(module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+            set_parameter(
+                module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            )
 
     def _base(
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> BaseValues:
         """Where a variant's base values are nearest; see `DeviceCopies.nearest`."""
         plain = Key(variant, "bf16")
-        on_host = host or self._masters[variant].at_hand
+        on_host = host or self._base_weights[variant].at_hand
         return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
-
-
-def skeleton(master: nn.Module) -> nn.Module:
-    """A module like `master`, with parameters of its shapes and dtype, and no memory."""
-    with torch.device("meta"):
-        module: nn.Module = type(master).from_config(master.config)  # type: ignore[attr-defined]
-    for name, parameter in master.named_parameters():
-        _set(module, name, torch.empty_like(parameter, device="meta"))
-    return module.eval()
-
-
-def size(module: nn.Module, float8: frozenset[str]) -> int:
-    """Bytes of a transformer's weights with some of them in float8, a scale for each row."""
-    return sum(
-        parameter.numel() + 4 * parameter.shape[0] if name in float8 else size_of([parameter])
-        for name, parameter in module.named_parameters()
-    )
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

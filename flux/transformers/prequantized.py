@@ -183,7 +183,7 @@ class Prequantized:
             working += storage(parameter)
             stored += storage(self._values[name])
         try:
-            for target, near in zip(working, staging.bring(stored), strict=True):
+            for target, near in zip(working, staging.prefetch(stored), strict=True):
                 check_cancelled()
                 target.copy_(near)
         finally:

@@ -168,8 +168,8 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
         if found is None:
             (ignored if _is_ignorable(key, info, spelling, targets) else unknown).append(key)
             continue
-        dialect, place = found
-        group = groups.setdefault(spelling, Group(place, dialect.label, spelling))
+        dialect, target = found
+        group = groups.setdefault(spelling, Group(target, dialect.label, spelling))
         if role in group.keys:
             raise AdapterError(
                 f"the file has {short(group.keys[role])} and {short(key)}, "
@@ -218,8 +218,8 @@ def _refuse_second_spellings(groups: list[Group]) -> None:
     """Two spellings that reach the same module would add up; no trainer means that."""
     owners: dict[Parameter, str] = {}
     for group in groups:
-        for module in {piece.module for piece in group.place.pieces}:
-            owner = owners.setdefault((group.place.component, module), group.spelling)
+        for module in {piece.module for piece in group.target.pieces}:
+            owner = owners.setdefault((group.target.component, module), group.spelling)
             if owner != group.spelling:
                 raise AdapterError(
                     f"the file has {short(owner)} and {short(group.spelling)}, "
@@ -230,6 +230,6 @@ def _refuse_second_spellings(groups: list[Group]) -> None:
 def _format(groups: list[Group]) -> str:
     """For the log, e.g. "kohya keys, BFL names, DoRA + LoRA, F16"."""
     labels = " + ".join(sorted({group.label for group in groups}))
-    namings = " + ".join(sorted({group.place.naming for group in groups}))
+    namings = " + ".join(sorted({group.target.naming for group in groups}))
     kinds = {group.kind for group in groups}
     return f"{labels} keys, {namings} names, {' + '.join(sorted(kinds))}"

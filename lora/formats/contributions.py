@@ -97,13 +97,13 @@ def _scaling(group: Group, settings: AdapterSettings, read: Callable[[str], Tens
     key = group.keys.get("alpha")
     if "oft_blocks" in group.keys:
         alpha = float(read(key).item()) if key else 0.0
-        return alpha * group.place.shape[0] if 0 < alpha < math.inf else math.inf
+        return alpha * group.target.shape[0] if 0 < alpha < math.inf else math.inf
     if "oft_R" in group.keys:
         return max(1, group.sizes["packed"]) ** -0.5 if "oft_scaled" in group.keys else 1.0
     if not group.rank:
         return 1.0
     if key is None:
-        return settings.scaling(group.place.component, group.place.spelling, group.rank)
+        return settings.scaling(group.target.component, group.target.spelling, group.rank)
     alpha = float(read(key).item())
     if not 0 < alpha < math.inf:
         raise AdapterError(f"{short(key)} is {alpha}; it must be a finite number above 0")
@@ -138,7 +138,7 @@ def _deltas(group: Group, tensors: Mapping[str, Tensor], scaling: float) -> list
     if group.layout is not None:
         delta = _delta(group, tensors, scaling)
         if "magnitude" in tensors:
-            delta = DoRA(delta, _magnitude_matrix(tensors["magnitude"], group.place.shape[0]))
+            delta = DoRA(delta, _magnitude_matrix(tensors["magnitude"], group.target.shape[0]))
         deltas.append(("weight", delta))
     if "up_bias" in tensors:
         deltas.append(("bias", Full(tensors["up_bias"], scaling)))
@@ -186,6 +186,6 @@ def _magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:
 def _module(group: Group, name: str) -> Module:
     """The module's weight or bias, as the parameters that make it up."""
     parts = tuple(
-        Part(f"{piece.module}.{name}", piece.source, piece.target) for piece in group.place.pieces
+        Part(f"{piece.module}.{name}", piece.source, piece.target) for piece in group.target.pieces
     )
-    return Module(group.place.component, parts)
+    return Module(group.target.component, parts)

@@ -118,9 +118,9 @@ def _refuse_control(header: Header, targets: Targets) -> None:
         found = targets.find(spelling)
         if found is None:
             continue
-        place = found[1]
-        is_input = place.pieces[0].module == "x_embedder" and place.component == TRANSFORMER
-        widened = role == "down" and is_input and info.shape[1:] != place.shape[1:]
+        target = found[1]
+        is_input = target.pieces[0].module == "x_embedder" and target.component == TRANSFORMER
+        widened = role == "down" and is_input and info.shape[1:] != target.shape[1:]
         if widened or (not role and key.endswith(".scale") and _has_roles(header)):
             raise AdapterError(
                 "this file is a Control LoRA (canny, depth or the like), which changes the "

@@ -39,8 +39,8 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a spelled module lies in the model: its shape, and the pieces it is made of."""
+class Target:
+    """What a spelling names in the model: the shape of its weight, and the pieces it is made of."""
 
     component: str
     spelling: str
@@ -59,25 +59,25 @@ class Targets:
     """
 
     def __init__(self, shapes: Shapes) -> None:
-        self._tables: dict[tuple[str, bool], dict[str, Place]] = {}
+        self._tables: dict[tuple[str, bool], dict[str, Target]] = {}
         self._absent: dict[bool, frozenset[str]] = {}
         for component, parameters in shapes.items():
             modules = dict(_modules(component, parameters))
-            places = list(modules.values())
+            targets = list(modules.values())
             if component == TRANSFORMER:
                 fused, absent = _transformer_spellings(modules)
-                places += fused
+                targets += fused
                 self._absent = {False: absent, True: frozenset(map(_join, absent))}
-            spelled = {place.spelling: place for place in places}
+            spelled = {target.spelling: target for target in targets}
             self._tables[component, False] = spelled
             self._tables[component, True] = {_join(name): p for name, p in spelled.items()}
 
-    def find(self, spelling: str) -> tuple[Dialect, Place] | None:
+    def find(self, spelling: str) -> tuple[Dialect, Target] | None:
         """The module that `spelling` names, or None when it names none."""
         for dialect, name in _candidates(spelling):
-            place = self._tables.get((dialect.component, dialect.joined), {}).get(name)
-            if place is not None:
-                return dialect, place
+            target = self._tables.get((dialect.component, dialect.joined), {}).get(name)
+            if target is not None:
+                return dialect, target
         return None
 
     def is_absent(self, spelling: str) -> bool:
@@ -92,8 +92,8 @@ class Targets:
 
     def shape(self, component: str, module: str) -> tuple[int, ...] | None:
         """Shape of a module's weight by its own name, or None when the model has none."""
-        place = self._tables.get((component, False), {}).get(module)
-        return place.shape if place else None
+        target = self._tables.get((component, False), {}).get(module)
+        return target.shape if target else None
 
 
 def _candidates(spelling: str) -> Iterator[tuple[Dialect, str]]:
@@ -112,7 +112,7 @@ def _join(name: str) -> str:
 
 def _modules(
     component: str, parameters: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Place]]:
+) -> Iterator[tuple[str, Target]]:
     """Every module with a weight, under its own name in the model."""
     for parameter, shape in parameters.items():
         name = parameter.removesuffix(".weight")
@@ -121,23 +121,23 @@ def _modules(
             pieces = (Piece(name, rows, rows),)
             bias = f"{name}.bias" in parameters
             spelling = name.removeprefix("text_model.") if component == CLIP else name
-            yield name, Place(component, spelling, "diffusers", tuple(shape), pieces, bias)
+            yield name, Target(component, spelling, "diffusers", tuple(shape), pieces, bias)
 
 
-def _transformer_spellings(modules: Mapping[str, Place]) -> tuple[list[Place], frozenset[str]]:
+def _transformer_spellings(modules: Mapping[str, Target]) -> tuple[list[Target], frozenset[str]]:
     """BFL's and XLabs's names for the transformer's modules, and names of modules it lacks."""
-    places: list[Place] = []
+    targets: list[Target] = []
     absent: set[str] = set()
     for naming, spelling, names in chain(_top_rows(), _block_rows(modules)):
         parts = [modules[name] for name in names if name in modules]
         if len(parts) == len(names):
-            places.append(_fuse(spelling, naming, parts))
+            targets.append(_fuse(spelling, naming, parts))
         else:
             absent.update((spelling, *names))
     shift_scale, norm_out = BFL_SHIFT_SCALE
     if norm_out in modules:
-        places.append(_swap_halves(shift_scale, modules[norm_out]))
-    return places, frozenset(absent)
+        targets.append(_swap_halves(shift_scale, modules[norm_out]))
+    return targets, frozenset(absent)
 
 
 def _top_rows() -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -160,8 +160,8 @@ def _block_rows(modules: Iterable[str]) -> Iterator[tuple[str, str, tuple[str, .
                     yield naming, f"{spelled}.{index}.{name}.scale", names
 
 
-def _fuse(spelling: str, naming: str, parts: list[Place]) -> Place:
-    """One place whose output rows are those of `parts`, one after the other."""
+def _fuse(spelling: str, naming: str, parts: list[Target]) -> Target:
+    """One target whose output rows are those of `parts`, one after the other."""
     pieces, start = [], 0
     for part in parts:
         rows = part.shape[0]
@@ -169,12 +169,12 @@ def _fuse(spelling: str, naming: str, parts: list[Place]) -> Place:
         start += rows
     shape = (start, *parts[0].shape[1:])
     has_bias = all(part.has_bias for part in parts)
-    return Place(parts[0].component, spelling, naming, shape, tuple(pieces), has_bias)
+    return Target(parts[0].component, spelling, naming, shape, tuple(pieces), has_bias)
 
 
-def _swap_halves(spelling: str, place: Place) -> Place:
+def _swap_halves(spelling: str, target: Target) -> Target:
     """BFL's last modulation gives (shift, scale) where diffusers gives (scale, shift)."""
-    name, rows = place.pieces[0].module, place.shape[0]
+    name, rows = target.pieces[0].module, target.shape[0]
     first, second = slice(0, rows // 2), slice(rows // 2, rows)
     pieces = (Piece(name, second, first), Piece(name, first, second))
-    return Place(place.component, spelling, "BFL", place.shape, pieces, place.has_bias)
+    return Target(target.component, spelling, "BFL", target.shape, pieces, target.has_bias)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import isqrt, prod
 
 from lora.formats.errors import AdapterError
-from lora.formats.keys import Place
+from lora.formats.keys import Target
 from weights.header import short
 
 NUMBERS = frozenset({"alpha", "oft_scaled"})  # roles of a single number, of any dtype
@@ -90,7 +90,7 @@ class Group:
     `check` fills in `layout` (None: the module has no delta of its weight) and `sizes`.
     """
 
-    place: Place
+    target: Target
     label: str
     spelling: str
     keys: dict[str, str] = field(default_factory=dict)
@@ -153,26 +153,26 @@ class Group:
 
     def _bind(self, layout: Layout) -> Sizes:
         """The number that each symbol of the layout stands for."""
-        place = self.place.shape
+        target = self.target.shape
         if "diff" in layout.shapes:
-            self._expect("diff", (place,))
+            self._expect("diff", (target,))
             return {}
-        sizes: Sizes = {"1": 1, **({"rows": place[0]} if layout.turns else {})}
+        sizes: Sizes = {"1": 1, **({"rows": target[0]} if layout.turns else {})}
         for role, symbols in layout.shapes.items():
             shape = self.shapes[role]
             known = tuple(sizes.setdefault(s, n) for s, n in zip(symbols, shape, strict=False))
             if len(shape) != len(symbols) or known != shape:
                 raise self._misfit(role, f"[{', '.join(symbols)}] of one {layout.kind}")
-        extent = _extent(layout.kind, sizes, place)
-        if extent != place:
+        extent = _extent(layout.kind, sizes, target)
+        if extent != target:
             raise AdapterError(
                 f"{short(self.spelling)} changes a weight of {extent[0]} x {extent[1]}; "
-                f"this model's is {' x '.join(map(str, place))}. The file is for another model."
+                f"this model's is {' x '.join(map(str, target))}. The file is for another model."
             )
         return sizes
 
     def _check_extras(self) -> None:
-        rows, *columns = self.place.shape
+        rows, *columns = self.target.shape
         magnitudes = ((rows,), (rows, 1), *((n,) for n in columns), *((1, n) for n in columns))
         allowed: Mapping[str, Sequence[tuple[int, ...]]] = {
             "magnitude": magnitudes,
@@ -184,7 +184,7 @@ class Group:
         for role, shapes in allowed.items():
             if role in self.keys:
                 self._expect(role, shapes)
-        if self.keys.keys() & {"up_bias", "diff_b"} and not self.place.has_bias:
+        if self.keys.keys() & {"up_bias", "diff_b"} and not self.target.has_bias:
             raise AdapterError(f"{short(self.spelling)} changes a bias, and that module has none")
         if "oft_scaled" in self.keys and "oft_R" not in self.keys:
             raise AdapterError(f"{short(self.keys['oft_scaled'])} is there without a rotation")
@@ -198,12 +198,12 @@ class Group:
     def _misfit(self, role: str, expected: str) -> AdapterError:
         return AdapterError(
             f"{short(self.keys[role])} has the shape {self.shapes[role]}; expected {expected} "
-            f"for a module of shape {self.place.shape}. The file is for another model or damaged."
+            f"for a module of shape {self.target.shape}. The file is for another model or damaged."
         )
 
 
-def _extent(kind: str, sizes: Sizes, place: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of the weight that a layout changes, which `place` should have.
+def _extent(kind: str, sizes: Sizes, target: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of the weight that a layout changes, which `target` should have.
 
     Rotations fix the rows or the columns alone. A size that is not possible is given as 0.
     """
@@ -214,11 +214,11 @@ def _extent(kind: str, sizes: Sizes, place: tuple[int, ...]) -> tuple[int, int]:
             # A butterfly's last factor interleaves 2 ^ (factors - 1) blocks with as many.
             groups = 2 ** min(max(sizes.get("factors", 1) - 1, 0), 64)
             possible = sizes["blocks"] % groups == 0 and (kind == "OFT" or sizes["size"] % 2 == 0)
-            return sizes["blocks"] * sizes["size"] * possible, place[-1]
+            return sizes["blocks"] * sizes["size"] * possible, target[-1]
         case "OFT of inputs":
             size = sizes["size"] = _packed_size(sizes["packed"])
-            shared = sizes["blocks"] == 1 and size and place[-1] % size == 0
-            return place[0], place[-1] if shared else sizes["blocks"] * size
+            shared = sizes["blocks"] == 1 and size and target[-1] % size == 0
+            return target[0], target[-1] if shared else sizes["blocks"] * size
     return sizes["rows"], sizes["columns"]
 
 

@@ -9,7 +9,7 @@ from typing import Self
 from urllib.parse import unquote, unquote_to_bytes
 
 from lora.sources.link import Link
-from lora.sources.reference import Access, Artifact, Fetched, Reference
+from lora.sources.reference import Access, Artifact, FetchedFile, Reference
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
 from weights.serving.redact import one_line
@@ -67,6 +67,6 @@ class InlineArtifact(Artifact):
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
-    ) -> Fetched:
+    ) -> FetchedFile:
         target.write_bytes(self.data)
-        return Fetched(target, sha256_of(target))
+        return FetchedFile(target, sha256_of(target))

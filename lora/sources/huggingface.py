@@ -23,7 +23,7 @@ from huggingface_hub import (
 from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import SLUG, Link
-from lora.sources.reference import Access, Artifact, Fetched, Reference, fingerprint
+from lora.sources.reference import Access, Artifact, FetchedFile, Reference, fingerprint
 from weights.download.http import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
@@ -149,7 +149,7 @@ class HubArtifact(Artifact):
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
-    ) -> Fetched:
+    ) -> FetchedFile:
         """Fetch the file into the cache of huggingface_hub, or find it there."""
         settings = access.settings
         endpoint, cache = settings.hf_endpoint, settings.hf_cache_dir
@@ -181,7 +181,7 @@ class HubArtifact(Artifact):
                 f"{self.source}: the file has SHA-256 {digest}, but the Hub announces "
                 f"{self.sha256}. It was damaged on the way: try again."
             )
-        return Fetched(path, digest, in_place=True, evictable=not isinstance(cached, str))
+        return FetchedFile(path, digest, in_place=True, evictable=not isinstance(cached, str))
 
 
 def remove(path: Path, cache_dir: Path | None = None) -> None:

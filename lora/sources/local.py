@@ -6,7 +6,7 @@ from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from lora.sources.link import Link
-from lora.sources.reference import Access, Artifact, Fetched, Reference
+from lora.sources.reference import Access, Artifact, FetchedFile, Reference
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
 from weights.serving.errors import NotFoundError
@@ -56,5 +56,5 @@ class LocalArtifact(Artifact):
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
-    ) -> Fetched:
-        return Fetched(self.path, sha256_of(self.path), in_place=True, evictable=False)
+    ) -> FetchedFile:
+        return FetchedFile(self.path, sha256_of(self.path), in_place=True, evictable=False)

@@ -26,7 +26,7 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedFile:
     """A file on this disk: a .safetensors file, or a tar that holds one.
 
     in_place: it lies where its owner keeps it, and must not be moved.
@@ -60,7 +60,7 @@ class Artifact(ABC):
     @abstractmethod
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
-    ) -> Fetched:
+    ) -> FetchedFile:
         """Bring the file to this disk, and verify it.
 
         Args:

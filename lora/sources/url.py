@@ -7,7 +7,7 @@ from typing import Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from lora.sources.link import Link
-from lora.sources.reference import Access, Artifact, Fetched, Reference
+from lora.sources.reference import Access, Artifact, FetchedFile, Reference
 from weights.download.http import Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, Progress, download
@@ -74,7 +74,7 @@ class UrlArtifact(Artifact):
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
-    ) -> Fetched:
+    ) -> FetchedFile:
         expected = Expected(
             sha256=self.sha256,
             validator=self.validator,
@@ -88,7 +88,7 @@ class UrlArtifact(Artifact):
             retry=retry,
             on_progress=on_progress,
         )
-        return Fetched(target, digest)
+        return FetchedFile(target, digest)
 
 
 def probe(remote: Remote, identity: str, access: Access, retry: RetryPolicy) -> UrlArtifact:

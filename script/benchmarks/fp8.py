@@ -19,8 +19,8 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from benchmarks.shared import flux1, full_depth
 from benchmarks.shared.report import BLUE, GREY, chart, report
 from benchmarks.step import inputs
-from flux.transformers.pool import size
 from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
+from flux.transformers.skeleton import size
 
 WIDTH, RANK, SEEDS = 1536, 16, 5
 DELTAS = (0.5, 1.0, 2.0, 5.0)  # standard deviation, in per cent of the weights'

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shared import flux1
 from benchmarks.shared.report import BLUE, GREY, chart, report
-from flux.transformers.pool import size
 from flux.transformers.quantize import float8_parameters
+from flux.transformers.skeleton import size
 from flux.variants import VARIANTS
 
 SIDES = (1024, 512)

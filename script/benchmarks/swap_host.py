@@ -76,7 +76,7 @@ class Here:
         """Nothing."""
         return False
 
-    def meet(self) -> None:
+    def wait_for_each_other(self) -> None:
         """There is nothing to wait for."""
 
 

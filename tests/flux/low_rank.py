@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from flux.transformers.merge import OnePassLike, WorkingWeights
+from flux.transformers.adapters import OnePassLike
+from flux.transformers.merge import WorkingWeights
 from flux.transformers.quantize import empty_float8, storage, store
 from lora.formats.adapter import Adapter
 from lora.formats.deltas import Contribution, LoRA, Module, Part

@@ -27,17 +27,17 @@ class Late:
         self.targets: set[int] = set()
         self.fail_at = -1  # the number of meetings until one fails
 
-    def carries(self, source: Tensor) -> bool:
+    def needs_copy(self, source: Tensor) -> bool:
         return True
 
-    def holds_up(self, source: Tensor) -> bool:
+    def blocks_host(self, source: Tensor) -> bool:
         return self.pageable
 
-    def piece(self, size: int) -> Tensor:
+    def pinned_buffer(self, size: int) -> Tensor:
         self.pieces.append(torch.empty(size, dtype=torch.uint8))
         return self.pieces[-1]
 
-    def mark(self) -> Callable[[], None]:
+    def record_event(self) -> Callable[[], None]:
         before = list(self.under_way)
 
         def wait() -> None:
@@ -55,7 +55,7 @@ class Late:
         self.sent += source.nbytes
         self.under_way.append((target, source))
 
-    def meet(self) -> None:
+    def join(self) -> None:
         self.fail_at -= 1
         if self.fail_at == 0:
             raise RuntimeError("CUDA error: injected")
@@ -125,10 +125,10 @@ class Streams:
 
     def _patch_hooks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         group = group_offloading.ModuleGroup
-        bring, take_back = group._transfer_tensor_to_device, group._offload_to_memory
+        prefetch, take_back = group._transfer_tensor_to_device, group._offload_to_memory
 
         def bring_a_copy(group: Any, tensor: Tensor, source: Tensor, stream: Any) -> None:
-            bring(group, tensor, source.clone(), stream)
+            prefetch(group, tensor, source.clone(), stream)
             self.on_device[id(tensor)] = tensor.numel() * tensor.element_size()
             self.most = max(self.most, sum(self.on_device.values()))
 

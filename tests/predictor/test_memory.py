@@ -140,7 +140,7 @@ def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
 class FromFiles(Late):
     """Carries what a checkpoint's own module holds; all else is on the device."""
 
-    def carries(self, source: Tensor) -> bool:
+    def needs_copy(self, source: Tensor) -> bool:
         return isinstance(source, nn.Parameter)
 
 

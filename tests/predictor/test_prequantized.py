@@ -19,8 +19,8 @@ from flux.__main__ import main
 from flux.deployment import NANO
 from flux.memory.budget import bytes_of
 from flux.transformers.base_weights import template
-from flux.transformers.pool import size
 from flux.transformers.quantize import float8_parameters
+from flux.transformers.skeleton import size
 from tests.support.adapters import adapter
 from tests.support.pictures import colours, data_uri, same
 

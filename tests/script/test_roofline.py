@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
 from benchmarks.shared import flux1
-from flux.transformers.pool import size
+from flux.transformers.skeleton import size
 
 
 def counted(model, image: int, text: int) -> int:

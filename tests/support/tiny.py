@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from flux.transformers.base_weights import Master
+from flux.transformers.base_weights import BaseWeights
 from lora.formats.adapter import Adapter, Targets, load_adapter
 
 
@@ -83,9 +83,9 @@ def transformers(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     return {name: modules(size, dtype)["transformer"] for name, size in sizes.items()}
 
 
-def opened(found: dict[str, nn.Module]) -> dict[str, Master]:
+def opened(found: dict[str, nn.Module]) -> dict[str, BaseWeights]:
     """Transformers as base copies, each to be opened as it is."""
-    return {name: Master(name, m, lambda m=m: m, Path(name)) for name, m in found.items()}
+    return {name: BaseWeights(name, m, lambda m=m: m, Path(name)) for name, m in found.items()}
 
 
 def factors(

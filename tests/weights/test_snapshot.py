@@ -15,7 +15,7 @@ from weights import snapshot
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import LogProgress
 from weights.manifest import REPOSITORIES
-from weights.repository import HubSettings, Wanted
+from weights.repository import HubSettings, PinnedRepository
 from weights.serving.errors import (
     AccessDeniedError,
     DiskSpaceError,
@@ -45,7 +45,7 @@ def huggingface(hub, official_files):
 
 
 def obtain(repository, revision, settings):
-    (path,) = snapshot.obtain([Wanted(repository, revision)], settings)
+    (path,) = snapshot.obtain([PinnedRepository(repository, revision)], settings)
     return path
 
 
@@ -100,7 +100,7 @@ def test_the_progress_of_several_repositories_has_one_total(
 ):
     monkeypatch.setattr("weights.snapshot.LogProgress", lambda name: LogProgress(name, every=0))
     caplog.set_level(logging.INFO, "weights")
-    snapshot.obtain([Wanted(DEV, "main"), Wanted(SCHNELL, "main")], settings)
+    snapshot.obtain([PinnedRepository(DEV, "main"), PinnedRepository(SCHNELL, "main")], settings)
     size = sum(
         len(official_files[part][name])
         for part in ("dev", "schnell")
@@ -166,7 +166,7 @@ def test_weights_stay_what_they_were_until_they_are_fetched_anew(
     changed = official_files["schnell"] | {"scheduler/scheduler_config.json": b"{}"}
     new = huggingface["schnell"].commit(changed)
     assert obtain(SCHNELL, "main", settings) == first
-    snapshot.fetch([Wanted(SCHNELL, "main")], settings)
+    snapshot.fetch([PinnedRepository(SCHNELL, "main")], settings)
     assert obtain(SCHNELL, "main", settings).name == new
     assert obtain(SCHNELL, old, settings) == first
 
@@ -272,7 +272,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(hub, settings, huggin
 def test_a_disk_with_room_for_one_of_two_is_noticed_before_anything_is_fetched(
     hub, settings, huggingface, official_files, monkeypatch
 ):
-    both = [Wanted(SCHNELL, "main"), Wanted(DEV, "main")]
+    both = [PinnedRepository(SCHNELL, "main"), PinnedRepository(DEV, "main")]
     sizes = [
         sum(len(official_files[part][name]) for name in wanted(official_files[part], part))
         for part in ("schnell", "dev")

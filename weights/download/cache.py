@@ -55,7 +55,7 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
-class Record:
+class CacheRecord:
     """A file in the cache, and what is known of its origin.
 
     path: relative to the cache, or absolute for a file that is kept elsewhere.
@@ -93,7 +93,7 @@ class FileCache:
         for name in _DIRECTORIES:
             (self._root / name).mkdir(exist_ok=True)
 
-    def find(self, key: str) -> Record | None:
+    def find(self, key: str) -> CacheRecord | None:
         """Return the record under a key if its file is there and whole, else None.
 
         Raises DirectoryError if the cache's directory cannot be used.
@@ -103,7 +103,7 @@ class FileCache:
         record = _read(self._record_path(key))
         return record if record is not None and self._is_whole(record) else None
 
-    def remember(self, key: str, record: Record) -> None:
+    def remember(self, key: str, record: CacheRecord) -> None:
         """Let a key lead to a record from now on."""
         _write(self._record_path(key), record)
 
@@ -127,7 +127,7 @@ class FileCache:
         return path
 
     @contextlib.contextmanager
-    def in_use(self, record: Record) -> Iterator[Path]:
+    def in_use(self, record: CacheRecord) -> Iterator[Path]:
         """Yield the path of a file that will not be evicted meanwhile.
 
         Raises FileNotFoundError if it is gone.
@@ -166,17 +166,17 @@ class FileCache:
         free = shutil.disk_usage(self._root).free
         return size + self._settings.min_free_bytes - free
 
-    def _is_whole(self, record: Record) -> bool:
+    def _is_whole(self, record: CacheRecord) -> bool:
         path = self._root / record.path
         return path.is_file() and path.stat().st_size == record.size
 
-    def _evictable(self) -> list[Record]:
+    def _evictable(self) -> list[CacheRecord]:
         """Every file that may be evicted, the least recently used first."""
         ours = {record.path: record for _, record in self._records() if record.evictable}
         present = [record for record in ours.values() if self._is_whole(record)]
         return sorted(present, key=lambda record: _modified(self._use_path(record.sha256)))
 
-    def _evict(self, record: Record) -> bool:
+    def _evict(self, record: CacheRecord) -> bool:
         """Remove a file and its records unless it is in use; returns whether it was removed."""
         mark = self._use_path(record.sha256)
         with mark.open("a") as file:
@@ -193,7 +193,7 @@ class FileCache:
         logger.info("Evicted %s (%.1f MB) from the cache.", record.source, record.size / 1e6)
         return True
 
-    def _records(self) -> list[tuple[Path, Record]]:
+    def _records(self) -> list[tuple[Path, CacheRecord]]:
         entries = ((path, _read(path)) for path in (self._root / "records").glob("*.json"))
         return [(path, record) for path, record in entries if record is not None]
 
@@ -234,10 +234,10 @@ def _modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
 
 
-def _read(path: Path) -> Record | None:
+def _read(path: Path) -> CacheRecord | None:
     try:
         fields = json.loads(path.read_text())
-        return Record(**{**fields, "trigger_words": tuple(fields["trigger_words"])})
+        return CacheRecord(**{**fields, "trigger_words": tuple(fields["trigger_words"])})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):
@@ -245,7 +245,7 @@ def _read(path: Path) -> Record | None:
         return None
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(path: Path, record: CacheRecord) -> None:
     draft = path.with_suffix(f".{uuid4().hex}.draft")
     draft.write_text(json.dumps(asdict(record)))
     draft.replace(path)

@@ -71,7 +71,7 @@ def swaps(session: Session) -> None:
     if copied:
         item = BaseCopy("dev")
         session.call(lambda _: (transformers._evict(item), transformers._residency.exclude(item)))
-        session.call(lambda _: transformers._masters["dev"].at_hand())
+        session.call(lambda _: transformers._base_weights["dev"].at_hand())
         turn("on the host")
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from flux.memory.offload import OnHost, offload, offloaded
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
-from flux.transformers.pool import Transformers, size
+from flux.transformers.pool import Transformers
+from flux.transformers.skeleton import size
 from tests.flux.merging import SIZE
 from tests.flux.streams import Streams
 from tests.support import tiny
@@ -27,13 +28,13 @@ def streams(request, monkeypatch) -> Streams | None:
 
 
 @pytest.fixture
-def masters() -> dict[str, nn.Module]:
+def base_weights() -> dict[str, nn.Module]:
     return tiny.transformers()
 
 
-def make(masters, device: torch.device = CPU, **options: Any) -> Transformers:
+def make(base_weights, device: torch.device = CPU, **options: Any) -> Transformers:
     options = {"dynamic": False, "budget": None} | options
-    return Transformers(tiny.opened(masters), device, **options)
+    return Transformers(tiny.opened(base_weights), device, **options)
 
 
 def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:
@@ -57,8 +58,8 @@ def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:
 
 
 @pytest.mark.parametrize("key", ORDER, ids="-".join)
-def test_the_same_bits_with_and_without_adapters(masters, adapters, streams, key) -> None:
-    here, there = make(masters), make(masters, home=OnHost(CPU))
+def test_the_same_bits_with_and_without_adapters(base_weights, adapters, streams, key) -> None:
+    here, there = make(base_weights), make(base_weights, placement=OnHost(CPU))
     for desired in ([], [(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []):
         for found in (here, there):
             found.reconcile(key, desired)
@@ -66,9 +67,9 @@ def test_the_same_bits_with_and_without_adapters(masters, adapters, streams, key
             assert torch.equal(step(there, key), step(here, key))
 
 
-def test_one_that_leaves_the_host_comes_back_whole(masters, adapters, streams) -> None:
-    here = make(masters)
-    there = make(masters, home=OnHost(CPU), budget=size(masters["dev"], frozenset()))
+def test_one_that_leaves_the_host_comes_back_whole(base_weights, adapters, streams) -> None:
+    here = make(base_weights)
+    there = make(base_weights, placement=OnHost(CPU), budget=size(base_weights["dev"], frozenset()))
     expected = {}
     for found in (DEV, SCHNELL8):
         here.reconcile(found, [(adapters["b"], 1.0)])
@@ -80,13 +81,13 @@ def test_one_that_leaves_the_host_comes_back_whole(masters, adapters, streams) -
         assert there.resident == (found,)
 
 
-def test_little_is_on_the_device_at_a_time(masters, monkeypatch) -> None:
-    streams, there = Streams(monkeypatch), make(masters, home=OnHost(CPU))
+def test_little_is_on_the_device_at_a_time(base_weights, monkeypatch) -> None:
+    streams, there = Streams(monkeypatch), make(base_weights, placement=OnHost(CPU))
     there.reconcile(DEV, [])
     for _ in range(3):
         step(there, DEV)
         assert streams.on_device == {}
-    sizes = [p.numel() * p.element_size() for p in masters["dev"].parameters()]
+    sizes = [p.numel() * p.element_size() for p in base_weights["dev"].parameters()]
     assert 0 < streams.most <= 2.5 * max(sizes) < sum(sizes) / 4
 
 
@@ -104,9 +105,9 @@ class Full:
 
 @pytest.mark.parametrize("passes", [0, 2])
 @pytest.mark.parametrize("key", [DEV, DEV8], ids="-".join)
-def test_out_of_memory_in_a_layer(masters, adapters, streams, key, passes) -> None:
+def test_out_of_memory_in_a_layer(base_weights, adapters, streams, key, passes) -> None:
     """Layers that are on the device then are brought anew, with what was merged meanwhile."""
-    here, there = make(masters), make(masters, home=OnHost(CPU))
+    here, there = make(base_weights), make(base_weights, placement=OnHost(CPU))
     there.reconcile(SCHNELL8, [])
     there.reconcile(key, [])
     for _ in range(passes):
@@ -124,9 +125,9 @@ def test_out_of_memory_in_a_layer(masters, adapters, streams, key, passes) -> No
     assert set(there.resident) == {SCHNELL8, key}  # nobody else takes memory of the device
 
 
-def test_a_host_too_small_says_so(masters) -> None:
+def test_a_host_too_small_says_so(base_weights) -> None:
     with pytest.raises(BudgetError, match=r"the host has .* raise FLUX_HOST_MEMORY_GB"):
-        make(masters, home=OnHost(CPU), budget=1000)
+        make(base_weights, placement=OnHost(CPU), budget=1000)
 
 
 def test_t5_with_and_without_adapters(adapters, streams) -> None:
@@ -158,12 +159,12 @@ def test_a_device_without_streams_is_told() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("key", [DEV, DEV8], ids="-".join)
-def test_on_a_gpu(masters, adapters, key) -> None:
+def test_on_a_gpu(base_weights, adapters, key) -> None:
     """The same as on the device; without streams and page-locked memory, nothing works here."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    here, there = make(masters, device), make(masters, device, home=OnHost(device))
+    here, there = make(base_weights, device), make(base_weights, device, placement=OnHost(device))
     for desired in ([], [(adapters["c"], 1.0)], []):
         for found in (here, there):
             found.reconcile(key, desired)

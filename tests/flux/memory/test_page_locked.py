@@ -19,26 +19,26 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def masters() -> dict[str, nn.Module]:
+def base_weights() -> dict[str, nn.Module]:
     return tiny.transformers(torch.bfloat16)
 
 
-def test_held_copies_equal_the_map_and_share_few_slabs(masters, monkeypatch) -> None:
+def test_held_copies_equal_the_map_and_share_few_slabs(base_weights, monkeypatch) -> None:
     monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
-    master = masters["dev"]
-    before = [parameter.detach().clone() for parameter in master.parameters()]
-    assert hold(master, page_locked=False)
-    assert all(map(torch.equal, master.parameters(), before))
-    storages = [parameter.untyped_storage() for parameter in master.parameters()]
+    base = base_weights["dev"]
+    before = [parameter.detach().clone() for parameter in base.parameters()]
+    assert hold(base, page_locked=False)
+    assert all(map(torch.equal, base.parameters(), before))
+    storages = [parameter.untyped_storage() for parameter in base.parameters()]
     slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
-    assert bytes_of(master) <= sum(slabs.values()) <= 1.5 * bytes_of(master) + (1 << 16)
-    assert len(slabs) < len(list(master.parameters())) / 4
+    assert bytes_of(base) <= sum(slabs.values()) <= 1.5 * bytes_of(base) + (1 << 16)
+    assert len(slabs) < len(list(base.parameters())) / 4
 
 
-def test_host_memory_goes_to_who_opens_first(masters, monkeypatch) -> None:
+def test_host_memory_goes_to_who_opens_first(base_weights, monkeypatch) -> None:
     monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
     monkeypatch.setattr("flux.memory.page_locked.Slabs", lambda **_: Slabs(page_locked=False))
-    dev, schnell = masters.values()
+    dev, schnell = base_weights.values()
     pointers = [p.data_ptr() for p in schnell.parameters()]
     scarce = PageLocked(bytes_of(dev) + bytes_of(schnell) - 1)
     assert scarce.hold(dev)
@@ -48,21 +48,21 @@ def test_host_memory_goes_to_who_opens_first(masters, monkeypatch) -> None:
     assert [enough.hold(module) for module in (dev, schnell)] == [True, True]
 
 
-def test_without_memory_to_lock_the_map_serves(masters, monkeypatch, caplog) -> None:
-    master = masters["dev"]
-    pointers = [p.data_ptr() for p in master.parameters()]
+def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog) -> None:
+    base = base_weights["dev"]
+    pointers = [p.data_ptr() for p in base.parameters()]
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
-    assert not hold(master, page_locked=True)
-    assert [p.data_ptr() for p in master.parameters()] == pointers
+    assert not hold(base, page_locked=True)
+    assert [p.data_ptr() for p in base.parameters()] == pointers
     assert "stay in the memory map. There are no" in caplog.text
     assert "CUDA error: out of memory" in caplog.text
 
 
-def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch) -> None:
+def test_slabs_before_one_that_failed_go_back_to_the_system(base_weights, monkeypatch) -> None:
     """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:False")
     slabs, empty, kept = [], torch.empty, []
@@ -83,7 +83,7 @@ def test_slabs_before_one_that_failed_go_back_to_the_system(masters, monkeypatch
     monkeypatch.setattr(
         "flux.memory.page_locked.torch.accelerator.empty_host_cache", let_go, raising=False
     )
-    assert not hold(masters["dev"], page_locked=True)
+    assert not hold(base_weights["dev"], page_locked=True)
     assert (len(slabs), kept) == (2, [[]])
 
 
@@ -192,11 +192,11 @@ def test_budgets_as_set_and_as_measured(tmp_path) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(masters) -> None:
+def test_on_a_gpu(base_weights) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
     free, _ = torch.cuda.mem_get_info(device)
     assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
-    assert hold(masters["dev"], page_locked=True)
-    assert place_of(masters["dev"].parameters()) == PAGE_LOCKED
+    assert hold(base_weights["dev"], page_locked=True)
+    assert place_of(base_weights["dev"].parameters()) == PAGE_LOCKED

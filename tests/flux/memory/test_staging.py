@@ -28,13 +28,15 @@ def stream(request, monkeypatch) -> Late:
 
 
 @pytest.fixture(scope="module")
-def masters() -> dict[str, torch.nn.Module]:
+def base_weights() -> dict[str, torch.nn.Module]:
     return tiny.transformers(torch.bfloat16)
 
 
-def transformers(masters, stream) -> Transformers:
-    home = OnDevice(CPU, stream) if stream else None
-    return Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None, home=home)
+def transformers(base_weights, stream) -> Transformers:
+    placement = OnDevice(CPU, stream) if stream else None
+    return Transformers(
+        tiny.opened(base_weights), CPU, dynamic=False, budget=None, placement=placement
+    )
 
 
 def bits(found: Transformers, key) -> dict[str, Tensor]:
@@ -50,9 +52,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("key", ORDER, ids="-".join)
-def test_whenever_copies_are_made_the_weights_are_the_same(masters, adapters, stream, key) -> None:
+def test_whenever_copies_are_made_the_weights_are_the_same(
+    base_weights, adapters, stream, key
+) -> None:
     """Adapters of every kind, one after another; a DoRA reads several base weights."""
-    beside, plain = transformers(masters, stream), transformers(masters, None)
+    beside, plain = transformers(base_weights, stream), transformers(base_weights, None)
     for desired in ([(adapters["a"], 1.0), (adapters["d"], 0.5)], [], [(adapters["c"], 1.5)], []):
         for found in (beside, plain):
             found.reconcile(key, desired)
@@ -60,20 +64,20 @@ def test_whenever_copies_are_made_the_weights_are_the_same(masters, adapters, st
         assert_same(bits(beside, key), bits(plain, key))
 
 
-def test_two_buffers_of_the_largest_weight_are_all_that_is_taken(masters) -> None:
+def test_two_buffers_of_the_largest_weight_are_all_that_is_taken(base_weights) -> None:
     stream = Late()
-    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
+    weights = [parameter.detach() for parameter in base_weights["dev"].parameters()]
     weights.sort(key=torch.numel, reverse=True)
     staging = Staging(CPU, stream)
-    for near, weight in zip(staging.bring(iter(weights)), weights, strict=True):
+    for near, weight in zip(staging.prefetch(iter(weights)), weights, strict=True):
         assert torch.equal(near, weight)
     assert len(stream.targets) == 2
 
 
-def test_one_copy_is_under_way_while_the_weight_before_is_used(masters) -> None:
+def test_one_copy_is_under_way_while_the_weight_before_is_used(base_weights) -> None:
     stream = Late()
-    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
-    under_way = [len(stream.under_way) for _ in Staging(CPU, stream).bring(weights)]
+    weights = [parameter.detach() for parameter in base_weights["dev"].parameters()]
+    under_way = [len(stream.under_way) for _ in Staging(CPU, stream).prefetch(weights)]
     assert under_way == [1] * (len(weights) - 1) + [0]
 
 
@@ -90,14 +94,14 @@ def test_a_module_moves_with_its_buffers_and_its_ties(stream, monkeypatch) -> No
     assert stream.sent == bytes_of(module)
 
 
-def test_what_is_on_the_device_already_is_not_copied(masters) -> None:
+def test_what_is_on_the_device_already_is_not_copied(base_weights) -> None:
     class Mixed(Late):
-        def carries(self, source: Tensor) -> bool:
+        def needs_copy(self, source: Tensor) -> bool:
             return source.dim() > 1
 
     stream = Mixed()
-    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
-    for near, weight in zip(Staging(CPU, stream).bring(weights), weights, strict=True):
+    weights = [parameter.detach() for parameter in base_weights["dev"].parameters()]
+    for near, weight in zip(Staging(CPU, stream).prefetch(weights), weights, strict=True):
         assert torch.equal(near, weight)
         assert (near is weight) == (weight.dim() == 1)
 
@@ -110,27 +114,27 @@ def test_what_is_in_a_map_passes_through_few_pieces_of_memory(monkeypatch, dtype
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     weights.append(torch.randn(30, 20, generator=generator).to(dtype).T)  # not in order
-    for near, weight in zip(Staging(CPU, stream).bring(weights), weights, strict=True):
+    for near, weight in zip(Staging(CPU, stream).prefetch(weights), weights, strict=True):
         assert torch.equal(near.float(), weight.float())
     assert [piece.numel() for piece in stream.pieces] == [100] * 4
 
 
-def test_what_is_page_locked_needs_no_such_memory(masters) -> None:
+def test_what_is_page_locked_needs_no_such_memory(base_weights) -> None:
     stream = Late()
-    for _ in Staging(CPU, stream).bring(p.detach() for p in masters["dev"].parameters()):
+    for _ in Staging(CPU, stream).prefetch(p.detach() for p in base_weights["dev"].parameters()):
         pass
     assert stream.pieces == []
 
 
-def test_without_memory_to_lock_copies_hold_the_host_up(masters, caplog) -> None:
+def test_without_memory_to_lock_copies_hold_the_host_up(base_weights, caplog) -> None:
     class Poor(Late):
-        def piece(self, size: int) -> Tensor:
+        def pinned_buffer(self, size: int) -> Tensor:
             raise RuntimeError("CUDA error: out of memory (pretended)")
 
-    weights = [parameter.detach() for parameter in masters["dev"].parameters()]
+    weights = [parameter.detach() for parameter in base_weights["dev"].parameters()]
     staging = Staging(CPU, Poor(pageable=True))
     for _ in range(2):
-        for near, weight in zip(staging.bring(weights), weights, strict=True):
+        for near, weight in zip(staging.prefetch(weights), weights, strict=True):
             assert torch.equal(near, weight)
     assert caplog.text.count("without a buffer: CUDA error: out of memory") == 1
 
@@ -141,10 +145,10 @@ class CancelledError(Exception):
 
 @pytest.mark.parametrize("stop", [0, 1, 7])
 def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
-    masters, adapters, stream, stop
+    base_weights, adapters, stream, stop
 ) -> None:
     """Memory that is given back then may be drawn in at once."""
-    found, calls = transformers(masters, stream), iter(range(1000))
+    found, calls = transformers(base_weights, stream), iter(range(1000))
 
     def check() -> None:
         if next(calls) == stop:
@@ -154,14 +158,14 @@ def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
         found.reconcile(ORDER[0], [], check)
     assert stream.under_way == []
     found.reconcile(ORDER[0], [(adapters["b"], 1.0)])
-    plain = transformers(masters, None)
+    plain = transformers(base_weights, None)
     plain.reconcile(ORDER[0], [(adapters["b"], 1.0)])
     assert_same(bits(found, ORDER[0]), bits(plain, ORDER[0]))
 
 
-def test_the_streams_meet_before_drawing_also_with_nothing_to_write(masters) -> None:
+def test_the_streams_meet_before_drawing_also_with_nothing_to_write(base_weights) -> None:
     stream = Late()
-    found = transformers(masters, stream)
+    found = transformers(base_weights, stream)
     found.reconcile(ORDER[0], [])
     stream.fail_at = 1
     with pytest.raises(RuntimeError, match="injected"):
@@ -196,7 +200,7 @@ def test_copies_on_a_gpu_come_between_what_is_computed() -> None:
     sources = [torch.full((1 << 24,), float(k)) for k in range(8)]
     sources = [source.pin_memory() if k % 2 else source for k, source in enumerate(sources)]
     busy, sums = torch.eye(4096, device=device), []
-    for near in Staging(device, CudaCopyStream(device)).bring(sources):
+    for near in Staging(device, CudaCopyStream(device)).prefetch(sources):
         for _ in range(10):  # some milliseconds, before it is read
             busy = busy @ busy
         sums.append(near.double().sum())

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from flux.memory.offload import OnDevice
 from flux.memory.residency import ORDER, BaseCopy
-from flux.transformers.base_weights import Master
-from flux.transformers.pool import Transformers, size
+from flux.transformers.base_weights import BaseWeights
+from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
+from flux.transformers.skeleton import size
 from flux.variants import Key
 from tests.flux.streams import Late
 from tests.support import tiny
@@ -24,13 +25,13 @@ AT_START = (DEV, DEV8, BaseCopy("dev"))  # as on a card of 80 GB
 
 
 @pytest.fixture
-def masters() -> dict[str, nn.Module]:
+def base_weights() -> dict[str, nn.Module]:
     return tiny.transformers(torch.bfloat16)
 
 
-def room_for(masters, *items) -> int:
+def room_for(base_weights, *items) -> int:
     """Bytes of transformers and base weights."""
-    found = Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None)
+    found = Transformers(tiny.opened(base_weights), CPU, dynamic=False, budget=None)
     sizes = {key: size(found.modules[key], frozenset()) for key in ORDER}
     for key in (DEV8, SCHNELL8):
         sizes[key] = size(found.modules[key], float8_parameters(found.modules[key]))
@@ -38,20 +39,20 @@ def room_for(masters, *items) -> int:
     return sum(sizes[item] for item in items)
 
 
-def make(masters, budget: int | None = None, hold: Any = None) -> Transformers:
+def make(base_weights, budget: int | None = None, hold: Any = None) -> Transformers:
     """On a device that is not the host."""
     opened = {
-        name: Master(name, module, lambda module=module: module, Path(name), hold=hold)
-        for name, module in masters.items()
+        name: BaseWeights(name, module, lambda module=module: module, Path(name), hold=hold)
+        for name, module in base_weights.items()
     }
-    for master in opened.values():
-        master.open()
-    return Transformers(opened, CPU, dynamic=False, budget=budget, home=OnDevice(CPU, Late()))
+    for base in opened.values():
+        base.open()
+    return Transformers(opened, CPU, dynamic=False, budget=budget, placement=OnDevice(CPU, Late()))
 
 
-def plain(masters, key, desired) -> dict[str, list[Tensor]]:
+def plain(base_weights, key, desired) -> dict[str, list[Tensor]]:
     """The weights of a transformer made from the host alone."""
-    found = Transformers(tiny.opened(masters), CPU, dynamic=False, budget=None)
+    found = Transformers(tiny.opened(base_weights), CPU, dynamic=False, budget=None)
     found.reconcile(key, desired)
     return bits(found, key)
 
@@ -75,35 +76,39 @@ def copied(found: Transformers) -> set[str]:
     return {name.split()[0] for name in names if name.endswith("base copy")}
 
 
-def spoil(master: nn.Module) -> None:
+def spoil(base: nn.Module) -> None:
     """Whoever reads these weights now will show it."""
-    for parameter in master.parameters():
+    for parameter in base.parameters():
         parameter.data.fill_(torch.nan)
 
 
-def test_once_they_are_on_the_device_no_swap_reads_the_host(masters, adapters) -> None:
+def test_once_they_are_on_the_device_no_swap_reads_the_host(base_weights, adapters) -> None:
     desired = [[(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []]
-    expected = {(key, n): plain(masters, key, d) for key in ORDER for n, d in enumerate(desired)}
-    found = make(masters)
+    expected = {
+        (key, n): plain(base_weights, key, d) for key in ORDER for n, d in enumerate(desired)
+    }
+    found = make(base_weights)
     for key in found.at_start:
         found.reconcile(key, [])
     assert copied(found) == {"dev", "schnell"}
-    for master in masters.values():
-        spoil(master)
+    for base in base_weights.values():
+        spoil(base)
     for number, wanted in [(0, desired[0]), (1, desired[1]), (2, []), (0, desired[0])]:
         for key in ORDER:
             found.reconcile(key, wanted)
             assert_same(bits(found, key), expected[key, number])
 
 
-def test_they_leave_for_a_transformer_and_return_with_the_next_change(masters, adapters) -> None:
-    found = make(masters, room_for(masters, *AT_START))
+def test_they_leave_for_a_transformer_and_return_with_the_next_change(
+    base_weights, adapters
+) -> None:
+    found = make(base_weights, room_for(base_weights, *AT_START))
     for key in found.at_start:
         found.reconcile(key, [])
     assert (found.resident, copied(found)) == ((DEV8, DEV), {"dev"})
     for key in (SCHNELL, SCHNELL8):
         found.reconcile(key, [])
-        assert_same(bits(found, key), plain(masters, key, []))
+        assert_same(bits(found, key), plain(base_weights, key, []))
     assert copied(found) == set()
     found.reconcile(DEV, [(adapters["b"], 1.0)])
     assert copied(found) == set()  # it held no adapter, so it was its own source
@@ -112,17 +117,17 @@ def test_they_leave_for_a_transformer_and_return_with_the_next_change(masters, a
     found.reconcile(DEV, [(adapters["a"], 1.0)])
     assert copied(found) == {"dev"}
     assert DEV in found.resident
-    assert_same(bits(found, DEV), plain(masters, DEV, [(adapters["a"], 1.0)]))
+    assert_same(bits(found, DEV), plain(base_weights, DEV, [(adapters["a"], 1.0)]))
 
 
 @pytest.mark.parametrize(
     "items", [(DEV,), (DEV, DEV8), (DEV, SCHNELL), AT_START, (*AT_START, SCHNELL8)], ids=len
 )
-def test_no_budget_is_passed_and_every_request_is_served(masters, adapters, items) -> None:
-    budget = room_for(masters, *items)
-    found, rng = make(masters, budget), random.Random(len(items))
+def test_no_budget_is_passed_and_every_request_is_served(base_weights, adapters, items) -> None:
+    budget = room_for(base_weights, *items)
+    found, rng = make(base_weights, budget), random.Random(len(items))
     desired = [(adapters["b"], 1.0)]
-    expected = {key: plain(masters, key, desired) for key in ORDER}
+    expected = {key: plain(base_weights, key, desired) for key in ORDER}
     for _ in range(15):
         key, wanted = rng.choice(ORDER), rng.choice([[], desired])
         found.reconcile(key, wanted)
@@ -131,17 +136,17 @@ def test_no_budget_is_passed_and_every_request_is_served(masters, adapters, item
         parameters = [p for module in found.modules.values() for p in module.parameters()]
         held = [t for p in parameters for t in storage(p) if not t.is_meta]
         taken = sum(t.numel() * t.element_size() for t in held)
-        taken += sum(size(masters[name], frozenset()) for name in copied(found))
+        taken += sum(size(base_weights[name], frozenset()) for name in copied(found))
         assert taken <= budget
 
 
 def test_out_of_memory_while_they_come_leaves_them_on_the_host(
-    masters, adapters, monkeypatch, caplog
+    base_weights, adapters, monkeypatch, caplog
 ) -> None:
     def runs_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
 
-    found = make(masters)
+    found = make(base_weights)
     with monkeypatch.context() as patch:
         patch.setattr("flux.transformers.copies.DeviceCopies.fill", runs_out)
         for key in ORDER:
@@ -149,7 +154,7 @@ def test_out_of_memory_while_they_come_leaves_them_on_the_host(
     assert "The base weights of dev stay on the host: CUDA out of memory" in caplog.text
     for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
         found.reconcile(DEV, desired)
-        assert_same(bits(found, DEV), plain(masters, DEV, desired))
+        assert_same(bits(found, DEV), plain(base_weights, DEV, desired))
     assert copied(found) == set()
     assert set(found.resident) == set(ORDER)
 
@@ -159,8 +164,8 @@ class CancelledError(Exception):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 40])
-def test_a_cancel_while_they_come(masters, adapters, stop) -> None:
-    found, calls = make(masters), iter(range(1000))
+def test_a_cancel_while_they_come(base_weights, adapters, stop) -> None:
+    found, calls = make(base_weights), iter(range(1000))
 
     def check() -> None:
         if next(calls) == stop:
@@ -170,19 +175,19 @@ def test_a_cancel_while_they_come(masters, adapters, stop) -> None:
         found.reconcile(DEV8, [], check)
     for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
         found.reconcile(DEV8, desired)
-        assert_same(bits(found, DEV8), plain(masters, DEV8, desired))
+        assert_same(bits(found, DEV8), plain(base_weights, DEV8, desired))
 
 
-def test_memory_on_the_host_is_page_locked_for_what_is_read_there(masters, adapters) -> None:
+def test_memory_on_the_host_is_page_locked_for_what_is_read_there(base_weights, adapters) -> None:
     """In setup for schnell, which has no copy on the device; for dev once that has left."""
     held: list[str] = []
-    names = {id(module): name for name, module in masters.items()}
+    names = {id(module): name for name, module in base_weights.items()}
 
     def hold(module: nn.Module) -> bool:
         held.append(names[id(module)])
         return True
 
-    found = make(masters, room_for(masters, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), hold)
     for key in found.at_start:
         found.reconcile(key, [])
     found.reconcile(DEV, [(adapters["b"], 1.0)])
@@ -197,13 +202,13 @@ def test_memory_on_the_host_is_page_locked_for_what_is_read_there(masters, adapt
     assert held == ["schnell", "dev"]
 
 
-def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(masters) -> None:
+def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(base_weights) -> None:
     go, threads = threading.Event(), threading.active_count()
 
     def hold(_: nn.Module) -> bool:
         return go.wait(60)
 
-    found = make(masters, room_for(masters, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), hold)
     assert threading.active_count() == threads  # not beside what is wanted first
     for key in found.at_start:
         found.reconcile(key, [])  # in float8, with the copy, and in bf16 beside the thread
@@ -214,7 +219,7 @@ def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(masters)
     assert threading.active_count() <= threads + 1  # the timer may be about to end
 
 
-def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
+def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights) -> None:
     outcomes = iter([False, True])
 
     def hold(_: nn.Module) -> bool:
@@ -222,32 +227,32 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(masters) -> None:
             raise OSError("the disk is gone")
         return True
 
-    found = make(masters, room_for(masters, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), hold)
     with pytest.raises(OSError, match="the disk is gone"):
         found.reconcile(SCHNELL8, [])
     found.reconcile(SCHNELL8, [])  # the next request tries again
-    assert_same(bits(found, SCHNELL8), plain(masters, SCHNELL8, []))
+    assert_same(bits(found, SCHNELL8), plain(base_weights, SCHNELL8, []))
 
 
-def test_base_items_are_no_transformers(masters) -> None:
-    found = make(masters)
+def test_base_items_are_no_transformers(base_weights) -> None:
+    found = make(base_weights)
     assert all(isinstance(item, Key) for item in found.at_start)
 
 
 @pytest.mark.gpu
-def test_swaps_on_a_gpu_read_the_copy(masters, adapters) -> None:
+def test_swaps_on_a_gpu_read_the_copy(base_weights, adapters) -> None:
     """The host's weights are spoilt; what is restored is what was brought in the beginning."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    opened = tiny.opened(masters)
-    for master in opened.values():
-        master.open()
+    opened = tiny.opened(base_weights)
+    for base in opened.values():
+        base.open()
     found = Transformers(opened, torch.device("cuda"), dynamic=False, budget=None)
     for key in found.at_start:
         found.reconcile(key, [])
     before = {key: bits(found, key) for key in ORDER}
     assert copied(found) == {"dev", "schnell"}
-    for module in masters.values():
+    for module in base_weights.values():
         spoil(module)
     for key in ORDER:
         for desired in ([(adapters["a"], 1.0)], [(adapters["b"], 1.0)], []):

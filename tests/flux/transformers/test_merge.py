@@ -137,21 +137,21 @@ def test_fingerprints_tell_what_a_component_holds(modules, adapters):
 
 def test_a_source_of_base_values_and_a_store_can_be_given(adapters):
     """As quantised weights do it: finer base values, and a rounding of their own."""
-    masters = tiny.modules(SIZE, torch.float32)
-    modules = {name: copy.deepcopy(m).to(torch.bfloat16) for name, m in masters.items()}
+    base_weights = tiny.modules(SIZE, torch.float32)
+    modules = {name: copy.deepcopy(m).to(torch.bfloat16) for name, m in base_weights.items()}
     asked = []
 
     def base(component, name):
         asked.append((component, name))
-        return masters[component].get_parameter(name).detach()
+        return base_weights[component].get_parameter(name).detach()
 
     def coarse(working, exact):
         working.copy_((exact.float() * 4).round() / 4)
 
     weights = WorkingWeights(modules, base, coarse)
     weights.reconcile([(adapters["a"], 1.0)])
-    weight = masters["transformer"].get_parameter(f"{Q}.weight").detach()
-    delta = tiny.deltas(adapters["a"], masters)["transformer", f"{Q}.weight"]
+    weight = base_weights["transformer"].get_parameter(f"{Q}.weight").detach()
+    delta = tiny.deltas(adapters["a"], base_weights)["transformer", f"{Q}.weight"]
     expected = (((weight + delta) * 4).round() / 4).to(torch.bfloat16)
     torch.testing.assert_close(modules["transformer"].get_parameter(f"{Q}.weight").data, expected)
     assert set(asked) == set(adapters["a"].parameters)

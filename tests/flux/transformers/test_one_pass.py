@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flux.transformers.merge import BaseValues, WorkingWeights
+from flux.transformers.adapters import BaseValues
+from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass, one_pass
 from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state

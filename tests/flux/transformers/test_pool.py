@@ -12,8 +12,9 @@ from flux.memory.offload import Empty, OnDevice
 from flux.memory.page_locked import hold
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
-from flux.transformers.pool import Transformers, size, skeleton
+from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
+from flux.transformers.skeleton import size, skeleton
 from tests.support import tiny
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ WIDTH = SIZE.width
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def masters(request) -> dict[str, nn.Module]:
+def base_weights(request) -> dict[str, nn.Module]:
     return tiny.transformers(request.param)
 
 
@@ -49,8 +50,8 @@ def adapters(tmp_path_factory) -> list:
     ]
 
 
-def make(masters, budget=None, dynamic=False) -> Transformers:
-    return Transformers(tiny.opened(masters), CPU, dynamic=dynamic, budget=budget)
+def make(base_weights, budget=None, dynamic=False) -> Transformers:
+    return Transformers(tiny.opened(base_weights), CPU, dynamic=dynamic, budget=budget)
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -79,12 +80,12 @@ def on_device(transformers: Transformers) -> list[torch.Tensor]:
     return [tensor for p in parameters for tensor in storage(p) if not tensor.is_meta]
 
 
-def freshly_merged(master: nn.Module, desired, *, float8: bool) -> nn.Module:
+def freshly_merged(base: nn.Module, desired, *, float8: bool) -> nn.Module:
     """Merged in fp32 by itself and quantized by torchao."""
-    dtype = master.dtype
-    exact = copy.deepcopy(master).float()
+    dtype = base.dtype
+    exact = copy.deepcopy(base).float()
     WorkingWeights({"transformer": exact}).reconcile(desired)
-    names = float8_parameters(master) if float8 else frozenset()
+    names = float8_parameters(base) if float8 else frozenset()
     quantize_(exact, Float8WeightOnlyConfig(), lambda _, name: f"{name}.weight" in names)
     for name, parameter in exact.named_parameters():
         if name not in names:
@@ -93,20 +94,20 @@ def freshly_merged(master: nn.Module, desired, *, float8: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("key", [DEV, DEV8, SCHNELL8, SCHNELL], ids="-".join)
-def test_merged_and_quantized_once(masters, adapters, key) -> None:
+def test_merged_and_quantized_once(base_weights, adapters, key) -> None:
     """Whatever was there before, to the bit what torchao makes of a freshly merged model."""
     one, two = adapters
-    transformers = make(masters)
+    transformers = make(base_weights)
     for desired in ([(one, 0.8), (two, -0.5)], [], [(two, 1.5)], [(one, 0.01)], []):
         for each in ORDER if desired else (key,):
             transformers.reconcile(each, desired)
-        expected = freshly_merged(masters[key.variant], desired, float8=key.precision == "fp8")
+        expected = freshly_merged(base_weights[key.variant], desired, float8=key.precision == "fp8")
         assert_bits(transformers.modules[key], expected)
 
 
-def test_swaps_move_no_storage_and_leave_the_base_alone(masters, adapters) -> None:
-    before = {name: bits(master) for name, master in masters.items()}
-    transformers = make(masters)
+def test_swaps_move_no_storage_and_leave_the_base_alone(base_weights, adapters) -> None:
+    before = {name: bits(base) for name, base in base_weights.items()}
+    transformers = make(base_weights)
     for key in ORDER:
         transformers.reconcile(key, [])
     first = {key: bits(transformers.modules[key]) for key in ORDER}
@@ -119,20 +120,20 @@ def test_swaps_move_no_storage_and_leave_the_base_alone(masters, adapters) -> No
         transformers.reconcile(key, [])
         assert_same(bits(transformers.modules[key]), first[key])
     assert pointers == [tensor.data_ptr() for tensor in on_device(transformers)]
-    for name, master in masters.items():
-        assert_same(bits(master), before[name])
+    for name, base in base_weights.items():
+        assert_same(bits(base), before[name])
 
 
-def test_leaving_drops_weights_and_records_together(masters, adapters) -> None:
-    whole = size(masters["dev"], frozenset())
-    transformers = make(masters, budget=whole)
+def test_leaving_drops_weights_and_records_together(base_weights, adapters) -> None:
+    whole = size(base_weights["dev"], frozenset())
+    transformers = make(base_weights, budget=whole)
     transformers.reconcile(DEV, [(adapters[0], 1.0)])
     transformers.reconcile(SCHNELL8, [(adapters[1], 1.0)])
     assert transformers.resident == (SCHNELL8,)
     assert all(p.is_meta for p in transformers.modules[DEV].parameters())
     for desired in ([(adapters[0], 1.0)], []):
         transformers.reconcile(DEV, desired)
-        expected = freshly_merged(masters["dev"], desired, float8=False)
+        expected = freshly_merged(base_weights["dev"], desired, float8=False)
         assert_bits(transformers.modules[DEV], expected)
 
 
@@ -153,12 +154,12 @@ class Watched(OnDevice):
 
 
 def test_memory_of_what_leaves_is_given_back_once_before_the_next_comes(
-    masters, monkeypatch
+    base_weights, monkeypatch
 ) -> None:
     events: list[str] = []
-    room = size(masters["dev"], frozenset())
+    room = size(base_weights["dev"], frozenset())
     transformers = Transformers(
-        tiny.opened(masters), CPU, dynamic=False, budget=room, home=Watched(events)
+        tiny.opened(base_weights), CPU, dynamic=False, budget=room, placement=Watched(events)
     )
     monkeypatch.setattr("flux.transformers.pool.empty_cache", lambda _: events.append("give back"))
     for key in (DEV8, SCHNELL8):
@@ -174,8 +175,8 @@ def test_memory_of_what_leaves_is_given_back_once_before_the_next_comes(
     assert events == []
 
 
-def test_the_least_recently_used_leaves(masters) -> None:
-    transformers = make(masters, budget=2 * size(masters["dev"], frozenset()))
+def test_the_least_recently_used_leaves(base_weights) -> None:
+    transformers = make(base_weights, budget=2 * size(base_weights["dev"], frozenset()))
     for key in (DEV, SCHNELL, DEV):
         transformers.reconcile(key, [])
     transformers.reconcile(DEV8, [])
@@ -183,9 +184,9 @@ def test_the_least_recently_used_leaves(masters) -> None:
 
 
 @pytest.mark.parametrize("share", [1.0, 1.6, 2.2])
-def test_memory_on_the_device_stays_in_the_budget(masters, adapters, share) -> None:
-    budget = int(share * size(masters["dev"], frozenset()))
-    transformers = make(masters, budget)
+def test_memory_on_the_device_stays_in_the_budget(base_weights, adapters, share) -> None:
+    budget = int(share * size(base_weights["dev"], frozenset()))
+    transformers = make(base_weights, budget)
     for key in transformers.at_start:
         transformers.reconcile(key, [])
     rng = random.Random(1)
@@ -201,9 +202,9 @@ class CancelledError(Exception):
     pass
 
 
-def test_a_cancel_while_it_comes_heals_at_the_next_request(masters, adapters) -> None:
+def test_a_cancel_while_it_comes_heals_at_the_next_request(base_weights, adapters) -> None:
     for stop in range(0, 60, 7):
-        transformers, calls = make(masters), iter(range(60))
+        transformers, calls = make(base_weights), iter(range(60))
 
         def check(calls=calls, stop=stop) -> None:
             if next(calls) == stop:
@@ -212,7 +213,7 @@ def test_a_cancel_while_it_comes_heals_at_the_next_request(masters, adapters) ->
         with pytest.raises(CancelledError):
             transformers.reconcile(DEV8, [(adapters[0], 1.0)], check)
         transformers.reconcile(DEV8, [(adapters[1], 1.0)])
-        expected = freshly_merged(masters["dev"], [(adapters[1], 1.0)], float8=True)
+        expected = freshly_merged(base_weights["dev"], [(adapters[1], 1.0)], float8=True)
         assert_bits(transformers.modules[DEV8], expected)
 
 
@@ -229,8 +230,8 @@ class Full:
         return "done"
 
 
-def test_out_of_memory_makes_the_others_leave_and_is_tried_once_more(masters) -> None:
-    transformers = make(masters)
+def test_out_of_memory_makes_the_others_leave_and_is_tried_once_more(base_weights) -> None:
+    transformers = make(base_weights)
     for key in ORDER:
         transformers.reconcile(key, [])
     assert transformers.with_room(DEV8, Full(0)) == "done"
@@ -244,9 +245,9 @@ def test_out_of_memory_makes_the_others_leave_and_is_tried_once_more(masters) ->
 
 
 def test_out_of_memory_while_the_first_adapters_come_is_recovered_from(
-    masters, monkeypatch
+    base_weights, monkeypatch
 ) -> None:
-    transformers, real = make(masters), WorkingWeights.reconcile
+    transformers, real = make(base_weights), WorkingWeights.reconcile
     full = Full(1)
 
     def reconcile(*arguments):
@@ -257,11 +258,11 @@ def test_out_of_memory_while_the_first_adapters_come_is_recovered_from(
     transformers.reconcile(DEV8, [])
     rows = {entry.name: entry for entry in transformers.entries()}
     assert rows["dev fp8"].cost
-    assert_bits(transformers.modules[DEV8], freshly_merged(masters["dev"], [], float8=True))
+    assert_bits(transformers.modules[DEV8], freshly_merged(base_weights["dev"], [], float8=True))
 
 
-def test_out_of_memory_while_it_comes_leaves_nothing_half_there(masters, monkeypatch) -> None:
-    transformers = make(masters)
+def test_out_of_memory_while_it_comes_leaves_nothing_half_there(base_weights, monkeypatch) -> None:
+    transformers = make(base_weights)
     with monkeypatch.context() as patch:
         patch.setattr("flux.transformers.pool.empty_float8", lambda *_, **__: Full(1)())
         with pytest.raises(BudgetError, match="Out of memory"):
@@ -269,7 +270,7 @@ def test_out_of_memory_while_it_comes_leaves_nothing_half_there(masters, monkeyp
     assert transformers.resident == ()
     assert all(p.is_meta for p in transformers.modules[DEV8].parameters())
     transformers.reconcile(DEV8, [])
-    assert_bits(transformers.modules[DEV8], freshly_merged(masters["dev"], [], float8=True))
+    assert_bits(transformers.modules[DEV8], freshly_merged(base_weights["dev"], [], float8=True))
 
 
 def test_the_size_of_the_real_model() -> None:
@@ -281,37 +282,37 @@ def test_the_size_of_the_real_model() -> None:
     assert round(size(model, float8_parameters(model)) / 1e9, 2) == 11.98
 
 
-def test_declared_sizes_are_what_the_weights_take(masters) -> None:
-    transformers = make(masters)
+def test_declared_sizes_are_what_the_weights_take(base_weights) -> None:
+    transformers = make(base_weights)
     for key in ORDER:
         transformers.reconcile(key, [])
         module = transformers.modules[key]
         taken = sum(t.numel() * t.element_size() for p in module.parameters() for t in storage(p))
         float8 = float8_parameters(module) if key.precision == "fp8" else frozenset()
-        assert size(skeleton(masters[key.variant]), float8) == taken
+        assert size(skeleton(base_weights[key.variant]), float8) == taken
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(masters, adapters) -> None:
+def test_on_a_gpu(base_weights, adapters) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    assert hold(masters["dev"], page_locked=True)
-    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
+    assert hold(base_weights["dev"], page_locked=True)
+    transformers = Transformers(tiny.opened(base_weights), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])
         transformers.reconcile(key, [])
-        expected = freshly_merged(masters[key.variant], [], float8=key.precision == "fp8")
+        expected = freshly_merged(base_weights[key.variant], [], float8=key.precision == "fp8")
         assert_bits(transformers.modules[key].cpu(), expected)
 
 
 @pytest.mark.gpu
-def test_real_memory_of_a_gpu_that_runs_out(masters) -> None:
+def test_real_memory_of_a_gpu_that_runs_out(base_weights) -> None:
     """The first try asks for more than the card has, and the second for what it has."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    transformers = Transformers(tiny.opened(masters), device, dynamic=False, budget=None)
+    transformers = Transformers(tiny.opened(base_weights), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [])
     _, total = torch.cuda.mem_get_info(device)

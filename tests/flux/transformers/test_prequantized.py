@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from flux.memory.offload import Home, OnHost
+from flux.memory.offload import OnHost, Placement
 from flux.memory.residency import ORDER
-from flux.transformers.base_weights import Master, load_transformer, template
+from flux.transformers.base_weights import BaseWeights, load_transformer, template
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Identity, Prequantized, fingerprint_of, write
 from flux.transformers.quantize import storage
@@ -43,13 +43,21 @@ class Opening:
 
 
 def make(
-    checkpoint: Path, *, ready_made: bool, device: torch.device = CPU, home: Home | None = None
+    checkpoint: Path,
+    *,
+    ready_made: bool,
+    device: torch.device = CPU,
+    placement: Placement | None = None,
 ) -> tuple[Transformers, Opening]:
     directory = checkpoint / "transformer"
     model, opening = template("dev", directory, BF16), Opening(directory)
     files = Prequantized(checkpoint / "dev.safetensors", model, directory) if ready_made else None
-    masters = {name: Master(name, model, opening, directory, files) for name in ("dev", "schnell")}
-    return Transformers(masters, device, dynamic=False, budget=None, home=home), opening
+    base_weights = {
+        name: BaseWeights(name, model, opening, directory, files) for name in ("dev", "schnell")
+    }
+    return Transformers(
+        base_weights, device, dynamic=False, budget=None, placement=placement
+    ), opening
 
 
 def bits(transformers: Transformers) -> list[torch.Tensor]:
@@ -76,7 +84,7 @@ def test_whatever_follows_the_bits_are_those_of_quantizing_the_base(checkpoint, 
 def test_offloaded_weights_come_from_the_file_too(checkpoint, adapters, monkeypatch) -> None:
     usual, _ = make(checkpoint, ready_made=False)
     Streams(monkeypatch)
-    quick, opening = make(checkpoint, ready_made=True, home=OnHost(CPU))
+    quick, opening = make(checkpoint, ready_made=True, placement=OnHost(CPU))
     for desired in ([], [(adapters["a"], 1.0)], []):
         for transformers in (quick, usual):
             transformers.reconcile(DEV8, desired)

@@ -107,9 +107,9 @@ def test_the_attention_of_diffusers_before_peft(targets):
 
 def test_fused_rows_follow_the_models_own_width(targets, size):
     width = size.width
-    place = targets.find("single_blocks.1.linear1")[1]
-    assert place.shape == (7 * width, width)
-    assert [piece.source for piece in place.pieces] == [
+    target = targets.find("single_blocks.1.linear1")[1]
+    assert target.shape == (7 * width, width)
+    assert [piece.source for piece in target.pieces] == [
         slice(0, width),
         slice(width, 2 * width),
         slice(2 * width, 3 * width),
@@ -118,9 +118,9 @@ def test_fused_rows_follow_the_models_own_width(targets, size):
 
 
 def test_the_last_modulation_swaps_its_halves(targets, size):
-    place = targets.find("lora_unet_final_layer_adaLN_modulation_1")[1]
+    target = targets.find("lora_unet_final_layer_adaLN_modulation_1")[1]
     low, high = slice(0, size.width), slice(size.width, 2 * size.width)
-    assert place.pieces == (
+    assert target.pieces == (
         Piece("norm_out.linear", high, low),
         Piece("norm_out.linear", low, high),
     )

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.services import sha256
-from weights.download.cache import CacheSettings, FileCache, Record
+from weights.download.cache import CacheRecord, CacheSettings, FileCache
 from weights.serving.errors import DiskSpaceError
 
 DAY = 24 * 3600
 
 
-def add(cache: FileCache, key: str, content: bytes, age: float = 0.0) -> Record:
+def add(cache: FileCache, key: str, content: bytes, age: float = 0.0) -> CacheRecord:
     """Put a file into the cache as a finished download."""
     digest = sha256(content)
     with cache.fetching(key) as target:
         target.write_bytes(content)
         path = cache.adopt(target, digest)
-    record = Record(digest, len(content), path, "source", "revision", ("TOK",))
+    record = CacheRecord(digest, len(content), path, "source", "revision", ("TOK",))
     cache.remember(key, record)
     with cache.in_use(record) as file:
         mark = file.parent.parent / "uses" / digest
@@ -133,7 +133,7 @@ def test_file_kept_elsewhere_is_removed_by_its_owner_if_at_all(make, tmp_path):
         file = tmp_path / name
         file.write_bytes(name.encode())
         size = len(name)
-        cache.remember(name, Record(name, size, str(file), "s", "r", evictable=evictable))
+        cache.remember(name, CacheRecord(name, size, str(file), "s", "r", evictable=evictable))
     cache.make_room(0)
     assert removed == [tmp_path / "ours"]
     assert cache.find("ours") is None
@@ -146,7 +146,7 @@ def test_file_kept_elsewhere_is_ours_by_whichever_name_we_fetched_it(make, tmp_p
     file = tmp_path / "file"
     file.write_bytes(b"x")
     for name, evictable in (("first", False), ("fetched", True), ("found again", False)):
-        cache.remember(name, Record("x", 1, str(file), "s", "r", evictable=evictable))
+        cache.remember(name, CacheRecord("x", 1, str(file), "s", "r", evictable=evictable))
     cache.make_room(0)
     assert removed == [file]
 
