@@ -98,7 +98,9 @@ def test_a_compiled_image_is_close_to_the_eager_one(
     assert same(compiled(**inputs)[0], drawn)
 
 
-def test_a_second_start_finds_what_the_first_compiled(compiled, monkeypatch, tmp_path) -> None:
+def test_a_second_start_finds_what_the_first_compiled(
+    compiled, cache, monkeypatch, tmp_path
+) -> None:
     torch._dynamo.reset()  # as in a new process
     missed = counters["inductor"]["fxgraph_cache_miss"]
     draw = set_up_predictor(

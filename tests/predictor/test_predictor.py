@@ -87,17 +87,17 @@ def test_a_directory_without_pipelines_fails_setup_and_says_what_is_expected(
 
 
 def test_true_bfloat16(start) -> None:
-    (ours,) = start(FLUX_DTYPE="bfloat16")()
+    (ours,) = start(FLUX_DTYPE="bfloat16")(**SMALL)
     theirs = diffusers(torch.bfloat16)["dev"](
         QUICK["prompt"],
-        width=512,
-        height=512,
+        width=SMALL["width"],
+        height=SMALL["height"],
         num_inference_steps=QUICK["num_inference_steps"],
         guidance_scale=3,
         generator=torch.Generator().manual_seed(QUICK["seed"]),
     ).images[0]
     assert difference(ours, theirs) < 0.5
-    (full,) = start()()
+    (full,) = start()(**SMALL)
     assert not same(ours, full)
 
 
