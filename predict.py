@@ -10,6 +10,7 @@ is dropped without a word, so the signature below stays in those forms
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import clear_cache  # type: ignore[attr-defined]
 
 from cog import BaseRunner, Input, Path
 
@@ -229,6 +230,7 @@ class Predictor(BaseRunner):
 
     def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
         """The way of a request, in the engine thread."""
+        clear_cache()  # Cog parses data URIs with urlsplit, which keeps the last 128: whole pictures
         stopwatch = Stopwatch()
         with stopwatch.stage("input"):
             request = resolve(inputs, self._settings, self._default_adapter)

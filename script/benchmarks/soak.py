@@ -27,7 +27,7 @@ from PIL import Image
 from benchmarks.shared.report import BLUE, chart_beside, parser, publish
 from miniature.evaluation.effects import adapter_inputs
 from miniature.evaluation.painter import data_uri
-from serving.server import Server, ServerError
+from serving.server import Server, ServerError, resident
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
@@ -187,14 +187,6 @@ def family(pid: int) -> list[int]:
     for one in found:
         found += children.get(one, [])
     return found
-
-
-def resident(pid: int) -> int:
-    """Bytes of a process that are in memory and no file's."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def entries(directory: str) -> int:

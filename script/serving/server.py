@@ -174,6 +174,14 @@ def processes(command: bytes, mark: str) -> set[int]:
     return found
 
 
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory and no file's."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def free_port() -> int:
     """A port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:

@@ -1,5 +1,6 @@
 """Input images over HTTP: whatever the file, and what the strength makes of it."""
 
+import os
 import struct
 import zlib
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving.server import processes, resident
 from tests.support.inputs import SMALL
 from tests.support.pictures import colours, data_uri, difference, encode, same
 
@@ -159,3 +161,16 @@ def test_strength_decides_whether_the_picture_matters(server, model, steps) -> N
 
     assert difference(draw(first, 0.8), draw(second, 0.8)) > 0.5
     assert same(draw(first, 1.0), draw(second, 1.0))
+
+
+def test_the_pictures_of_past_requests_do_not_stay_in_memory(server) -> None:
+    """Distinct ones of 2 MB each, sent as data URIs; they are refused, which is quick."""
+    (worker,) = processes(b"_run_worker", f"FLUX_OUTPUT_DIRECTORY={server.outputs}")
+
+    def sent(count: int) -> int:
+        for _ in range(count):
+            server.fail(image=data_uri(os.urandom(2_000_000)), **SMALL)
+        return resident(worker)
+
+    before = sent(5)  # so that what the first ones allocate is there already
+    assert sent(40) - before < 40_000_000
