@@ -19,10 +19,11 @@ import requests
 from safetensors.torch import save_file
 
 from serving.server import Server, processes
+from serving.webhook import webhook
 from tests.support import inputs
 from tests.support.adapters import adapter
 from tests.support.inputs import QUICK
-from tests.support.server import wait_for, webhook
+from tests.support.server import wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "STARTED_FOR_FLEET_IN"

@@ -2,21 +2,19 @@
 
 import base64
 import io
-import json
 import re
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from serving.server import Server
+from serving.webhook import webhook
 from tests.support.inputs import QUICK
 
 
@@ -113,32 +111,6 @@ def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
     }
     with Server(settings, on_log=lines.append) as server:
         yield LoggedServer(server, outputs, lines)
-
-
-@contextmanager
-def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
-    """Receive the server's webhooks: the URL, the payloads, and an event for each arrival."""
-    payloads: list[dict[str, Any]] = []
-    arrived = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            payloads.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-            arrived.set()
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as receiver:
-        thread = threading.Thread(target=receiver.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{receiver.server_port}/", payloads, arrived
-        finally:
-            receiver.shutdown()
-            thread.join()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

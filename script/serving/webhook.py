@@ -1,0 +1,34 @@
+"""A receiver of Cog's webhooks on loopback."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
+    """Receive the server's webhooks: the URL, the payloads, and an event for each arrival."""
+    payloads: list[dict[str, Any]] = []
+    arrived = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            payloads.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+            arrived.set()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as receiver:
+        thread = threading.Thread(target=receiver.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{receiver.server_port}/", payloads, arrived
+        finally:
+            receiver.shutdown()
+            thread.join()
