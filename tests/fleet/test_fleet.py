@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -209,7 +208,6 @@ def test_a_request_goes_to_where_its_adapter_is(fleet) -> None:
     for seed, path in enumerate(paths):
         save_file(adapter(seed), path)
         assert "weights merged" in fleet.predict(replicate_weights=str(path))["logs"]
-        time.sleep(1)  # until the front knows
     for spelling in ("{}", "file://{}", " {} "):
         for path in paths:
             logs = fleet.predict(replicate_weights=spelling.format(path))["logs"]
