@@ -199,8 +199,8 @@ def kept_cache() -> str:
 
 
 def commands() -> str:
-    """python -m weights and python -m flux call themselves that"""
-    for module in ("weights", "flux"):
+    """python -m weights and python -m flux.quantize call themselves that"""
+    for module in ("weights", "flux.quantize"):
         usage = docker("run", "--rm", IMAGE, "python", "-m", module, "--help")
         assert usage.startswith(f"usage: python -m {module} "), usage[:80]
     return "yes"

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save, save_file
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-from flux.__main__ import main
 from flux.deployment import NANO
 from flux.memory.budget import bytes_of
+from flux.quantize import main
 from flux.transformers.base_weights import template
 from flux.transformers.quantize import float8_parameters
 from flux.transformers.skeleton import size
@@ -105,7 +105,11 @@ def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--directory", "files"], {"FLUX_CHECKPOINT": "/absent"}, "python -m flux: FLUX_CHECKPO"),
+        (
+            ["--directory", "files"],
+            {"FLUX_CHECKPOINT": "/absent"},
+            "flux.quantize: FLUX_CHECKPO",
+        ),
         (["--directory", "files"], {"FLUX_CHECKPOINT": "float32"}, "holds F32; only a checkpoint"),
         (["--directory", "files", "pro"], {}, "no such variant: pro"),
         ([], {}, "name a directory: --directory, or FLUX_QUANTIZED_DIRECTORY"),

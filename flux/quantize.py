@@ -1,4 +1,4 @@
-"""Quantize the transformers of a checkpoint ahead of time: `python -m flux`, or script/quantize."""
+"""Quantize the transformers of a checkpoint ahead of time: `python -m flux.quantize`, or script/quantize."""
 
 import argparse
 import logging
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 
 def main() -> int:
     """Write the files of the variants named on the command line; returns the exit code."""
-    name = os.environ.get("FLUX_COMMAND", "python -m flux")  # script/quantize calls it by its own
+    name = os.environ.get(
+        "FLUX_COMMAND", "python -m flux.quantize"
+    )  # script/quantize calls it by its own
     parser = argparse.ArgumentParser(
         prog=name,
         description="Write the float8 weights of a checkpoint's transformers to files that a "
