@@ -1,4 +1,4 @@
-"""Quantize the transformers of a checkpoint ahead of time: `python -m flux.quantize`, or script/quantize."""
+"""Quantize a checkpoint's transformers ahead of time: python -m flux.quantize, script/quantize."""
 
 import argparse
 import logging

@@ -17,6 +17,8 @@ from miniature.evaluation.painter import ADAPTERS, NANO, digest
 from miniature.training.render import colour, coverage, render
 from miniature.training.world import COLOURS, PALETTE, SHAPES, Object, Scene, sample
 
+pytestmark = pytest.mark.training
+
 SIZE = 160  # pixels: cheap, and large enough for the smallest star
 
 

@@ -15,6 +15,8 @@ from miniature import checkpoint
 from miniature.training import adapters, autoencoder, flow, pool, render, text, world
 from miniature.training.stage import Stage, weights
 
+pytestmark = pytest.mark.training
+
 TINY = checkpoint.Dimensions(
     double_blocks=1, single_blocks=1, heads=1, rope_axes=(4, 6, 6), vae_channels=(8, 8)
 )
