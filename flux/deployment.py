@@ -56,7 +56,8 @@ class Deployment:
     def fetch(self, checkers: Sequence[str], settings: Settings) -> None:
         """Download the files that this start needs and that are missing.
 
-        checkers: parts of weights/manifest.py besides the variants.
+        Args:
+            checkers: parts of weights/manifest.py besides the variants.
         """
         variants = () if self.checkpoint == "nano" else VARIANTS
         fetch_missing([*checkers, *variants], self.checkpoint, settings)

@@ -35,7 +35,8 @@ _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 def kind_of(path: Path, name: str) -> Kind:
     """Tell a .safetensors file from a tar by its first bytes.
 
-    Raises InvalidFileError that says what else it is: an error page, a pickle, a Git LFS pointer.
+    Raises:
+        InvalidFileError: it is something else, such as an error page, a pickle, a Git LFS pointer.
     """
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -69,8 +70,14 @@ def take_weights(
 ) -> tuple[str, ...]:
     """Copy the only .safetensors of a tar to `target`; returns trigger words found beside it.
 
-    max_bytes bounds what the tar expands to. Raises InvalidFileError if there is not exactly one
-    such file, or if the tar is damaged or beyond the bounds. Nothing is left after any exception.
+    Nothing is left after any exception.
+
+    Args:
+        max_bytes: bounds what the tar expands to.
+
+    Raises:
+        InvalidFileError: there is not exactly one such file, or if the tar is damaged or beyond the
+            bounds.
     """
     reader = _Reader(name, target, max_bytes, check_cancelled)
     try:

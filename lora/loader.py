@@ -42,7 +42,9 @@ Hit = Literal["memory", "disk", "download"]
 class LoadedAdapter:
     """A loaded adapter and its origin.
 
-    digest, size: SHA-256 and bytes of its file. hit: where it was found.
+    Attributes:
+        digest, size: SHA-256 and bytes of its file.
+        hit: where it was found.
     """
 
     adapter: "Adapter"

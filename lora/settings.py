@@ -14,9 +14,10 @@ CIVITAI_OTHERS = ("https://civitai.red", "https://civitai.green")
 class SourceSettings:
     """Where the sources are, and the tokens for them; each token goes to its own source only.
 
-    civitai_others: CivitAI's other sites, asked for what the endpoint does not have.
-    hf_cache_dir: where huggingface_hub keeps files; None for its own default.
-    allow_local_paths: let a reference name a file on this machine.
+    Attributes:
+        civitai_others: CivitAI's other sites, asked for what the endpoint does not have.
+        hf_cache_dir: where huggingface_hub keeps files; None for its own default.
+        allow_local_paths: let a reference name a file on this machine.
     """
 
     hf_endpoint: str = Settings.hf_endpoint
@@ -34,8 +35,9 @@ class SourceSettings:
 class LoaderSettings:
     """Everything about getting adapters.
 
-    memory_bytes: budget for parsed adapters kept in host memory.
-    attempts, backoff: tries of a source that does not answer, and seconds before the second.
+    Attributes:
+        memory_bytes: budget for parsed adapters kept in host memory.
+        attempts, backoff: tries of a source that does not answer, and seconds before the second.
     """
 
     cache: CacheSettings

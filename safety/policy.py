@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 class Policy:
     """A rule over the flags of some checkers.
 
-    withholds: `all` or `any` of the flags. in_turn: a checker is asked only about what those
-    before it flag, so that it can clear an image but not condemn one.
+    Attributes:
+        withholds: `all` or `any` of the flags.
+        in_turn: a checker is asked only about what those before it flag, so that it can clear an
+            image but not condemn one.
     """
 
     checkers: tuple[str, ...]

@@ -20,9 +20,12 @@ EMBEDDED = Path(__file__).resolve().parent / "official"
 def fetch_missing(parts: Iterable[str], checkpoint: str, settings: Settings) -> None:
     """Download the parts that come from the hub and are missing.
 
-    parts, checkpoint: as for `directory_of`, which need not fetch anything afterwards.
-    Raises WeightsError with a message for the operator: DiskSpaceError before the first byte, if
-    the disk has no room for all of them.
+    Args:
+        parts, checkpoint: as for `directory_of`, which need not fetch anything afterwards.
+
+    Raises:
+        WeightsError: with a message for the operator; DiskSpaceError before the first byte, if
+            the disk has no room for all of them.
     """
     missing = [part for part in parts if _local(part, checkpoint, settings) is None]
     for part in missing:
@@ -38,9 +41,13 @@ def fetch_missing(parts: Iterable[str], checkpoint: str, settings: Settings) -> 
 def directory_of(part: str, checkpoint: str, settings: Settings) -> Path:
     """Return the directory of a part; missing files are downloaded.
 
-    part: a key of REPOSITORIES. checkpoint: `official`, `nano` (which has no checkers of its
-    own), a directory, or the URL of a tar. Checkers that it does not hold come from the hub.
-    Raises WeightsError with a message for the operator.
+    Args:
+        part: a key of REPOSITORIES.
+        checkpoint: `official`, `nano` (which has no checkers of its own), a directory, or the URL
+            of a tar. Checkers that it does not hold come from the hub.
+
+    Raises:
+        WeightsError: with a message for the operator.
     """
     directory = _local(part, checkpoint, settings)
     if directory is None:

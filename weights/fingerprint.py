@@ -29,7 +29,8 @@ class StoredTensor(NamedTuple):
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of all safetensors files in a directory, by name.
 
-    Raises InvalidFileError if there are none, or one is damaged or cut off.
+    Raises:
+        InvalidFileError: there are none, or one is damaged or cut off.
     """
     found: dict[str, StoredTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):

@@ -38,8 +38,9 @@ _LOGGERS_OF_URLS = (HTTP_CLIENT, "huggingface_hub.file_download", "huggingface_h
 def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[Any]]":
     """A progress bar for huggingface_hub that draws nothing.
 
-    report: called with what is done, the total if known, and the unit ("B" for bytes); it may
-    raise, to give up.
+    Args:
+        report: called with what is done, the total if known, and the unit ("B" for bytes); it may
+            raise, to give up.
     """
 
     counting = threading.Lock()  # the hub's client fetches several files at a time

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 class Repository:
     """A repository of the Hugging Face hub, and what is wanted of it.
 
-    part: where it lies in a checkpoint directory. revision: unless the settings name another.
-    sha256: of files that are pinned beyond a revision that can change; lower-case hex. remedy:
-    what else to do where the repository cannot be had.
+    Attributes:
+        part: where it lies in a checkpoint directory.
+        revision: unless the settings name another.
+        sha256: of files that are pinned beyond a revision that can change; lower-case hex.
+        remedy: what else to do where the repository cannot be had.
     """
 
     part: str

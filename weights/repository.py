@@ -36,7 +36,8 @@ _TIMEOUT = 10.0
 class HubSettings:
     """Where the hub is, and how to ask it.
 
-    cache_dir: where huggingface_hub keeps files; None for its own default (HF_HOME).
+    Attributes:
+        cache_dir: where huggingface_hub keeps files; None for its own default (HF_HOME).
     """
 
     endpoint: str = Settings.hf_endpoint
@@ -54,7 +55,8 @@ class HubSettings:
 class PinnedRepository:
     """A repository at a revision: branch, tag, commit or refs/pr/NUMBER.
 
-    directory: where to put the files; None for the cache of huggingface_hub.
+    Attributes:
+        directory: where to put the files; None for the cache of huggingface_hub.
     """
 
     repository: Repository
@@ -110,7 +112,8 @@ class RepositoryDownload:
     def download(self, report: Callable[[int], None]) -> None:
         """Fetch and verify; raises SourceUnavailableError to be tried again.
 
-        report: called with the bytes that were fetched so far.
+        Args:
+            report: called with the bytes that were fetched so far.
         """
         start, repository = time.monotonic(), self.wanted.repository
         commit = self._revision.resolved

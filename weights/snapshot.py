@@ -30,7 +30,8 @@ _ADVICE = (
 def obtain(wanted: Sequence[PinnedRepository], hub: HubSettings) -> list[Path]:
     """Return the directory of each repository's files; asks the hub only for what is not there.
 
-    Raises WeightsError with a message for the operator.
+    Raises:
+        WeightsError: with a message for the operator.
     """
     there = {one.name: path for one in wanted if (path := cached(one, hub)) is not None}
     whole = {
@@ -46,7 +47,8 @@ def obtain(wanted: Sequence[PinnedRepository], hub: HubSettings) -> list[Path]:
 def fetch(wanted: Sequence[PinnedRepository], hub: HubSettings) -> None:
     """Ask the hub what the revisions are now, fetch what is missing, and verify all of it.
 
-    Raises WeightsError with a message for the operator.
+    Raises:
+        WeightsError: with a message for the operator.
     """
     _run(wanted, hub, {})
 
@@ -56,8 +58,11 @@ def _run(
 ) -> dict[str, Path]:
     """Plan all, check that the disk has room for all, fetch one after another.
 
-    unverified: by name, files that will do if the hub cannot be asked about them.
-    Returns the directory of each that was fetched, by name.
+    Args:
+        unverified: by name, files that will do if the hub cannot be asked about them.
+
+    Returns:
+        the directory of each that was fetched, by name.
     """
 
     def succeeds(one: RepositoryDownload, action: Callable[[], None]) -> bool:

@@ -16,8 +16,10 @@ _NAME = ".verified"
 class Stamp:
     """What was verified.
 
-    commit: the full hash. revision: what was asked for, a commit too or the name of a branch or
-    tag at that time. files: the manifest's patterns.
+    Attributes:
+        commit: the full hash.
+        revision: what was asked for, a commit too or the name of a branch or tag at that time.
+        files: the manifest's patterns.
     """
 
     commit: str

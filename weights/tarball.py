@@ -32,8 +32,11 @@ _CHUNK = 1 << 20
 def unpacked(url: str, root: Path, retry: RetryPolicy | None = None) -> Path:
     """Return the directory with the unpacked tar of a URL; an existing one is used as it is.
 
-    root: where checkpoints are kept, each in a directory named by the hash of its URL.
-    Raises WeightsError with a message for the operator.
+    Args:
+        root: where checkpoints are kept, each in a directory named by the hash of its URL.
+
+    Raises:
+        WeightsError: with a message for the operator.
     """
     root = usable(root, "FLUX_CACHE_DIRECTORY")
     name = without_secrets(url)

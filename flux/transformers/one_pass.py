@@ -48,7 +48,8 @@ SETS = 64  # whose size is remembered as too large
 class Factors:
     """Two factors of the sum of all deltas of a weight: up `[n, rank]`, down `[rank, columns]`.
 
-    scalings: for each column of `up`, the index of its adapter, and what its scale is times.
+    Attributes:
+        scalings: for each column of `up`, the index of its adapter, and what its scale is times.
     """
 
     up: Tensor

@@ -35,7 +35,9 @@ class CivitaiReference(Reference):
 
     CivitAI is several sites (civitai.com, .red, .green) with the same numbers.
 
-    token: one that the user put into the link. file: one of several in a version, by its number.
+    Attributes:
+        token: one that the user put into the link.
+        file: one of several in a version, by its number.
     """
 
     model: int | None = None

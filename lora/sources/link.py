@@ -16,7 +16,9 @@ _PROMPT_SYNTAX = re.compile(r"[<(\[]")  # <lora:name:0.8>, (name:1.2), [name]; n
 class Url:
     """A link read as a URL; `https` is assumed where no scheme is named.
 
-    segments: of the path, decoded. query: the values of each parameter, decoded.
+    Attributes:
+        segments: of the path, decoded.
+        query: the values of each parameter, decoded.
     """
 
     full: str

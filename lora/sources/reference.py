@@ -29,8 +29,9 @@ class Access:
 class FetchedFile:
     """A file on this disk: a .safetensors file, or a tar that holds one.
 
-    in_place: it lies where its owner keeps it, and must not be moved.
-    evictable: it may be deleted to make room.
+    Attributes:
+        in_place: it lies where its owner keeps it, and must not be moved.
+        evictable: it may be deleted to make room.
     """
 
     path: Path
@@ -44,10 +45,12 @@ class FetchedFile:
 class Artifact(ABC):
     """The exact file that a reference means at the moment.
 
-    pin: identifies these bytes as seen with these credentials, so that a cached file with this pin
-        can be used without a request; None if the source cannot tell two versions apart.
-    source, revision: for logs and errors; no secrets.
-    size: bytes, perhaps rounded. sha256: lower-case hex.
+    Attributes:
+        pin: identifies these bytes as seen with these credentials, so that a cached file with this
+            pin can be used without a request; None if the source cannot tell two versions apart.
+        source, revision: for logs and errors; no secrets.
+        size: bytes, perhaps rounded.
+        sha256: lower-case hex.
     """
 
     pin: str | None
@@ -74,7 +77,8 @@ class Artifact(ABC):
 class Reference(ABC):
     """What a user's text names, at one of the sources.
 
-    forms: how users write it, for the error about text that is no reference.
+    Attributes:
+        forms: how users write it, for the error about text that is no reference.
     """
 
     forms: ClassVar[tuple[str, ...]]

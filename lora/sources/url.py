@@ -66,7 +66,8 @@ class UrlReference(Reference):
 class UrlArtifact(Artifact):
     """A file behind a URL.
 
-    validator: ETag or Last-Modified date, which the file must still have when it is fetched.
+    Attributes:
+        validator: ETag or Last-Modified date, which the file must still have when it is fetched.
     """
 
     remote: Remote

@@ -39,7 +39,9 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 def public_addresses(host: str, port: int) -> list[str]:
     """Resolve a host once and return its addresses, in the resolver's order.
 
-    Raises ForbiddenAddressError if any of them is not public, OSError if the name is unknown.
+    Raises:
+        ForbiddenAddressError: any of them is not public.
+        OSError: the name is unknown.
     """
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))

@@ -46,7 +46,9 @@ _STRAY_SECONDS = 24 * 3600.0
 class CacheSettings:
     """Where files are kept, and the limits.
 
-    max_bytes: budget for all files together. min_free_bytes: what to leave free on the disk.
+    Attributes:
+        max_bytes: budget for all files together.
+        min_free_bytes: what to leave free on the disk.
     """
 
     root: Path
@@ -58,9 +60,11 @@ class CacheSettings:
 class CacheRecord:
     """A file in the cache, and what is known of its origin.
 
-    path: relative to the cache, or absolute for a file that is kept elsewhere.
-    evictable: whether the cache may remove it. source and revision: for the log; no secrets.
-    lasting: whether its key can be used again after a day; a presigned URL cannot.
+    Attributes:
+        path: relative to the cache, or absolute for a file that is kept elsewhere.
+        evictable: whether the cache may remove it.
+        source, revision: for the log; no secrets.
+        lasting: whether its key can be used again after a day; a presigned URL cannot.
     """
 
     sha256: str
@@ -96,7 +100,8 @@ class FileCache:
     def find(self, key: str) -> CacheRecord | None:
         """Return the record under a key if its file is there and whole, else None.
 
-        Raises DirectoryError if the cache's directory cannot be used.
+        Raises:
+            DirectoryError: the cache's directory cannot be used.
         """
         if not all((self._root / name).is_dir() for name in _DIRECTORIES):
             self._open()
@@ -130,7 +135,8 @@ class FileCache:
     def in_use(self, record: CacheRecord) -> Iterator[Path]:
         """Yield the path of a file that will not be evicted meanwhile.
 
-        Raises FileNotFoundError if it is gone.
+        Raises:
+            FileNotFoundError: it is gone.
         """
         with contextlib.ExitStack() as stack:
             with self._books():
@@ -144,7 +150,8 @@ class FileCache:
     def make_room(self, size: int = 0) -> None:
         """Evict what was not used for longest until `size` more bytes fit.
 
-        Raises DiskSpaceError if the disk stays too full.
+        Raises:
+            DiskSpaceError: the disk stays too full.
         """
         with self._books():
             self._drop_strays()

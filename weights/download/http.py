@@ -41,11 +41,12 @@ _GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 class HttpSettings:
     """Limits and timeouts of HTTP.
 
-    allow_private_hosts: reach addresses outside the public internet, for a store of one's own.
-    connect_timeout, read_timeout: seconds to wait for a connection, and for the next bytes.
-    max_bytes: the largest file to accept.
-    min_rate, min_rate_seconds: bytes per second below which a download is given up, judged once
-        it has run that many seconds.
+    Attributes:
+        allow_private_hosts: reach addresses outside the public internet, for a store of one's own.
+        connect_timeout, read_timeout: seconds to wait for a connection, and for the next bytes.
+        max_bytes: the largest file to accept.
+        min_rate, min_rate_seconds: bytes per second below which a download is given up, judged once
+            it has run that many seconds.
     """
 
     allow_private_hosts: bool = False
@@ -60,7 +61,9 @@ class HttpSettings:
 class Credential:
     """A token, the variable it came from, and the only origins that it may be sent to.
 
-    origin: of the source. others: of the same owner.
+    Attributes:
+        origin: of the source.
+        others: of the same owner.
     """
 
     variable: str
@@ -93,8 +96,10 @@ class Remote:
 class Probe:
     """What a server says about a file before sending it.
 
-    validator: the ETag, or else the Last-Modified date; None if the server gives neither.
-    size: bytes, if told. content_type: lower case, without parameters.
+    Attributes:
+        validator: the ETag, or else the Last-Modified date; None if the server gives neither.
+        size: bytes, if told.
+        content_type: lower case, without parameters.
     """
 
     validator: str | None
@@ -133,7 +138,8 @@ class HttpClient:
     ) -> Iterator[requests.Response]:
         """Start one GET and yield its response, the body unread; no retries.
 
-        accept: error statuses that the caller wants to see instead of an exception.
+        Args:
+            accept: error statuses that the caller wants to see instead of an exception.
         """
         timeouts = (self.settings.connect_timeout, self.settings.read_timeout)
         all_headers = {**remote.headers(), **(headers or {})}

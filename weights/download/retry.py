@@ -24,10 +24,11 @@ T = TypeVar("T")
 class RetryPolicy:
     """How often an unavailable source is asked again.
 
-    attempts: tries without any progress between them.
-    backoff: seconds before the second try; doubles with each further one.
-    longest_wait: seconds; a source that asks for a longer wait is given up.
-    check_cancelled: called before each try, between naps and for each chunk; raises to give up.
+    Attributes:
+        attempts: tries without any progress between them.
+        backoff: seconds before the second try; doubles with each further one.
+        longest_wait: seconds; a source that asks for a longer wait is given up.
+        check_cancelled: called before each try, between naps and for each chunk; raises to give up.
     """
 
     attempts: int = 5
@@ -45,8 +46,9 @@ class RetryPolicy:
     def run(self, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Repeat the action while its source is unavailable, and return its result.
 
-        progress: how far the action has come (bytes, say); a failed try that came further than
-        any before it starts the count anew.
+        Args:
+            progress: how far the action has come (bytes, say); a failed try that came further than
+                any before it starts the count anew.
         """
         failures, best = 0, progress()
         while True:

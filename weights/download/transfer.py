@@ -27,7 +27,10 @@ Progress = Callable[[int, int | None], None]
 class Expected:
     """What is known of a file beforehand; None where it is not.
 
-    size: bytes. sha256: lower-case hex. validator: ETag or Last-Modified date.
+    Attributes:
+        size: bytes.
+        sha256: lower-case hex.
+        validator: ETag or Last-Modified date.
     """
 
     size: int | None = None
@@ -78,7 +81,9 @@ def download(
 
     The bytes go to `target` with `.part` appended, which a later call continues if the server can
     and the file is still the same. Only a complete, verified file takes the name `target`.
-    Raises WeightsError, and whatever check_cancelled raises.
+
+    Raises:
+        WeightsError: it cannot be had, or is not what is expected.
     """
     part = target.with_name(target.name + ".part")
     transfer = _Transfer(client, remote, part, expected, retry, on_progress)

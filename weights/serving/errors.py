@@ -40,7 +40,8 @@ class DirectoryError(WeightsError):
 class SourceUnavailableError(WeightsError):
     """The source does not answer properly now; the same request may succeed later.
 
-    retry_after: seconds after which the source asked to be tried again, if it did.
+    Attributes:
+        retry_after: seconds after which the source asked to be tried again, if it did.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
