@@ -29,7 +29,10 @@ from serving.server import Server, processes
 
 FLEET = Path(__file__).resolve().parent.parent / "fleet"
 ADAPTERS, REQUESTS = 12, 80
-PAUSES = {"half a second between requests": 0.5, "no pause": 0.0}  # of as many callers as replicas
+LOADS = {  # callers for each replica, and the seconds that they pause between requests
+    "a caller each, with pauses": (1, 0.5),
+    "four callers each": (4, 0.0),
+}
 SIZES = (2, 4)
 QUICK = {
     "prompt": "a red circle",
@@ -62,7 +65,7 @@ def main() -> None:
             "losses": losses(settings, f"FLEET_OF={directory}"),
         }
     report("fleet", results)
-    chart((7, 3.5), lambda figure: plot(figure, results["warm_share"]))
+    chart((8, 3.5), lambda figure: plot(figure, results["warm_share"]))
 
 
 def write_adapter(path: Path, seed: int) -> str:
@@ -123,10 +126,10 @@ def warm_shares(size: int, adapters: Sequence[str], settings: dict[str, str]) ->
         sends = itertools.cycle([sender(server, patient=True) for server in plain])
         turns = [(next(sends), each) for each in inputs]
         shares["round robin"] = warm_share(in_parallel(turns, size))
-    for name, pause in PAUSES.items():
+    for name, (callers, pause) in LOADS.items():
         with fleet(size, settings) as front:
             send = sender(front, patient=False)
-            answers = in_parallel([(send, each) for each in inputs], size, pause)
+            answers = in_parallel([(send, each) for each in inputs], callers * size, pause)
         shares[f"fleet, {name}"] = warm_share(answers)
     return {"replicas": size, **shares}
 
@@ -217,6 +220,7 @@ def plot(figure: Any, shares: Sequence[dict[str, Any]]) -> None:
     names, values, colours = zip(*rows, strict=True)
     bars = axes.barh(names, values, color=colours)
     axes.bar_label(bars, [f"{100 * value:.0f} %" for value in values], padding=3)
+    axes.tick_params(axis="y", labelsize=8)
     axes.margins(x=0.15)
     figure.suptitle("requests that find their adapter in the weights")
 

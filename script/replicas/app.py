@@ -9,6 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from replicas.front import Front
 from replicas.replica import Replica
+from replicas.router import AdapterRouter
 
 ANY_NUMBER = 1_000_000  # of requests at once: what bounds them is the queue
 LIFE = {"health_check_period_s": 1, "graceful_shutdown_wait_loop_s": 0.1}
@@ -32,7 +33,9 @@ def build(settings: Mapping[str, Any]) -> serve.Application:
         max_queued_requests=chosen["queue"],
         # No core is reserved: Serve would allow one replica for each.
         ray_actor_options={"num_cpus": 0, "num_gpus": chosen["gpus"]},
-        request_router_config=RequestRouterConfig(initial_backoff_s=0.01, max_backoff_s=0.1),
+        request_router_config=RequestRouterConfig(
+            request_router_class=AdapterRouter, initial_backoff_s=0.01, max_backoff_s=0.1
+        ),
         **LIFE,
     ).bind()
     options = {"max_ongoing_requests": ANY_NUMBER, "ray_actor_options": {"num_cpus": 0}}

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
-from ray import serve
 
 from replicas.exchange import Call, Reply, end_to_end
 from serving.server import SERVE, Server
@@ -41,19 +40,12 @@ class Replica:
         if not self._server.running:
             self._end("its server has ended")
 
-    @serve.multiplexed(max_num_models_per_replica=1)
-    async def _hold(self, adapters: str) -> str:
-        """Tell Serve which adapters the weights contain; Cog's server loads them itself."""
-        return adapters
-
     async def predict(self, call: Call) -> AsyncIterator[Reply | None]:
         """Yield None when the prediction is about to be sent to the server, then its answer.
 
         It ends when the prediction does, also that of an asynchronous call. If it is closed before,
         the prediction is cancelled: the server does so itself when a connection is closed.
         """
-        if adapters := serve.get_multiplexed_model_id():
-            await self._hold(adapters)
         while await self._health() == "BUSY":  # with a step of a prediction that was cancelled
             await asyncio.sleep(POLL_SECONDS)
         yield None
