@@ -20,16 +20,13 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     it was. Its id is that of the multiplexed model; requests without adapters have the empty one.
     """
 
+    max_num_routing_tasks = 50  # waiting requests that are looked at; Serve's is two a replica
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._holds: dict[ReplicaID, str] = {}
         self._waiting: list[PendingRequest] = []  # the first one is next
         self._overtaken = 0  # times since it became the first
-
-    @property
-    def max_num_routing_tasks(self) -> int:
-        """Requests that are looked at, of those that wait; Serve's own number is two a replica."""
-        return self.max_num_routing_tasks_cap
 
     async def choose_replicas(
         self,
@@ -55,10 +52,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return [[r] for r in sorted(cold, key=lambda r: _order(adapters, r.replica_id))]
 
     def on_request_routed(
-        self,
-        pending_request: PendingRequest,
-        replica_id: ReplicaID,
-        result: Any,  # noqa: ARG002  (Serve passes it)
+        self, pending_request: PendingRequest, replica_id: ReplicaID, *_: Any
     ) -> None:
         """Remember what a replica holds from now on."""
         self._holds[replica_id] = pending_request.metadata.multiplexed_model_id

@@ -4,116 +4,31 @@ import os
 import re
 import signal
 import subprocess
-import threading
+import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from safetensors.torch import save_file
 
-from serving.server import Server, processes
 from serving.webhook import webhook
-from tests.support import inputs
+from tests.fleet.running import (
+    ASYNC,
+    LONG,
+    QUEUE,
+    REPLICA,
+    ROOT,
+    SERVER,
+    SMALL,
+    WORKER,
+    Fleet,
+    ask,
+)
 from tests.support.adapters import adapter
-from tests.support.inputs import QUICK
 from tests.support.server import wait_for
-
-ROOT = Path(__file__).parent.parent.parent
-MARK = "STARTED_FOR_FLEET_IN"
-QUEUE = 3
-SMALL = {**QUICK, **inputs.SMALL}
-LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
-SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
-ASYNC = {"Prefer": "respond-async"}
-
-
-class Fleet:
-    """A running script/fleet, asked as a caller does: without repeating anything."""
-
-    def __init__(self, server: Server, directory: Path) -> None:
-        self.url, self.directory = server.url, directory
-
-    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
-        return ask(self.url, method, path, **options)
-
-    def predict(self, **inputs: Any) -> dict[str, Any]:
-        response = self.ask("POST", "/predictions", json={"input": {**SMALL, **inputs}})
-        assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        assert answer["status"] == "succeeded", answer
-        return answer
-
-    def health(self) -> dict[str, Any]:
-        document: dict[str, Any] = self.ask("GET", "/health-check").json()
-        return document
-
-    def pids(self, command: bytes) -> set[int]:
-        """Of the processes with this in their command that belong to this fleet."""
-        return processes(command, f"{MARK}={self.directory}")
-
-    def wait_until_whole(self) -> None:
-        wait_for(lambda: self.health()["replicas"] == len(self.pids(WORKER)) == 2)
-
-
-def ask(url: str, method: str, path: str, **options: Any) -> requests.Response:
-    with requests.Session() as session:
-        session.trust_env = False
-        return session.request(method, url + path, **options)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Fleet]:
-    directory = tmp_path_factory.mktemp("fleet")
-    settings = {
-        "FLUX_CHECKPOINT": "nano",
-        "FLUX_DEVICE": "cpu",
-        "FLUX_OUTPUT_DIRECTORY": str(directory),
-        # as many as the single server has: pictures are compared to the bit
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
-        "LORA_ALLOW_LOCAL_PATHS": "true",
-        "FLUX_CACHE_DIRECTORY": str(directory / "cache"),
-        MARK: str(directory),
-    }
-    command = [ROOT / "script" / "fleet", "--replicas", "2", "--queue", str(QUEUE)]
-    server, started = Server(settings, command=command), threading.Event()
-    impatient = threading.Thread(target=hang_up_until, args=(started, server))
-    impatient.start()
-    try:
-        with server:
-            started.set()
-            fleet = Fleet(server, directory)
-            yield fleet
-    finally:
-        started.set()
-        impatient.join()
-    for helper in fleet.pids(b"ray::"):  # two of them outlive a kill -9 of the command by a minute
-        os.kill(helper, signal.SIGKILL)
-
-
-def hang_up_until(started: threading.Event, server: Server) -> None:
-    """Ask for the health again and again, without waiting for it: that must disturb nobody."""
-    while not started.wait(0.2):
-        with suppress(AttributeError, requests.RequestException):  # it has no address at first
-            ask(server.url, "GET", "/health-check", timeout=0.05)
-
-
-@pytest.fixture
-def fleet(running) -> Fleet:
-    running.wait_until_whole()
-    return running
-
-
-@pytest.fixture
-def several() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(16) as pool:
-        yield pool
-
 
 # --- the same answers as one server's
 
@@ -203,16 +118,68 @@ def test_webhooks_are_those_of_one_server(fleet, server) -> None:
 # --- where a request goes
 
 
-def test_a_request_goes_to_where_its_adapter_is(fleet) -> None:
-    paths = [fleet.directory / f"{name}.safetensors" for name in "ab"]
+@pytest.fixture
+def adapters(fleet) -> list[str]:
+    """Paths of three adapters."""
+    paths = [fleet.directory / f"{name}.safetensors" for name in "abc"]
     for seed, path in enumerate(paths):
         save_file(adapter(seed), path)
-        assert "weights merged" in fleet.predict(replicate_weights=str(path))["logs"]
+    return [str(path) for path in paths]
+
+
+def test_a_request_goes_to_where_its_adapter_is(fleet, adapters, several) -> None:
+    first, second, _ = adapters
+    hold_both(fleet, several, first, second)
     for spelling in ("{}", "file://{}", " {} "):
-        for path in paths:
+        for path in (first, second):
             logs = fleet.predict(replicate_weights=spelling.format(path))["logs"]
             assert "weights merged" not in logs
             assert "from memory" in logs
+
+
+def hold_both(fleet: Fleet, several: ThreadPoolExecutor, *paths: str) -> None:
+    """Have each replica draw with an adapter of its own, at the same time."""
+    inputs = [{"replicate_weights": path, "num_inference_steps": 28} for path in paths]
+    list(several.map(lambda each: fleet.predict(**each), inputs))
+
+
+def test_one_that_needs_no_merge_overtakes_one_that_does(fleet, adapters, several) -> None:
+    first, second, third = adapters
+    hold_both(fleet, several, first, second)
+    long = [
+        several.submit(fleet.predict, replicate_weights=path, num_inference_steps=28)
+        for path in (first, second)
+    ]
+    time.sleep(0.5)
+    waiting = []
+    for path in (third, first, second):
+        waiting.append(several.submit(fleet.predict, replicate_weights=path))
+        time.sleep(0.1)  # so that they wait in this order
+    cold, *warm = [prediction.result() for prediction in waiting]
+    assert not any("weights merged" in prediction.result()["logs"] for prediction in long)
+    assert "weights merged" in cold["logs"]
+    assert not any("weights merged" in answer["logs"] for answer in warm)
+
+
+def test_nobody_is_overtaken_for_ever(fleet, adapters, several) -> None:
+    first, second, third = adapters
+    hold_both(fleet, several, first, second)
+    ends: list[str] = []
+
+    def draw(path: str) -> None:
+        fleet.predict(replicate_weights=path)
+        ends.append(path)
+
+    def draw_again_and_again(path: str) -> None:
+        for _ in range(5):
+            draw(path)
+
+    busy = [several.submit(draw_again_and_again, path) for path in (first, second) * 2]
+    time.sleep(0.3)
+    several.submit(draw, third).result()
+    for each in busy:
+        each.result()
+    assert ends.index(third) < 12, ends
 
 
 # --- the queue

@@ -1,0 +1,62 @@
+"""A running fleet, asked as a caller does."""
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from serving.server import Server, processes
+from tests.support import inputs
+from tests.support.inputs import QUICK
+from tests.support.server import wait_for
+
+ROOT = Path(__file__).parent.parent.parent
+MARK = "STARTED_FOR_FLEET_IN"
+QUEUE = 4
+SMALL = {**QUICK, **inputs.SMALL}
+LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
+SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
+ASYNC = {"Prefer": "respond-async"}
+
+
+class Fleet:
+    """A running script/fleet, asked as a caller does: without repeating anything."""
+
+    def __init__(self, server: Server, directory: Path) -> None:
+        self.url, self.directory = server.url, directory
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        return ask(self.url, method, path, **options)
+
+    def predict(self, **inputs: Any) -> dict[str, Any]:
+        response = self.ask("POST", "/predictions", json={"input": {**SMALL, **inputs}})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        assert answer["status"] == "succeeded", answer
+        return answer
+
+    def health(self) -> dict[str, Any]:
+        document: dict[str, Any] = self.ask("GET", "/health-check").json()
+        return document
+
+    def pids(self, command: bytes) -> set[int]:
+        """Of the processes with this in their command that belong to this fleet."""
+        return processes(command, f"{MARK}={self.directory}")
+
+    def wait_until_whole(self) -> None:
+        wait_for(lambda: self.health()["replicas"] == len(self.pids(WORKER)) == 2)
+
+
+def ask(url: str, method: str, path: str, **options: Any) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.request(method, url + path, **options)
+
+
+def hang_up_until(started: threading.Event, server: Server) -> None:
+    """Ask for the health again and again, without waiting for it: that must disturb nobody."""
+    while not started.wait(0.2):
+        with suppress(AttributeError, requests.RequestException):  # it has no address at first
+            ask(server.url, "GET", "/health-check", timeout=0.05)
