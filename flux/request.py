@@ -171,7 +171,7 @@ def _size(inputs: Inputs, image: Image.Image | None) -> tuple[int, int]:
             logger.info("aspect_ratio, width and height are ignored: the image sets the size")
         size = fit_size(*image.size, quarter=quarter)
         if size == fit_size(*image.size, quarter=not quarter):
-            logger.info("megapixels has no say: the image is no larger than a quarter of one")
+            logger.info("megapixels has no effect: the image is no larger than a quarter of one")
         elif not quarter and size[0] * size[1] > 1.1 * MEGAPIXEL:
             logger.info("megapixels is exceeded: the image sets the size, %d x %d", *size)
         return size

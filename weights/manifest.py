@@ -31,7 +31,7 @@ class Repository:
         part: where it lies in a checkpoint directory.
         revision: unless the settings name another.
         sha256: of files that are pinned beyond a revision that can change; lower-case hex.
-        remedy: what else to do where the repository cannot be had.
+        remedy: what else to do if the repository cannot be fetched.
     """
 
     part: str

@@ -61,11 +61,11 @@ class CudaCopyStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def needs_copy(self, source: Tensor) -> bool:
-        """See `CopyStream.carries`."""
+        """See `CopyStream.needs_copy`."""
         return source.device.type == "cpu"
 
     def blocks_host(self, source: Tensor) -> bool:
-        """See `CopyStream.holds_up`."""
+        """See `CopyStream.blocks_host`."""
         return not source.is_pinned()
 
     def pinned_buffer(self, size: int) -> Tensor:

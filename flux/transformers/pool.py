@@ -91,7 +91,7 @@ class Transformers:
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
         self._to_copy = {item.variant for item in at_start if isinstance(item, BaseCopy)}
-        self._hold_masters()
+        self._begin_page_locking()
 
     @property
     def resident(self) -> tuple[Key, ...]:
@@ -250,9 +250,9 @@ class Transformers:
         finally:
             if variant in self._to_copy:
                 self._to_copy.discard(variant)
-                self._hold_masters()
+                self._begin_page_locking()
 
-    def _hold_masters(self) -> None:
+    def _begin_page_locking(self) -> None:
         """Start to page-lock what will be read from the host; not beside the copies of setup."""
         for name, base in self._base_weights.items():
             if base.is_open and name not in self._copies and not self._to_copy:

@@ -187,8 +187,8 @@ def test_inputs_without_effect_are_named_in_the_log(caplog, inputs, line: str) -
 @pytest.mark.parametrize(
     ("size", "inputs", "line"),
     [
-        ((512, 512), {}, "megapixels has no say"),
-        ((512, 512), {"megapixels": "0.25"}, "megapixels has no say"),
+        ((512, 512), {}, "megapixels has no effect"),
+        ((512, 512), {"megapixels": "0.25"}, "megapixels has no effect"),
         ((1440, 1440), {}, "megapixels is exceeded: the image sets the size, 1440 x 1440"),
         ((1024, 1024), {}, None),
         ((1440, 1440), {"megapixels": "0.25"}, None),

@@ -83,7 +83,7 @@ def download(
     and the file is still the same. Only a complete, verified file takes the name `target`.
 
     Raises:
-        WeightsError: it cannot be had, or is not what is expected.
+        WeightsError: the download failed, or the file is not what is expected.
     """
     part = target.with_name(target.name + ".part")
     transfer = _Transfer(client, remote, part, expected, retry, on_progress)
