@@ -139,7 +139,7 @@ def test_a_request_goes_to_where_its_adapter_is(fleet, adapters, several) -> Non
 
 def hold_both(fleet: Fleet, several: ThreadPoolExecutor, *paths: str) -> None:
     """Have each replica draw with an adapter of its own, at the same time."""
-    inputs = [{"replicate_weights": path, "num_inference_steps": 28} for path in paths]
+    inputs = [{"replicate_weights": path, "num_inference_steps": 8} for path in paths]
     list(several.map(lambda each: fleet.predict(**each), inputs))
 
 
@@ -179,7 +179,7 @@ def test_nobody_is_overtaken_for_ever(fleet, adapters, several) -> None:
     several.submit(draw, third).result()
     for each in busy:
         each.result()
-    assert ends.index(third) < 12, ends
+    assert ends.index(third) < 16, ends  # of 21; without a bound it is the last
 
 
 # --- the queue
@@ -225,8 +225,7 @@ def cancel(fleet: Fleet, name: int | str) -> int:
 def test_more_callers_than_replicas_are_all_answered(fleet, several) -> None:
     calls = [several.submit(fleet.predict, seed=seed % 2) for seed in range(2 + QUEUE)]
     outputs = [call.result()["output"] for call in calls]
-    assert outputs[::2] == [outputs[0]] * 3
-    assert outputs[1::2] == [outputs[1]] * 2
+    assert outputs == outputs[:2] * (1 + QUEUE // 2)
     assert outputs[0] != outputs[1]
 
 
