@@ -9,7 +9,7 @@ import tempfile
 import ray
 from ray import serve
 
-from replicas.app import build
+from replicas.app import Settings, build
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -31,7 +31,7 @@ def main() -> int:
                     "number of this machine's GPUs, because each replica takes one"
                 )
             serve.start(http_options={"host": chosen.host, "port": chosen.port})
-            settings = {"replicas": chosen.replicas, "queue": chosen.queue, "gpus": min(gpus, 1)}
+            settings = Settings(replicas=chosen.replicas, queue=chosen.queue, gpus=min(gpus, 1))
             serve.run(build(settings), name="flux")
             print(f"script/fleet: ready at port {chosen.port}", flush=True)
             while True:

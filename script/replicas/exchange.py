@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora.sources import parse_reference
@@ -29,9 +29,9 @@ class Call:
     content: bytes
     identifier: str
     asynchronous: bool
-    inputs: Any = None
-    webhook: str = ""
-    adapters: str = ""
+    inputs: Any
+    webhook: str
+    adapters: str
 
 
 @dataclass(frozen=True)
@@ -60,35 +60,29 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     synchronous one without a seed gets a seed, so that a second try draws the same picture. What is
     no JSON object is passed on as it is; Cog's server says what is wrong with it.
     """
-    named = path.split("/")[2:]
-    call = Call(
-        method=method,
-        path=path,
-        headers=end_to_end(headers),
-        content=content,
-        identifier=named[0] if named else f"pred_{secrets.token_hex(8)}",
-        asynchronous="respond-async" in headers.get("prefer", ""),
-    )
+    asynchronous = "respond-async" in headers.get("prefer", "")
     try:
-        body = json.loads(content)
+        sent = json.loads(content)
     except ValueError:
-        body = None
-    if not isinstance(body, dict):
-        return call
-    inputs = body.get("input")
-    adapters = ""
+        sent = None
+    body = sent if isinstance(sent, dict) else {}
+    inputs, adapters = body.get("input"), ""
     if isinstance(inputs, dict):
         adapters = adapters_of(inputs)
         seed = inputs.get("seed", -1)
-        if not call.asynchronous and isinstance(seed, int | float) and seed < 0:
+        if not asynchronous and isinstance(seed, int | float) and seed < 0:
             body["input"] = {**inputs, "seed": secrets.randbits(32)}
-    if not named:
-        call = replace(call, identifier=str(body.setdefault("id", call.identifier)))
+    named = path.split("/")[2:]
+    identifier = named[0] if named else body.setdefault("id", f"pred_{secrets.token_hex(8)}")
     events = body.get("webhook_events_filter")
     told = not isinstance(events, list) or "completed" in events
-    return replace(
-        call,
-        content=json.dumps(body).encode(),
+    return Call(
+        method=method,
+        path=path,
+        headers=end_to_end(headers),
+        content=content if sent is not body else json.dumps(body).encode(),
+        identifier=str(identifier),
+        asynchronous=asynchronous,
         inputs=inputs,
         webhook=str(body.get("webhook") or "") if told else "",
         adapters=adapters,

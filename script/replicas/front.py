@@ -14,13 +14,15 @@ import os
 from contextvars import Context
 from typing import Any
 
-import aiohttp
+import requests
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from requests.adapters import HTTPAdapter
 from starlette.requests import Request
 from starlette.responses import Response
+from urllib3.util import Retry
 
 from replicas.exchange import JSON, Call, Reply, read_call
 
@@ -29,7 +31,7 @@ logger = logging.getLogger("ray.serve")
 TRIES = 2
 PATIENCE = 1.0  # seconds that an asynchronous request waits for the answer of a replica's server
 RETRY_AFTER = "5"  # seconds
-WEBHOOK_DELAYS = (0.0, 1.0, 5.0, 20.0)  # seconds before each try
+WEBHOOK_TRIES = Retry(6, backoff_factor=1, status_forcelist=range(400, 600), allowed_methods=None)
 LOST = "The replica that ran this prediction was lost. Send the request again."
 FULL = "All replicas are busy and the queue is full. Try again later."
 STARTING = "Setup has not finished yet. Wait until it has finished, or GET /health-check."
@@ -61,8 +63,8 @@ class Prediction:
         """The prediction as a document in Cog's form."""
         now = asyncio.get_running_loop().time()
         metrics = {} if self.began is None else {"predict_time": now - self.began}
-        named = {"id": self.call.identifier, "logs": "", "metrics": metrics, "status": status}
-        return {**named, **fields}
+        known = {"id": self.call.identifier, "logs": "", "metrics": metrics, "status": status}
+        return {**known, **fields}
 
 
 class Front:
@@ -137,8 +139,8 @@ class Front:
             del self._predictions[prediction.call.identifier]
         headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
         prediction.answer(Reply.of(status, end, **headers))
-        if tell:
-            await _send_webhook(prediction.call, end)
+        if tell and prediction.call.webhook:
+            await asyncio.to_thread(_send_webhook, prediction.call, end)
 
     async def _run(self, prediction: Prediction) -> None:
         """Send a prediction to a replica; to another one, once, if that is lost meanwhile.
@@ -179,7 +181,7 @@ class Front:
 
     async def _health(self) -> Reply:
         documents = await self._described()
-        running = await asyncio.to_thread(_running_replicas) if documents else 0
+        running = await asyncio.to_thread(_running_replicas)
         if not documents or not running:
             return Reply.of(200, {"status": "STARTING", "replicas": 0})
         status = "BUSY" if len(self._predictions) >= running else "READY"
@@ -206,20 +208,16 @@ def _running_replicas() -> int:
     return application.deployments["Replica"].replica_states.get("RUNNING", 0)
 
 
-async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
-    """Tell of the end of a prediction as Cog's server would; a few tries."""
-    if not call.webhook:
-        return
+def _send_webhook(call: Call, state: dict[str, Any]) -> None:
+    """Tell of the end of a prediction as Cog's server would; within a minute, if it must be."""
     token = os.environ.get("WEBHOOK_AUTH_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    async with aiohttp.ClientSession(headers=headers) as session:
-        for delay in WEBHOOK_DELAYS:
-            await asyncio.sleep(delay)
-            try:
-                async with session.post(call.webhook, json=state) as answer:
-                    if answer.status < 400:
-                        return
-                    problem = f"HTTP {answer.status}"
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                problem = type(error).__name__
-    logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)
+    with requests.Session() as session:
+        session.trust_env = False
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=WEBHOOK_TRIES))
+        try:
+            session.post(call.webhook, json=state, headers=headers)
+        except requests.RequestException as error:
+            kind = type(error).__name__  # the message has the address, which may hold a secret
+            logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, kind)

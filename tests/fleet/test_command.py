@@ -1,0 +1,31 @@
+"""script/fleet as a command, and the config file for a cluster."""
+
+import os
+import subprocess
+
+from tests.fleet.running import ROOT
+
+
+def test_a_wrong_number_is_refused() -> None:
+    command = [ROOT / "script" / "fleet", "--replicas", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--replicas: 0: expected 1 or more" in result.stderr
+
+
+def test_the_config_file_is_one_that_serve_takes() -> None:
+    program = """
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from replicas.app import Settings, build
+config = ServeDeploySchema.model_validate(yaml.safe_load(open("script/replicas/serve.yaml")))
+(application,) = config.applications
+assert application.import_path == "replicas.app:build"
+build(Settings(**application.args))
+"""
+    subprocess.run(
+        [ROOT / ".cog" / "fleet" / "bin" / "python", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "script:.", "RAY_USAGE_STATS_ENABLED": "0"},
+        check=True,
+    )
