@@ -50,7 +50,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     colours = _without_alpha(image)
     mode = MODES.get(space)
-    if mode is None or (colours.mode, mode) not in _FITTING:
+    if mode is None or (colours.mode, mode) not in FITTING:
         raise ValueError(f"it is for {space}, and the image is {image.mode}")
     result = ImageCms.profileToProfile(
         colours.convert(mode),
@@ -67,7 +67,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     return result
 
 
-_FITTING = {("RGB", "RGB"), ("L", "L"), ("L", "RGB"), ("CMYK", "CMYK")}
+FITTING = {("RGB", "RGB"), ("L", "L"), ("L", "RGB"), ("CMYK", "CMYK")}
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

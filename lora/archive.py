@@ -18,18 +18,18 @@ from weights.serving.errors import InvalidFileError
 
 Kind = Literal["safetensors", "tar"]
 
-_HEAD_BYTES = 512
-_MAX_MEMBERS = 10_000
-_MAX_TEXT_BYTES = 1 << 16
-_MAX_EXTENDED_HEADER = 1 << 20
-_CHUNK = 1 << 20
-_EXTENDED = (
+HEAD_BYTES = 512
+MAX_MEMBERS = 10_000
+MAX_TEXT_BYTES = 1 << 16
+MAX_EXTENDED_HEADER = 1 << 20
+CHUNK = 1 << 20
+EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
-_TRIGGER = re.compile(r"""^[\s"'-]*trigger_word["']?\s*:\s*["']?([^"'\n,#]+)""", re.MULTILINE)
-_MADE_UP_WORD = re.compile(r"\b(?=[A-Z0-9_]*[A-Z])[A-Z0-9_]{3,}\b")
-_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+TRIGGER = re.compile(r"""^[\s"'-]*trigger_word["']?\s*:\s*["']?([^"'\n,#]+)""", re.MULTILINE)
+MADE_UP_WORD = re.compile(r"\b(?=[A-Z0-9_]*[A-Z])[A-Z0-9_]{3,}\b")
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def kind_of(path: Path, name: str) -> Kind:
@@ -39,7 +39,7 @@ def kind_of(path: Path, name: str) -> Kind:
         InvalidFileError: it is something else, such as an error page, a pickle, a Git LFS pointer.
     """
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
+        head = file.read(HEAD_BYTES)
     if head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b":
         return "tar"
     if head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
@@ -111,7 +111,7 @@ class _Member(tarfile.TarInfo):
         tarfile names this method as the one for subclasses to override. (`frombuf` would be public,
         but the patched Python 3.11.2 of Debian 12 does not call it.)
         """
-        if self.type in _EXTENDED and not 0 <= self.size <= _MAX_EXTENDED_HEADER:
+        if self.type in EXTENDED and not 0 <= self.size <= MAX_EXTENDED_HEADER:
             raise InvalidFileError("the tar has an extended header of absurd size.")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
@@ -144,7 +144,7 @@ class _Reader:
             self._found.append(member.name)
             if len(self._found) == 1:
                 self._copy(content)
-        elif member.size <= _MAX_TEXT_BYTES and suffix in (*_CONFIG_SUFFIXES, ".txt"):
+        elif member.size <= MAX_TEXT_BYTES and suffix in (*CONFIG_SUFFIXES, ".txt"):
             self._read_text(content.read().decode(errors="replace"), is_caption=suffix == ".txt")
 
     def finish(self) -> tuple[str, ...]:
@@ -162,20 +162,20 @@ class _Reader:
         self._check_cancelled()
         self._members += 1
         self._bytes += max(0, member.size)
-        if self._members > _MAX_MEMBERS or self._bytes > self._max_bytes:
+        if self._members > MAX_MEMBERS or self._bytes > self._max_bytes:
             raise InvalidFileError(
-                f"the tar holds more than {_MAX_MEMBERS} files or {self._max_bytes / 1e9:.1f} GB."
+                f"the tar holds more than {MAX_MEMBERS} files or {self._max_bytes / 1e9:.1f} GB."
             )
 
     def _copy(self, content: IO[bytes]) -> None:
         with self._target.open("wb") as file:
-            while chunk := content.read(_CHUNK):
+            while chunk := content.read(CHUNK):
                 self._check_cancelled()
                 file.write(chunk)
 
     def _read_text(self, text: str, *, is_caption: bool) -> None:
         if is_caption:
-            self._captions.append(set(_MADE_UP_WORD.findall(text)))
+            self._captions.append(set(MADE_UP_WORD.findall(text)))
             return
-        words = (word.strip() for word in _TRIGGER.findall(text))
+        words = (word.strip() for word in TRIGGER.findall(text))
         self._triggers += [word for word in words if word.lower() not in ("", "null", "none", "~")]

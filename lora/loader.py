@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_LISTED = 5
-_MAX_WORDS = 10
+MAX_LISTED = 5
+MAX_WORDS = 10
 
 Hit = Literal["memory", "disk", "download"]
 
@@ -58,7 +58,7 @@ class LoadedAdapter:
     def describe(self) -> str:
         """All of it in a line for the log."""
         ignored = list(map(one_line, self.adapter.ignored))
-        names = ", ".join(ignored[:_MAX_LISTED]) + (", ..." if len(ignored) > _MAX_LISTED else "")
+        names = ", ".join(ignored[:MAX_LISTED]) + (", ..." if len(ignored) > MAX_LISTED else "")
         parts = [
             self.source,
             f"revision {self.revision}",
@@ -214,4 +214,4 @@ class _Memory:
 def _merged(*groups: Sequence[str]) -> tuple[str, ...]:
     """All words once, in order."""
     words = (one_line(word) for group in groups for word in group)
-    return tuple(dict.fromkeys(word for word in words if word))[:_MAX_WORDS]
+    return tuple(dict.fromkeys(word for word in words if word))[:MAX_WORDS]

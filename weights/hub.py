@@ -32,7 +32,7 @@ from weights.serving.redact import without_secrets
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""
 HTTP_CLIENT = HTTPError.__module__.partition(".")[0]
-_LOGGERS_OF_URLS = (HTTP_CLIENT, "huggingface_hub.file_download", "huggingface_hub.utils._http")
+LOGGERS_OF_URLS = (HTTP_CLIENT, "huggingface_hub.file_download", "huggingface_hub.utils._http")
 
 
 def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[Any]]":
@@ -70,7 +70,7 @@ def discreet() -> Iterator[None]:
             )
         return True
 
-    loggers = [logging.getLogger(name) for name in _LOGGERS_OF_URLS]
+    loggers = [logging.getLogger(name) for name in LOGGERS_OF_URLS]
     for logger in loggers:
         logger.addFilter(redact)
     try:

@@ -49,8 +49,8 @@ class Repository:
         return self.part.rpartition("/")[2]
 
 
-_CLASSIFIER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
-_WITHOUT_CHECKERS = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
+CLASSIFIER_FILES = ("config.json", "preprocessor_config.json", "model.safetensors")
+WITHOUT_CHECKERS = "Set FLUX_SAFETY_POLICY=open_nsfw for the checker that needs no download."
 
 REPOSITORIES = {
     repository.part: repository
@@ -93,7 +93,7 @@ REPOSITORIES = {
             part="safety/compvis",
             title="CompVis safety checker",
             name="CompVis/stable-diffusion-safety-checker",
-            files=_CLASSIFIER_FILES,
+            files=CLASSIFIER_FILES,
             licence="see its model card",
             revision="refs/pr/41",
             sha256={
@@ -101,16 +101,16 @@ REPOSITORIES = {
                     "08902f19b1cfebd7c989f152fc0507bef6898c706a91d666509383122324b511"
                 )
             },
-            remedy=_WITHOUT_CHECKERS,
+            remedy=WITHOUT_CHECKERS,
         ),
         Repository(
             part="safety/falconsai",
             title="Falconsai NSFW detector",
             name="Falconsai/nsfw_image_detection",
-            files=_CLASSIFIER_FILES,
+            files=CLASSIFIER_FILES,
             licence="Apache-2.0",
             revision="04367978d3474804ab1a00a9bd6548b741764069",
-            remedy=_WITHOUT_CHECKERS,
+            remedy=WITHOUT_CHECKERS,
         ),
     )
 }

@@ -29,7 +29,7 @@ from weights.stamp import write_stamp
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 10.0
+TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RepositoryDownload:
                 repository.name,
                 revision=self._revision.resolved,
                 files_metadata=True,
-                timeout=_TIMEOUT,
+                timeout=TIMEOUT,
             )
         self._files = self._choose(listed.siblings or [])
         self._check_pins()

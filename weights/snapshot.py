@@ -21,7 +21,7 @@ from weights.stamp import read_stamp
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = (
+ADVICE = (
     "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or fetch the files ahead of time where "
     "there is a network: script/download."
 )
@@ -91,7 +91,7 @@ def _run(
 
 
 def _with_advice(error: WeightsError, wanted: PinnedRepository) -> WeightsError:
-    general = _ADVICE if isinstance(error, SourceUnavailableError) else ""
+    general = ADVICE if isinstance(error, SourceUnavailableError) else ""
     return type(error)(" ".join(filter(None, [str(error), general, wanted.repository.remedy])))
 
 

@@ -9,7 +9,7 @@ from weights.manifest import Repository
 
 logger = logging.getLogger(__name__)
 
-_NAME = ".verified"
+NAME = ".verified"
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,4 @@ def _file(path: Path) -> Path:
     """Beside the snapshots of huggingface_hub's cache, where it looks for nothing; else inside."""
     if path.parent.name == "snapshots":
         return path.parent.parent / "verified" / path.name
-    return path / _NAME
+    return path / NAME

@@ -25,8 +25,8 @@ from weights.serving.redact import without_secrets
 
 logger = logging.getLogger(__name__)
 
-_MAX_BYTES = 1 << 40
-_CHUNK = 1 << 20
+MAX_BYTES = 1 << 40
+CHUNK = 1 << 20
 
 
 def unpacked(url: str, root: Path, retry: RetryPolicy | None = None) -> Path:
@@ -64,7 +64,7 @@ def _fetched(url: str, name: str, target: Path, retry: RetryPolicy) -> Path:
     _, _, sha256 = fragment.partition("sha256=")
     remote = Remote(bare, name)
     archive = target.with_suffix(".tar")
-    client = HttpClient(HttpSettings(allow_private_hosts=True, max_bytes=_MAX_BYTES))
+    client = HttpClient(HttpSettings(allow_private_hosts=True, max_bytes=MAX_BYTES))
     try:
         probe = client.probe(remote, retry)
         logger.info("Checkpoint %s: %.2f GB to fetch", name, (probe.size or 0) / 1e9)
@@ -118,7 +118,7 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Path)
             raise tarfile.TarError(f"{member.name!r} is neither a file nor a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            shutil.copyfileobj(content, file, _CHUNK)
+            shutil.copyfileobj(content, file, CHUNK)
     except (KeyError, RecursionError) as error:
         raise tarfile.TarError(f"{member.name!r} links to no file of the archive") from error
     except ValueError as error:  # a NUL byte, which an extended header can carry

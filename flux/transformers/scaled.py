@@ -116,15 +116,15 @@ def _extended(values: Tensor, rows: int) -> Tensor:
     return found
 
 
-_LIBRARY = torch.library.Library("flux_fine_tune", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("flux_fine_tune", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "multiply(Tensor left, Tensor right, Tensor left_scale, Tensor right_scale, Tensor? bias, "
     "ScalarType dtype) -> Tensor"
 )
-_LIBRARY.impl("multiply", multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("multiply", multiply, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("flux_fine_tune::multiply", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("flux_fine_tune::multiply", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _without_values(left: Tensor, right: Tensor, *others: Any) -> Tensor:  # noqa: ANN401
     """The operator's result without values, for the compiler."""
     *_, dtype = others

@@ -27,8 +27,8 @@ KINDS = (
 INPUTS = {2: "FLUX.1 Canny or Depth", 6: "FLUX.1 Fill"}
 # Full models that differ from the base model in their values alone: named by the header, if at all.
 TITLES = ("kontext", "krea")
-_TITLE_FIELDS = ("modelspec.title", "modelspec.architecture")
-_ARCHITECTURE_FIELDS = ("modelspec.architecture", "ss_base_model_version")
+TITLE_FIELDS = ("modelspec.title", "modelspec.architecture")
+ARCHITECTURE_FIELDS = ("modelspec.architecture", "ss_base_model_version")
 # (what the field contains, in lower case; the model's name)
 ARCHITECTURES = (
     ("stable-diffusion-xl", "Stable Diffusion XL"),
@@ -130,7 +130,7 @@ def _refuse_control(header: Header, targets: Targets) -> None:
 
 
 def _architecture(metadata: Mapping[str, str]) -> str | None:
-    for field in _ARCHITECTURE_FIELDS:
+    for field in ARCHITECTURE_FIELDS:
         value = metadata.get(field, "").lower()
         for marker, model in ARCHITECTURES:
             if marker in value:
@@ -163,7 +163,7 @@ def _transformer(header: Header, targets: Targets) -> str:
             times = info.shape[1] / found[1].shape[1]
             if times in INPUTS:
                 return f"{INPUTS[int(times)]} model"
-    title = " ".join(header.metadata.get(field, "") for field in _TITLE_FIELDS).lower()
+    title = " ".join(header.metadata.get(field, "") for field in TITLE_FIELDS).lower()
     name = next((name for name in TITLES if name in title), None)
     if name:
         return f"FLUX.1 {name.capitalize()} checkpoint"

@@ -17,7 +17,7 @@ TRIGGER_FIELDS = (
     "ss_trigger_words",
     "instance_prompt",
 )
-_PATTERN_SYNTAX = frozenset("*+?[](){}|\\$")  # PEFT would read a regular expression
+PATTERN_SYNTAX = frozenset("*+?[](){}|\\$")  # PEFT would read a regular expression
 MAX_TRIGGERS = 5
 MAX_TRIGGER_CHARACTERS = 200
 
@@ -64,7 +64,7 @@ class AdapterSettings:
         pattern = self._get(component, "alpha_pattern")
         if isinstance(pattern, dict):
             for name, alpha in pattern.items():
-                if not _PATTERN_SYNTAX.isdisjoint(name.lstrip("^")):
+                if not PATTERN_SYNTAX.isdisjoint(name.lstrip("^")):
                     raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
                 if f".{module}".endswith(f".{name.lstrip('^')}"):
                     return alpha

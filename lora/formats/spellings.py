@@ -8,8 +8,8 @@ from dataclasses import dataclass
 TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"
 
 # BFL name -> diffusers names whose output rows it fuses, in order.
-_IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 BFL_TOP = (
     ("img_in", ("x_embedder",)),
     ("img_in.proj", ("x_embedder",)),
@@ -24,8 +24,8 @@ BFL_TOP = (
 )
 BFL_SHIFT_SCALE = ("final_layer.adaLN_modulation.1", "norm_out.linear")
 BFL_DOUBLE = (
-    ("img_attn.qkv", _IMAGE_QKV),
-    ("txt_attn.qkv", _TEXT_QKV),
+    ("img_attn.qkv", IMAGE_QKV),
+    ("txt_attn.qkv", TEXT_QKV),
     ("img_attn.proj", ("attn.to_out.0",)),
     ("txt_attn.proj", ("attn.to_add_out",)),
     ("img_mlp.0", ("ff.net.0.proj",)),
@@ -40,32 +40,32 @@ BFL_DOUBLE = (
     ("txt_attn.norm.key_norm", ("attn.norm_added_k",)),
 )
 BFL_SINGLE = (
-    ("linear1", (*_IMAGE_QKV, "proj_mlp")),
+    ("linear1", (*IMAGE_QKV, "proj_mlp")),
     ("linear2", ("proj_out",)),
     ("modulation.lin", ("norm.linear",)),
     ("norm.query_norm", ("attn.norm_q",)),
     ("norm.key_norm", ("attn.norm_k",)),
 )
 XLABS_DOUBLE = (
-    ("processor.qkv_lora1", _IMAGE_QKV),
-    ("processor.qkv_lora2", _TEXT_QKV),
+    ("processor.qkv_lora1", IMAGE_QKV),
+    ("processor.qkv_lora2", TEXT_QKV),
     ("processor.proj_lora1", ("attn.to_out.0",)),
     ("processor.proj_lora2", ("attn.to_add_out",)),
 )
-_BEFORE_PEFT = (
+BEFORE_PEFT = (
     ("attn.processor.to_q_lora", ("attn.to_q",)),
     ("attn.processor.to_k_lora", ("attn.to_k",)),
     ("attn.processor.to_v_lora", ("attn.to_v",)),
 )
 BEFORE_PEFT_DOUBLE = (
-    *_BEFORE_PEFT,
+    *BEFORE_PEFT,
     ("attn.processor.to_out_lora", ("attn.to_out.0",)),
     ("attn.processor.add_q_proj_lora", ("attn.add_q_proj",)),
     ("attn.processor.add_k_proj_lora", ("attn.add_k_proj",)),
     ("attn.processor.add_v_proj_lora", ("attn.add_v_proj",)),
     ("attn.processor.to_add_out_lora", ("attn.to_add_out",)),
 )
-XLABS_SINGLE = (("processor.qkv_lora", _IMAGE_QKV), ("processor.proj_lora", ("proj_out",)))
+XLABS_SINGLE = (("processor.qkv_lora", IMAGE_QKV), ("processor.proj_lora", ("proj_out",)))
 # Rows of (spelled prefix, model prefix, naming, table) for the two kinds of block.
 BLOCKS = (
     ("double_blocks", "transformer_blocks", "BFL", BFL_DOUBLE),
@@ -74,7 +74,7 @@ BLOCKS = (
     ("single_blocks", "single_transformer_blocks", "XLabs", XLABS_SINGLE),
     ("transformer_blocks", "transformer_blocks", "diffusers before PEFT", BEFORE_PEFT_DOUBLE),
     ("single_transformer_blocks", "single_transformer_blocks", "diffusers before PEFT",
-     _BEFORE_PEFT),
+     BEFORE_PEFT),
 )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ DIALECTS = (
     Dialect("lora_te2_", T5, True, "OneTrainer"),
 )
 
-_ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+SUFFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("down", ("lora_A.weight", "lora_down.weight", "lora.down.weight", "down.weight", "lora_A",
               "lora_linear_layer.down.weight")),
     ("up", ("lora_B.weight", "lora_up.weight", "lora.up.weight", "up.weight", "lora_B",
@@ -134,28 +134,28 @@ _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
       for name in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")),
     *((f"hada_{name}", (f"hada_{name}",)) for name in ("w1_a", "w1_b", "w2_a", "w2_b")),
 )  # fmt: skip
-ROLES = {suffix: role for role, suffixes in _ROLES for suffix in suffixes}
-_LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
+ROLES = {suffix: role for role, suffixes in SUFFIXES for suffix in suffixes}
+LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
 # Modules under which PEFT inserts the adapter's name: `lora_A.default.weight`.
-_PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
+PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
 
 
 BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
-_EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
-_EMBEDDING_PREFIXES = ("bundle_emb.", "string_to_param.")
+EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
+EMBEDDING_PREFIXES = ("bundle_emb.", "string_to_param.")
 
 
 def is_embedding(key: str) -> bool:
     """Whether a key is that of embeddings of words (textual inversion), not of a module."""
-    return key in _EMBEDDINGS or key.startswith(_EMBEDDING_PREFIXES)
+    return key in EMBEDDINGS or key.startswith(EMBEDDING_PREFIXES)
 
 
 def split_role(key: str) -> tuple[str, str] | None:
     """Split a key into (module spelling, role); None when it ends in no known role."""
     parts = key.split(".")
-    if len(parts) > 2 and parts[-1] in ("weight", "bias") and parts[-3] in _PEFT_NAMED:
+    if len(parts) > 2 and parts[-1] in ("weight", "bias") and parts[-3] in PEFT_NAMED:
         del parts[-2]
-    for count in range(_LONGEST_ROLE, 0, -1):
+    for count in range(LONGEST_ROLE, 0, -1):
         role = ROLES.get(".".join(parts[-count:]))
         if role is not None and len(parts) > count:
             return ".".join(parts[:-count]), role

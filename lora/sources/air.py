@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from lora.sources.link import Link
 
-_AIR = re.compile(
+AIR = re.compile(
     r"(?:urn:)?(?:(?:air:)(?=.*:.*:)|(?=[^/]+:civitai:|[^/]+:huggingface:))"
     r"(?P<ecosystem>\w+):(?P<kind>\w+):(?P<source>\w+):(?P<id>[^@+:]+)"
     r"(?:@(?P<version>[^@+:]+?))?(?:\+(?P<file>\d+))?(?:\.safetensors)?",
     re.IGNORECASE,
 )
-_KINDS = ("lora", "lycoris", "locon", "dora")
-_SOURCES = ("civitai", "huggingface")
+KINDS = ("lora", "lycoris", "locon", "dora")
+SOURCES = ("civitai", "huggingface")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def read_air(link: Link) -> Air | None:
     Raises:
         ReferenceFormatError: it is one, and names no adapter for FLUX.1 at one of our sources.
     """
-    found = _AIR.fullmatch(link.word)
+    found = AIR.fullmatch(link.word)
     if found is None:
         if link.text.lower().startswith(("urn:air:", "air:")):
             raise link.refused("an AIR is written urn:air:flux1:lora:civitai:MODEL@VERSION")
@@ -39,8 +39,8 @@ def read_air(link: Link) -> Air | None:
     ecosystem, kind, named = (found[name].lower() for name in ("ecosystem", "kind", "source"))
     if ecosystem != "flux1":
         raise link.refused(f"it is for {ecosystem}, and adapters for flux1 are read")
-    if kind not in _KINDS:
-        raise link.refused(f"it is of type {kind}, and adapters are of type {', '.join(_KINDS)}")
-    if named not in _SOURCES:
-        raise link.refused(f"{named} is not a source; {' and '.join(_SOURCES)} are")
+    if kind not in KINDS:
+        raise link.refused(f"it is of type {kind}, and adapters are of type {', '.join(KINDS)}")
+    if named not in SOURCES:
+        raise link.refused(f"{named} is not a source; {' and '.join(SOURCES)} are")
     return Air(named, found["id"], found["version"], found["file"])

@@ -21,10 +21,10 @@ from weights.serving.redact import one_line
 
 logger = logging.getLogger(__name__)
 
-_BASE_MODEL = "Flux.1"
-_EXACT = (f"{_BASE_MODEL} D", f"{_BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
-_HOSTS = {"civitai.com", "civitai.red", "civitai.green"}
-_MAX_LISTED = 10
+BASE_MODEL = "Flux.1"
+EXACT = (f"{BASE_MODEL} D", f"{BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
+HOSTS = {"civitai.com", "civitai.red", "civitai.green"}
+MAX_LISTED = 10
 
 Json = Mapping[str, Any]
 
@@ -60,7 +60,7 @@ class CivitaiReference(Reference):
                 _number(link, air.version) if air.version else None,
                 file=_number(link, air.file) if air.file else None,
             )
-        if link.url.host not in _HOSTS:
+        if link.url.host not in HOSTS:
             return None
         token = link.url.query.get("token", [None])[0]
         asked = link.url.query.get("modelVersionId", [None])[0]
@@ -154,9 +154,9 @@ def _newest(reference: CivitaiReference, model: Json) -> Json:
     """The newest version for FLUX.1 of a model that may also have versions for others."""
     _refuse_checkpoint(reference, model.get("type"))
     versions = list(_dicts(model.get("modelVersions")))
-    kin = [v for v in versions if str(v.get("baseModel", "")).startswith(_BASE_MODEL)]
+    kin = [v for v in versions if str(v.get("baseModel", "")).startswith(BASE_MODEL)]
     for version in kin:
-        if version["baseModel"] in _EXACT:
+        if version["baseModel"] in EXACT:
             return version
     if kin:
         logger.warning(
@@ -167,8 +167,8 @@ def _newest(reference: CivitaiReference, model: Json) -> Json:
         return kin[0]
     made_for = ", ".join(dict.fromkeys(str(v.get("baseModel")) for v in versions)) or "nothing"
     raise NotFoundError(
-        f"{reference.display}: no version of this model is for {_BASE_MODEL}; it is made for "
-        f"{made_for}. Choose a LoRA for {_BASE_MODEL}."
+        f"{reference.display}: no version of this model is for {BASE_MODEL}; it is made for "
+        f"{made_for}. Choose a LoRA for {BASE_MODEL}."
     )
 
 
@@ -231,7 +231,7 @@ def _file(reference: CivitaiReference, version: Json) -> Json:
         usable = named
     if usable:
         return max(usable, key=lambda file: file.get("primary") is True)
-    names = ", ".join(str(file.get("name")) for file in files[:_MAX_LISTED]) or "no files"
+    names = ", ".join(str(file.get("name")) for file in files[:MAX_LISTED]) or "no files"
     raise NotFoundError(
         f"{reference.display}: the version holds no .safetensors model, only {names}. "
         f"Choose another version."

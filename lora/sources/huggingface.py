@@ -30,13 +30,13 @@ from weights.download.transfer import Progress, sha256_of
 from weights.hub import discreet, progress_bar, translated
 from weights.serving.errors import InvalidFileError, NotFoundError
 
-_TIMEOUT = 10.0
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HOSTS = {"huggingface.co", "hf.co"}
-_VIEWS = {"blob", "resolve", "raw", "tree"}
-_NOT_MODELS = {"datasets", "spaces", "collections", "papers", "docs", "models"}
-_USUAL_STEMS = ("pytorch_lora_weights", "lora")
-_MAX_LISTED = 10
+TIMEOUT = 10.0
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HOSTS = {"huggingface.co", "hf.co"}
+VIEWS = {"blob", "resolve", "raw", "tree"}
+NOT_MODELS = {"datasets", "spaces", "collections", "papers", "docs", "models"}
+USUAL_STEMS = ("pytorch_lora_weights", "lora")
+MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class HuggingFaceReference(Reference):
             return cls._of(link, segments)
         url = link.url
         is_file = url.segments[:1] in (["datasets"], ["spaces"]) and "resolve" in url.segments
-        if url.host not in _HOSTS or is_file:
+        if url.host not in HOSTS or is_file:
             return None
         return cls._of(link, url.segments, url.query.get("show_file_info", [""])[0])
 
     @classmethod
     def _of(cls, link: Link, segments: list[str], shown: str = "") -> Self:
         """Read the path of a page; `shown` is the file that its `?show_file_info=` names."""
-        if segments and segments[0] in _NOT_MODELS:
+        if segments and segments[0] in NOT_MODELS:
             raise link.refused("of anything but a model, give the download link of a file")
         if len(segments) < 2 or not all(SLUG.fullmatch(part) for part in segments[:2]):
             raise link.refused("a repository is written huggingface.co/owner/name")
@@ -88,7 +88,7 @@ class HuggingFaceReference(Reference):
             rest = ["blob", *(rest[1:2] if rest[:1] == ["tree"] else ["main"]), *shown.split("/")]
         if not rest:
             return cls(repo)
-        if rest[0] not in _VIEWS:
+        if rest[0] not in VIEWS:
             return cls(repo, file=_safetensors(link, rest))
         view, *rest = rest
         if rest[:1] == ["refs"] and len(rest) >= 3:
@@ -109,7 +109,7 @@ class HuggingFaceReference(Reference):
 
     @property
     def immutable(self) -> bool:
-        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
 
     def credential(self, settings: SourceSettings) -> Credential:
         return Credential("HF_TOKEN", settings.hf_endpoint, settings.hf_token)
@@ -120,7 +120,7 @@ class HuggingFaceReference(Reference):
         api = HfApi(endpoint=endpoint, token=token or False)
         with translated(self.display, token), discreet():
             info = api.model_info(
-                self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT
+                self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT
             )
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
         file = files[_choose(self, list(files))]
@@ -163,7 +163,7 @@ class HubArtifact(Artifact):
         with translated(self.source, settings.hf_token), discreet():
             if isinstance(cached, str):
                 url = hf_hub_url(self.repo, self.file, revision=self.commit, endpoint=endpoint)
-                get_hf_file_metadata(url, token=token, timeout=_TIMEOUT, endpoint=endpoint)
+                get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
             found = hf_hub_download(
                 self.repo,
                 self.file,
@@ -222,7 +222,7 @@ def _choose(reference: HuggingFaceReference, names: Sequence[str]) -> str:
     weights = [n for n in names if n.startswith(inside) and n.lower().endswith(".safetensors")]
     if len(weights) == 1:
         return weights[0]
-    for stem in (*_USUAL_STEMS, reference.repo.rpartition("/")[2]):
+    for stem in (*USUAL_STEMS, reference.repo.rpartition("/")[2]):
         same = sorted((n for n in weights if _plain(n) == _plain(stem)), key=_depth)
         if same and (len(same) == 1 or _depth(same[0]) < _depth(same[1])):
             return same[0]
@@ -234,9 +234,9 @@ def _listed(reference: HuggingFaceReference, names: Sequence[str]) -> str:
     weights = [name for name in names if name.lower().endswith(".safetensors")]
     if not weights:
         return "It has no .safetensors file, and no other format is read."
-    more = ", ..." if len(weights) > _MAX_LISTED else ""
+    more = ", ..." if len(weights) > MAX_LISTED else ""
     example = f"huggingface.co/{reference.repo}/blob/{reference.revision or 'main'}/{weights[0]}"
-    return f"It has {', '.join(weights[:_MAX_LISTED])}{more}. Name one, like {example}"
+    return f"It has {', '.join(weights[:MAX_LISTED])}{more}. Name one, like {example}"
 
 
 def _plain(name: str) -> str:

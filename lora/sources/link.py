@@ -9,7 +9,7 @@ from weights.serving.errors import ReferenceFormatError
 from weights.serving.redact import without_secrets
 
 SLUG = re.compile(r"[a-z0-9][a-z0-9._-]*", re.IGNORECASE)  # an owner, or a name
-_PROMPT_SYNTAX = re.compile(r"[<(\[]")  # <lora:name:0.8>, (name:1.2), [name]; no link begins so
+PROMPT_SYNTAX = re.compile(r"[<(\[]")  # <lora:name:0.8>, (name:1.2), [name]; no link begins so
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Link:
         Raises:
             ReferenceFormatError: it has spaces, or is the syntax of a prompt.
         """
-        if _PROMPT_SYNTAX.match(self.text):
+        if PROMPT_SYNTAX.match(self.text):
             raise self.refused("this is prompt syntax, and a link to the LoRA is needed")
         if re.search(r"\s", self.text):
             raise self.refused("it contains spaces")

@@ -12,8 +12,8 @@ from weights.download.http import Credential, Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import InvalidFileError, NotFoundError
 
-_VERSION = re.compile(r"[0-9a-f]{64}")
-_TABS = {"api", "playground", "examples", "readme", "versions", "train"}
+VERSION = re.compile(r"[0-9a-f]{64}")
+TABS = {"api", "playground", "examples", "readme", "versions", "train"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ReplicateReference(Reference):
         owner, name, *version = segments
         if not all(SLUG.fullmatch(part) for part in (owner, name)):
             raise link.refused()
-        if version and not _VERSION.fullmatch(version[0]):
+        if version and not VERSION.fullmatch(version[0]):
             raise link.refused("a version on Replicate has 64 hexadecimal digits")
         return cls(owner, name, *version)
 
@@ -87,6 +87,6 @@ def _without_tabs(segments: list[str]) -> list[str]:
     """
     for place, segment in enumerate(segments):
         is_version = segment == "versions" and len(segments) > place + 1
-        if place >= 2 and segment in _TABS and not is_version:
+        if place >= 2 and segment in TABS and not is_version:
             return segments[:place]
     return segments

@@ -14,10 +14,10 @@ from weights.download.transfer import Expected, Progress, download
 from weights.serving.errors import InvalidFileError
 from weights.serving.redact import one_line, without_secrets
 
-_WEIGHTS_NAME = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)\b", re.IGNORECASE)
-_WEIGHTS_PATH = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)/*$", re.IGNORECASE)
-_SIGNING_PREFIXES = ("x-amz-", "x-goog-")
-_SIGNING = {
+WEIGHTS_NAME = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)\b", re.IGNORECASE)
+WEIGHTS_PATH = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)/*$", re.IGNORECASE)
+SIGNING_PREFIXES = ("x-amz-", "x-goog-")
+SIGNING = {
     *("awsaccesskeyid", "googleaccessid", "signature", "expires", "policy", "key-pair-id"),
     *("sig", "se", "st", "sp", "sv", "sr", "spr", "skoid", "sktid", "skt", "ske", "sks", "skv"),
     "token",
@@ -37,7 +37,7 @@ class UrlReference(Reference):
         url = link.url
         if url.host == "replicate.com":
             return None
-        is_weights = _WEIGHTS_PATH.search(url.path) or _WEIGHTS_NAME.search(unquote(url.raw_query))
+        is_weights = WEIGHTS_PATH.search(url.path) or WEIGHTS_NAME.search(unquote(url.raw_query))
         if (url.named_scheme or "." in url.host) and is_weights:
             return cls(url.full)
         if url.named_scheme:
@@ -130,4 +130,4 @@ def unsigned(url: str) -> str:
 
 def _signs(parameter: str) -> bool:
     name = parameter.lower()
-    return name in _SIGNING or name.startswith(_SIGNING_PREFIXES)
+    return name in SIGNING or name.startswith(SIGNING_PREFIXES)

@@ -37,9 +37,9 @@ from weights.serving.settings import GB, Settings
 
 logger = logging.getLogger(__name__)
 
-_DIRECTORIES = ("records", "objects", "parts", "uses", "locks")
-_POLL_SECONDS = 0.1
-_STRAY_SECONDS = 24 * 3600.0
+DIRECTORIES = ("records", "objects", "parts", "uses", "locks")
+POLL_SECONDS = 0.1
+STRAY_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class FileCache:
     def _open(self) -> None:
         """Make the directories; raises DirectoryError."""
         self._root = usable(self._settings.root, "FLUX_CACHE_DIRECTORY")
-        for name in _DIRECTORIES:
+        for name in DIRECTORIES:
             (self._root / name).mkdir(exist_ok=True)
 
     def find(self, key: str) -> CacheRecord | None:
@@ -103,7 +103,7 @@ class FileCache:
         Raises:
             DirectoryError: the cache's directory cannot be used.
         """
-        if not all((self._root / name).is_dir() for name in _DIRECTORIES):
+        if not all((self._root / name).is_dir() for name in DIRECTORIES):
             self._open()
         record = _read(self._record_path(key))
         return record if record is not None and self._is_whole(record) else None
@@ -211,7 +211,7 @@ class FileCache:
         strays = [p for p in (self._root / "objects").iterdir() if f"objects/{p.name}" not in known]
         brief = [path for path, record in records if not record.lasting]
         for path in [*strays, *brief, *(self._root / "parts").iterdir()]:
-            if time.time() - _modified(path) > _STRAY_SECONDS:
+            if time.time() - _modified(path) > STRAY_SECONDS:
                 path.unlink(missing_ok=True)
 
     def _books(self) -> contextlib.AbstractContextManager[object]:
@@ -264,7 +264,7 @@ def _acquired(lock: FileLock, check_cancelled: CheckCancelled) -> Iterator[None]
     while True:
         check_cancelled()
         try:
-            lock.acquire(timeout=_POLL_SECONDS, poll_interval=_POLL_SECONDS / 2)
+            lock.acquire(timeout=POLL_SECONDS, poll_interval=POLL_SECONDS / 2)
             break
         except Timeout:
             continue

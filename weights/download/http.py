@@ -30,11 +30,11 @@ from weights.serving.errors import (
 from weights.serving.redact import one_line
 from weights.serving.settings import Settings
 
-_MAX_JSON_BYTES = 8 << 20
-_MAX_ERROR_BYTES = 4096
-_MAX_REDIRECTS = 10
-_TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-_GONE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
+MAX_JSON_BYTES = 8 << 20
+MAX_ERROR_BYTES = 4096
+MAX_REDIRECTS = 10
+TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+NOT_THERE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class HttpClient:
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.max_redirects = _MAX_REDIRECTS
+        self._session.max_redirects = MAX_REDIRECTS
         self._session.headers.update({"Accept-Encoding": "identity"})
         if not settings.allow_private_hosts:
             self._session.mount("http://", PublicOnlyAdapter())
@@ -174,7 +174,7 @@ class HttpClient:
         def ask() -> bytes:
             headers = {"Accept": "application/json"}
             with self.open(remote, headers) as response, _translated(remote):
-                return bytes(response.raw.read(_MAX_JSON_BYTES))
+                return bytes(response.raw.read(MAX_JSON_BYTES))
 
         body = retry.run(ask)
         try:
@@ -214,7 +214,7 @@ def _translated(remote: Remote) -> Iterator[None]:
         raise
     except requests.exceptions.TooManyRedirects:
         raise WeightsError(
-            f"{remote.name}: more than {_MAX_REDIRECTS} redirects. Give the link they lead to."
+            f"{remote.name}: more than {MAX_REDIRECTS} redirects. Give the link they lead to."
         ) from None
     except ValueError:
         raise WeightsError(
@@ -235,9 +235,9 @@ def _raise_for_status(response: requests.Response, remote: Remote) -> None:
     detail = _detail(response)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         raise AccessDeniedError(f"{remote.name}: access denied ({detail}). {_advice(remote)}")
-    if status in _GONE:
+    if status in NOT_THERE:
         raise NotFoundError(f"{remote.name}: not found ({detail}). Check the spelling of the link.")
-    if status in _TEMPORARY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status in TEMPORARY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         raise SourceUnavailableError(
             f"{remote.name}: the source is busy or down ({detail}). Try again later.",
             retry_after=_retry_after(response),
@@ -249,7 +249,7 @@ def _detail(response: requests.Response) -> str:
     """Status, and the short message of a JSON body as the sites here write it."""
     detail = f"HTTP {response.status_code}"
     with contextlib.suppress(ValueError, urllib3.exceptions.HTTPError, OSError):
-        body = json.loads(response.raw.read(_MAX_ERROR_BYTES))
+        body = json.loads(response.raw.read(MAX_ERROR_BYTES))
         if isinstance(body, dict):
             said = [body.get("message") or body.get("error"), body.get("deadline")]
             detail = ": ".join([detail, *(one_line(str(part)) for part in said if part)])

@@ -15,7 +15,7 @@ from weights.serving.errors import SourceUnavailableError
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_NAP = 0.1
+LONGEST_NAP = 0.1
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class RetryPolicy:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check_cancelled()
-            time.sleep(min(left, _LONGEST_NAP))
+            time.sleep(min(left, LONGEST_NAP))
 
     def run(self, action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Repeat the action while its source is unavailable, and return its result.

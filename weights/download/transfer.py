@@ -16,8 +16,8 @@ from weights.serving.errors import InvalidFileError, SourceUnavailableError, Wei
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1 << 18
-_LOG_SECONDS = 5.0
+CHUNK = 1 << 18
+LOG_SECONDS = 5.0
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes there are so far and the bytes there will be, if known."""
@@ -41,7 +41,7 @@ class Expected:
 class LogProgress:
     """Logs how far a download has come, every few seconds."""
 
-    def __init__(self, name: str, every: float = _LOG_SECONDS) -> None:
+    def __init__(self, name: str, every: float = LOG_SECONDS) -> None:
         self._name, self._every, self._last = name, every, time.monotonic()
 
     def __call__(self, done: int, total: int | None) -> None:
@@ -175,7 +175,7 @@ class _Transfer:
         done, began = start, time.monotonic()
         with self._part.open("r+b" if start else "wb") as file:
             file.seek(start)
-            for chunk in read_body(response, self._remote, _CHUNK):
+            for chunk in read_body(response, self._remote, CHUNK):
                 self._retry.check_cancelled()
                 file.write(chunk)
                 done += len(chunk)

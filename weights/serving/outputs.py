@@ -15,8 +15,8 @@ from weights.serving.directories import is_full, usable
 from weights.serving.errors import DiskSpaceError
 from weights.serving.timing import Stopwatch
 
-_SETTING = "FLUX_OUTPUT_DIRECTORY"
-_FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
+SETTING = "FLUX_OUTPUT_DIRECTORY"
+FORMATS = {"webp": "WEBP", "jpg": "JPEG", "png": "PNG"}
 WEBP_METHOD = 1
 """Of 0 (fast) to 6 (small). Pillow's own 4 takes three times as long for 9 % (docs/encode.json)."""
 
@@ -30,7 +30,7 @@ class Outputs:
 
     def __init__(self, parent: Path | None = None) -> None:
         if parent is not None:
-            parent = usable(parent, _SETTING)
+            parent = usable(parent, SETTING)
         self._root = Path(tempfile.mkdtemp(prefix="flux-", dir=parent))
         weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)  # also at exit
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
@@ -111,7 +111,7 @@ def _disk_space(directory: Path) -> Iterator[None]:
             raise
         raise DiskSpaceError(
             f"The disk of the output directory {directory} is full: free some space, or set "
-            f"{_SETTING} to a directory on another disk"
+            f"{SETTING} to a directory on another disk"
         ) from error
 
 
@@ -120,4 +120,4 @@ def save(image: Image.Image, path: Path, output_format: str, quality: int) -> No
     options = {} if output_format == "png" else {"quality": quality}
     if output_format == "webp":
         options["method"] = WEBP_METHOD
-    image.save(path, format=_FORMATS[output_format], **options)
+    image.save(path, format=FORMATS[output_format], **options)

@@ -2,7 +2,7 @@
 
 import re
 
-_MAX_SHOWN = 120
+MAX_SHOWN = 120
 
 
 def without_secrets(text: str) -> str:
@@ -11,7 +11,7 @@ def without_secrets(text: str) -> str:
     scheme, separator, rest = bare.rpartition("://")
     authority, slash, path = rest.partition("/")
     shown = scheme + separator + authority.rpartition("@")[2] + slash + path
-    return shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
+    return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
 
 
 def one_line(text: str, limit: int = 200) -> str:
