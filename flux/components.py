@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 CONFIGURATION = "tokenizer_config.json"
-ADVICE = "Fetch the checkpoint's files again: script/download, or a copy that is whole"
+ADVICE = "Fetch the checkpoint's files again: script/download, or a copy that is whole."
 
 
 class CheckpointError(RuntimeError):

@@ -157,7 +157,7 @@ def _mode(inputs: Inputs) -> Mode:
     if inputs.mask is not None:
         raise RequestError(
             "mask: given without image. A mask says which part of an input image to repaint; "
-            "send the image too, or leave out the mask"
+            "send the image too, or leave out the mask."
         )
     return Mode.TEXT_TO_IMAGE
 

@@ -112,7 +112,7 @@ class _Member(tarfile.TarInfo):
         but the patched Python 3.11.2 of Debian 12 does not call it.)
         """
         if self.type in EXTENDED and not 0 <= self.size <= MAX_EXTENDED_HEADER:
-            raise InvalidFileError("the tar has an extended header of absurd size.")
+            raise InvalidFileError("the tar has an extended header of absurd size")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 
@@ -164,7 +164,7 @@ class _Reader:
         self._bytes += max(0, member.size)
         if self._members > MAX_MEMBERS or self._bytes > self._max_bytes:
             raise InvalidFileError(
-                f"the tar holds more than {MAX_MEMBERS} files or {self._max_bytes / 1e9:.1f} GB."
+                f"the tar holds more than {MAX_MEMBERS} files or {self._max_bytes / 1e9:.1f} GB"
             )
 
     def _copy(self, content: IO[bytes]) -> None:

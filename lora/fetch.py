@@ -21,7 +21,7 @@ def fetch(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) 
         WeightsError: nothing but an unfinished download is then left at `target`.
     """
     size = f" ({artifact.size / 1e6:.1f} MB)" if artifact.size else ""
-    logger.info("Fetching %s%s.", artifact.source, size)
+    logger.info("Fetching %s%s", artifact.source, size)
     fetched = artifact.fetch(target, access, retry, LogProgress(artifact.source))
     is_weights = False
     try:

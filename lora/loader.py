@@ -127,7 +127,7 @@ class AdapterLoader:
         except SourceUnavailableError as error:
             if known is None:
                 raise
-            logger.warning("%s Using the file from before, which may be out of date.", error)
+            logger.warning("Using the file from before, which may be out of date: %s", error)
             return known, "disk"
         self._cache.remember(key, replace(record, lasting=reference.lasting))
         return record, hit

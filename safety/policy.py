@@ -109,7 +109,7 @@ def load_checker(
                 tensors.extend(loaded.parameters())
         except CheckerError as error:
             remedy = REPOSITORIES[part].remedy
-            raise CheckerError(f"Safety checker {checker}: {error} {remedy}") from error
+            raise CheckerError(f"Safety checker {checker}: {error}. {remedy}") from error
         checkers.append(loaded)
     return CombinedChecker(policy, checkers)
 

@@ -96,7 +96,7 @@ def translated(name: str, token: str | None) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise _unseen(name, token) from None
     except RevisionNotFoundError:
-        raise NotFoundError(f"{name}: no such branch, tag or commit in the repository.") from None
+        raise NotFoundError(f"{name}: no such branch, tag or commit in the repository") from None
     except HfHubHTTPError as error:
         raise _from_status(name, error.response.status_code, token) from None
     except HFValidationError as error:
@@ -111,7 +111,7 @@ def translated(name: str, token: str | None) -> Iterator[None]:
             f"{name}: Hugging Face cannot be reached ({type(error).__name__}). Try again later."
         ) from None
     except EntryNotFoundError:
-        raise NotFoundError(f"{name}: no such file in the repository.") from None
+        raise NotFoundError(f"{name}: no such file in the repository") from None
     except OSError as error:
         if error.errno is not None:
             raise
@@ -129,7 +129,7 @@ def _from_status(name: str, status: int, token: str | None) -> WeightsError:
             f"({_token_state(token)})."
         )
     if status == HTTPStatus.NOT_FOUND:
-        return NotFoundError(f"{name}: no such file in the repository.")
+        return NotFoundError(f"{name}: no such file in the repository")
     return SourceUnavailableError(
         f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later."
     )

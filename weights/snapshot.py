@@ -73,7 +73,7 @@ def _run(
                 error, SourceUnavailableError | AccessDeniedError | NotFoundError
             ):
                 raise _with_advice(error, one.wanted) from error
-            logger.warning("%s Using the files from before, which were not verified.", error)
+            logger.warning("Using the files from before, which were not verified: %s", error)
             return False
         return True
 
@@ -92,7 +92,8 @@ def _run(
 
 def _with_advice(error: WeightsError, wanted: PinnedRepository) -> WeightsError:
     general = ADVICE if isinstance(error, SourceUnavailableError) else ""
-    return type(error)(" ".join(filter(None, [str(error), general, wanted.repository.remedy])))
+    parts = filter(None, [f"{str(error).removesuffix('.')}.", general, wanted.repository.remedy])
+    return type(error)(" ".join(parts))
 
 
 def _check_room(planned: Sequence[RepositoryDownload]) -> None:

@@ -90,7 +90,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
 
     def recoverable(error: Exception) -> bool:
         if isinstance(error, BudgetError):
-            logger.warning("Weights stay in the memory map. %s", str(error))  # no traceback kept
+            logger.warning("Weights stay in the memory map: %s", str(error))  # no traceback kept
         return isinstance(error, BudgetError)
 
     return with_fallback(copy, without, recoverable)

@@ -63,7 +63,7 @@ def set_attention_backend(
             transformer.set_attention_backend(NATIVE)  # type: ignore[operator]
         raise SettingsError(
             f"FLUX_ATTENTION_BACKEND={choice}: cannot be used here, on {device} in {dtype}: "
-            f"{str(error).rstrip('.')}. Install what it asks for, or set {NATIVE}"
+            f"{str(error).rstrip('.')}; install what it asks for, or set {NATIVE}"
         ) from error
     logger.info("attention: %s", backend)
     return found

@@ -83,7 +83,7 @@ def _cache_directory(root: Path) -> Path:
     except DirectoryError as error:
         if root != Settings.cache_directory:
             raise SettingsError(f"{error}, or set FLUX_COMPILE=off") from error
-        logger.warning("Compiled kernels are not kept for the next start: %s.", error)
+        logger.warning("Compiled kernels are not kept for the next start: %s", error)
         return Path(tempfile.mkdtemp(prefix="flux-compiled-"))
 
 

@@ -135,7 +135,7 @@ def _check_room(directory: Path, size: int) -> None:
     if size > free:
         raise CheckpointError(
             f"{directory}: {size / 1e9:.2f} GB are to be written, and the disk has "
-            f"{free / 1e9:.2f} GB free. Free some, or name a directory on a larger disk"
+            f"{free / 1e9:.2f} GB free; free some, or name a directory on a larger disk"
         )
 
 

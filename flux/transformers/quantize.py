@@ -60,7 +60,7 @@ def quantizes_activations(choice: str, device: torch.device, dtype: torch.dtype)
         raise SettingsError(
             f"FLUX_FP8_ACTIVATIONS=fp8: {device} computing in {dtype} cannot multiply in float8; "
             "that takes bfloat16, and a CUDA card of capability 8.9 or more, whose library "
-            "multiplies with a scale for each row. Use auto or bf16"
+            "multiplies with a scale for each row; use auto or bf16"
         )
     dynamic = capable and device.type == "cuda" if choice == "auto" else choice == "fp8"
     if dynamic and device.type == "cuda":

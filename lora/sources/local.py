@@ -37,7 +37,7 @@ class LocalReference(Reference):
     def resolve(self, access: Access, retry: RetryPolicy) -> "LocalArtifact":
         path = self.path.resolve()
         if not path.is_file():
-            raise NotFoundError(f"{self.display}: no such file on the machine of this model.")
+            raise NotFoundError(f"{self.display}: no such file on the machine of this model")
         stat = path.stat()
         return LocalArtifact(
             pin=f"local {path} {stat.st_mtime_ns} {stat.st_size}",

@@ -37,7 +37,7 @@ def main() -> int:
             while True:
                 signal.pause()
         except RuntimeError as error:  # of Ray: the last line says what, the log has the rest
-            sys.exit(f"script/fleet: {str(error).splitlines()[-1]} See the log above.")
+            sys.exit(f"script/fleet: {str(error).splitlines()[-1]}; see the log above")
         finally:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)

@@ -246,7 +246,7 @@ def test_an_adapter_cache_that_cannot_be_written_fails_requests_with_adapters_on
 ) -> None:
     """As in a container with a read-only root, or with a user that has no home."""
     draw = start(FLUX_CACHE_DIRECTORY="/dev/null")
-    message = "/dev/null/adapters: this directory cannot be written .* Set FLUX_CACHE_DIRECTORY"
+    message = "/dev/null/adapters: this directory cannot be written .* set FLUX_CACHE_DIRECTORY"
     assert re.search(message, caplog.text)
     assert draw()
     with pytest.raises(DirectoryError, match=message):

@@ -89,7 +89,7 @@ class FileCache:
         try:
             self._open()
         except DirectoryError as error:  # a server without adapters needs no cache
-            logger.warning("Adapters cannot be loaded: %s.", error)
+            logger.warning("Adapters cannot be loaded: %s", error)
 
     def _open(self) -> None:
         """Make the directories; raises DirectoryError."""
@@ -197,7 +197,7 @@ class FileCache:
         for entry, other in self._records():
             if other.path == record.path:
                 entry.unlink(missing_ok=True)
-        logger.info("Evicted %s (%.1f MB) from the cache.", record.source, record.size / 1e6)
+        logger.info("Evicted %s (%.1f MB) from the cache", record.source, record.size / 1e6)
         return True
 
     def _records(self) -> list[tuple[Path, CacheRecord]]:

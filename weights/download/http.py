@@ -242,7 +242,7 @@ def _raise_for_status(response: requests.Response, remote: Remote) -> None:
             f"{remote.name}: the source is busy or down ({detail}). Try again later.",
             retry_after=_retry_after(response),
         )
-    raise WeightsError(f"{remote.name}: the source refuses the request ({detail}).")
+    raise WeightsError(f"{remote.name}: the source refuses the request ({detail})")
 
 
 def _detail(response: requests.Response) -> str:

@@ -62,5 +62,5 @@ class RetryPolicy:
                 wait = max(error.retry_after or 0.0, self.backoff * 2 ** (failures - 1))
                 if failures >= self.attempts or wait > self.longest_wait:
                     raise
-                logger.info("%s Trying again in %.1f s.", error, wait)
+                logger.info("Trying again in %.1f s: %s", wait, error)
                 self.pause(wait)

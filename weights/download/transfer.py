@@ -130,7 +130,7 @@ class _Transfer:
         with self._client.open(self._remote, headers, accept) as response:
             if response.status_code in accept:
                 self._part.unlink()
-                raise SourceUnavailableError(f"{self._remote.name}: changed while it was fetched.")
+                raise SourceUnavailableError(f"{self._remote.name}: changed while it was fetched")
             start = self._start_of(response, offset)
             length = content_length(response)
             total = self._expected.size if length is None else start + length
@@ -139,7 +139,7 @@ class _Transfer:
             done = self._write(response, start, total)
         if total is not None and done != total:
             raise SourceUnavailableError(
-                f"{self._remote.name}: the connection broke after {done} of {total} bytes."
+                f"{self._remote.name}: the connection broke after {done} of {total} bytes"
             )
 
     def _resume_headers(self, offset: int) -> dict[str, str]:
@@ -159,7 +159,7 @@ class _Transfer:
             return 0
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             self._part.unlink()
-            raise SourceUnavailableError(f"{self._remote.name}: the server sent a wrong range.")
+            raise SourceUnavailableError(f"{self._remote.name}: the server sent a wrong range")
         return offset
 
     def _check_total(self, total: int | None) -> None:

@@ -28,7 +28,7 @@ def usable(path: Path, setting: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DirectoryError(
-            f"{path}: this directory cannot be written ({reason}). Set {setting} to one that can"
+            f"{path}: this directory cannot be written ({reason}); set {setting} to one that can"
         ) from error
 
 

@@ -58,7 +58,7 @@ def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog
     monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
     assert not hold(base, page_locked=True)
     assert [p.data_ptr() for p in base.parameters()] == pointers
-    assert "stay in the memory map. There are no" in caplog.text
+    assert "stay in the memory map: There are no" in caplog.text
     assert "CUDA error: out of memory" in caplog.text
 
 

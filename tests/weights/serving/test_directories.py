@@ -22,7 +22,7 @@ def test_one_that_cannot_be_made_is_named_with_its_setting(path: str, reason: st
     with pytest.raises(DirectoryError) as caught:
         usable(Path(path), "SETTING")
     assert str(caught.value) == (
-        f"{path}: this directory cannot be written ({reason}). Set SETTING to one that can"
+        f"{path}: this directory cannot be written ({reason}); set SETTING to one that can"
     )
 
 
@@ -31,5 +31,5 @@ def test_without_a_home_directory(monkeypatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", unknown)  # as for a user id that has no name
-    with pytest.raises(DirectoryError, match=r"~/cache: .*Could not determine home.* Set SETTING"):
+    with pytest.raises(DirectoryError, match=r"~/cache: .*Could not determine home.* set SETTING"):
         usable(Path("~/cache"), "SETTING")
