@@ -157,7 +157,7 @@ class Predictor(BaseRunner):
             default=1,
         ),
     ) -> list[Path]:
-        """Draw the images that the inputs ask for and return their files."""
+        """Generate the images that the inputs ask for and return their files."""
         inputs = Inputs(
             prompt=prompt,
             image=image,

@@ -55,7 +55,7 @@ class Autoencoder:
         """The RGB image of packed latents, [1, tokens, 4 * channels].
 
         Args:
-            latents: as a transformer draws them.
+            latents: as a transformer generates them.
             width, height: of the image, in pixels.
             tiled: decode overlapping tiles and blend them: less memory, and slightly another
                 image, as a tile does not see the others.

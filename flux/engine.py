@@ -44,12 +44,12 @@ Adapters = Sequence[tuple[AdapterLike, float]]
 
 
 class Engine:
-    """Draws requests with diffusers' pipelines; only ever used from the engine thread.
+    """Serves requests with diffusers' pipelines; only ever used from the engine thread.
 
     Args:
         pipelines: a text-to-image pipeline for each variant, sharing VAE and text encoders; they
             need no transformers.
-        transformers: those that draw.
+        transformers: those that generate.
         compilation: of these transformers; None where they are not compiled.
     """
 
@@ -150,9 +150,9 @@ class Engine:
         stopwatch: Stopwatch,
         check_cancelled: CheckCancelled,
     ) -> Iterator[Image.Image]:
-        """Draw the images of a request, each when it is asked for.
+        """Generate the images of a request, each when it is asked for.
 
-        Image k equals the first image of a request with seed + k: images are drawn alone, and
+        Image k equals the first image of a request with seed + k: images are generated alone, and
         their noise on the CPU.
 
         Yields:
@@ -244,14 +244,14 @@ class Engine:
                 logger.warning("Decoding in tiles: %s", error.__cause__ or error)
             return isinstance(error, BudgetError)
 
-        drawn = with_fallback(
+        generated = with_fallback(
             partial(self._on_device, request.key, decode),
             partial(self._on_device, request.key, decode, tiled=True),
             recoverable,
         ).crop((0, 0, request.width, request.height))
         if request.image and request.mask:
-            return Image.composite(drawn, request.image, soft_alpha(request.mask))
-        return drawn
+            return Image.composite(generated, request.image, soft_alpha(request.mask))
+        return generated
 
 
 def _sibling(

@@ -30,7 +30,7 @@ def repainted_cells(mask: torch.Tensor, vae_scale_factor: int) -> torch.Tensor:
 
 
 def soft_alpha(mask: Image.Image) -> Image.Image:
-    """The share of the drawn image in each pixel: the mask, softened towards what is kept.
+    """The share of the generated image in each pixel: the mask, softened towards what is kept.
 
     It is 0 exactly where the mask is 0, and never above the mask. Along the edge it rises with
     the distance (Chebyshev, in pixels) to the nearest kept pixel, up to FEATHER; strips too

@@ -42,7 +42,7 @@ PRECISIONS: Mapping[AtStart, Sequence[Precision]] = {
 
 
 def load_engine(deployment: Deployment, settings: Settings, inventory: Inventory) -> Engine:
-    """Load everything that draws, from files that are there.
+    """Load what generates images, from files that are there.
 
     Raises:
         CheckpointError: files are missing or do not fit together.

@@ -58,7 +58,7 @@ class Inputs:
 
 
 class Mode(Enum):
-    """What is drawn: a new image, a variation of one, or a part of one."""
+    """What is generated: a new image, a variation of one, or a part of one."""
 
     TEXT_TO_IMAGE = "txt2img"
     IMAGE_TO_IMAGE = "img2img"
@@ -98,7 +98,7 @@ class Request:
 
     @property
     def key(self) -> Key:
-        """The transformer that draws it."""
+        """The transformer that generates it."""
         return Key(self.variant.name, self.precision)
 
 
@@ -191,7 +191,7 @@ def _size(inputs: Inputs, image: Image.Image | None) -> tuple[int, int]:
 
 
 def _precision(inputs: Inputs, image: Image.Image | None) -> Precision:
-    """fp8 for go_fast, unless a custom size is drawn, which the contract runs in bf16."""
+    """fp8 for go_fast, unless a custom size is generated, which the contract runs in bf16."""
     if inputs.go_fast and inputs.aspect_ratio == "custom" and image is None:
         logger.info("go_fast is ignored: custom sizes run in bf16")
         return "bf16"
@@ -205,7 +205,7 @@ def _noise_levels(inputs: Inputs, mode: Mode, mask: Image.Image | None) -> tuple
         return ()
     strength = 1.0 if mode is Mode.TEXT_TO_IMAGE else float(inputs.prompt_strength)
     if strength == 0:
-        logger.info("prompt_strength 0 keeps the image as it is: nothing is drawn")
+        logger.info("prompt_strength 0 keeps the image as it is: nothing is generated")
         return ()
     return tuple(sigmas(int(inputs.num_inference_steps), strength))
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tests.support.official import Files
-    from tests.support.predictor import Draw
+    from tests.support.predictor import Generate
     from tests.support.server import LoggedServer
 
 
@@ -86,7 +86,7 @@ def hub():
 
 
 @pytest.fixture
-def start(monkeypatch, tmp_path) -> "Callable[..., Draw]":
+def start(monkeypatch, tmp_path) -> "Callable[..., Generate]":
     """Set up a predictor under the given environment; returns its `run`, giving images."""
     from tests.support.predictor import set_up_predictor
 

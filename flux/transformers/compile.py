@@ -11,7 +11,7 @@ strides of its input differ from those that the blocks pass to each other.
   T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
 - `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
   it reaches the fallback below, and the log.
-- torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are drawn
+- torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are generated
   eagerly.
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
@@ -55,7 +55,7 @@ def compile_blocks(
 ) -> "Compilation | None":
     """Have the transformers compiled if the settings say so; None if not.
 
-    `auto` compiles with CUDA. On a CPU, compiling takes longer than drawing with the miniature.
+    `auto` compiles with CUDA. On a CPU, compiling takes longer than generating with the miniature.
     Offloaded transformers are not compiled, because hooks move the weights of every layer.
 
     Raises:
@@ -132,7 +132,7 @@ class Compilation:
         def eagerly() -> T:
             result = _eagerly(work)
             self._eager.add(key)
-            logger.warning("%s %s draws eagerly until the next start: that went well", *key)
+            logger.warning("%s %s generates eagerly until the next start: that went well", *key)
             return result
 
         def recoverable(error: Exception) -> bool:
@@ -145,7 +145,7 @@ class Compilation:
 
 
 def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> list[Key]:
-    """The transformers to draw with in setup, so that these precisions are compiled there.
+    """The transformers to generate with in setup, so that these precisions are compiled there.
 
     Those of `at_start` come last, so that they are on the device in the end. A precision that
     none of them has is compiled with one that takes turns with them.

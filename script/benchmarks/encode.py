@@ -25,7 +25,7 @@ QUALITY = 80
 
 
 def main() -> None:
-    pictures = {"photograph": photograph(), "by the miniature": drawn(), "noise": noise()}
+    pictures = {"photograph": photograph(), "by the miniature": generated(), "noise": noise()}
     found: dict[str, dict[str, Any]] = {}
     for name, picture in pictures.items():
         contenders = {str(method): partial(encode, picture, method) for method in METHODS}
@@ -61,7 +61,7 @@ def photograph() -> Image.Image:
         return found.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def drawn() -> Image.Image:
+def generated() -> Image.Image:
     """A red circle on a blue background."""
     inputs = {"prompt": "a red circle on a blue background", "output_format": "png", "seed": 1}
     with Server({"FLUX_CHECKPOINT": "nano"}) as server:

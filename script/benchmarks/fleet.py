@@ -117,10 +117,10 @@ def sender(server: Server, *, patient: bool) -> Send:
 
 def warm_shares(size: int, adapters: Sequence[str], settings: dict[str, str]) -> dict[str, Any]:
     """Shares of requests that change no weight: their adapter was in those of their replica."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     weights = [1 / rank for rank in range(1, ADAPTERS + 1)]  # Zipf's law
-    drawn = draw.choices(adapters, weights, k=REQUESTS)
-    inputs = [{**QUICK, "replicate_weights": adapter} for adapter in drawn]
+    chosen = rng.choices(adapters, weights, k=REQUESTS)
+    inputs = [{**QUICK, "replicate_weights": adapter} for adapter in chosen]
     shares = {}
     with servers(size, settings) as plain:
         sends = itertools.cycle([sender(server, patient=True) for server in plain])

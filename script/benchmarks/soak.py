@@ -1,6 +1,6 @@
 """A long life of a server: mixed requests, failures, cancels and disconnects; what is left of them.
 
-Reference images are drawn at the start and again at the end, and must be the same to the byte.
+Reference images are generated at the start and again at the end, and must be the same to the byte.
 After every request, a probe (a small image of the same inputs) is timed, and the memory, threads
 and open files of the server's processes, and the files of its directories, are counted. A slope
 over the last two thirds is Theil and Sen's, with Sen's confidence interval of 95 % (P. K. Sen,
@@ -46,31 +46,31 @@ Inputs = dict[str, Any]
 Kind = Callable[["Soak", random.Random], str]
 
 
-def picture(draw: random.Random, mode: str = "RGB") -> str:
+def picture(rng: random.Random, mode: str = "RGB") -> str:
     """A small picture of noise as a data URI."""
-    size = (16 * draw.randint(4, 16), 16 * draw.randint(4, 16))
+    size = (16 * rng.randint(4, 16), 16 * rng.randint(4, 16))
     return data_uri(Image.effect_noise(size, 90).convert(mode))
 
 
-def wanted(draw: random.Random) -> Inputs:
+def wanted(rng: random.Random) -> Inputs:
     """Inputs of any mode that are fine."""
     inputs: Inputs = {
         **BASE,
-        "model": draw.choice(["dev", "schnell"]),
-        "go_fast": draw.random() < 0.4,
-        "num_outputs": draw.choice([1, 1, 1, 2]),
-        "num_inference_steps": draw.randint(1, 3),
-        "output_format": draw.choice(["webp", "jpg", "png"]),
-        "seed": draw.randrange(1 << 32),
-        **draw.choice([SMALL, {"megapixels": "0.25"}]),
+        "model": rng.choice(["dev", "schnell"]),
+        "go_fast": rng.random() < 0.4,
+        "num_outputs": rng.choice([1, 1, 1, 2]),
+        "num_inference_steps": rng.randint(1, 3),
+        "output_format": rng.choice(["webp", "jpg", "png"]),
+        "seed": rng.randrange(1 << 32),
+        **rng.choice([SMALL, {"megapixels": "0.25"}]),
     }
-    mode = draw.choice(["text", "image", "mask"])
+    mode = rng.choice(["text", "image", "mask"])
     if mode != "text":
-        inputs |= {"image": picture(draw), "prompt_strength": draw.choice([0.0, 0.5, 1.0])}
+        inputs |= {"image": picture(rng), "prompt_strength": rng.choice([0.0, 0.5, 1.0])}
     if mode == "mask":
-        inputs["mask"] = picture(draw, "L")
-    if draw.random() < 0.5:
-        inputs |= ADAPTERS[draw.choice(list(ADAPTERS))] | {"lora_scale": draw.choice([0, 0.5, 1])}
+        inputs["mask"] = picture(rng, "L")
+    if rng.random() < 0.5:
+        inputs |= ADAPTERS[rng.choice(list(ADAPTERS))] | {"lora_scale": rng.choice([0, 0.5, 1])}
     return inputs
 
 
@@ -111,18 +111,18 @@ class Soak:
 # --- kinds of requests; each returns what became of it
 
 
-def succeeds(soak: Soak, draw: random.Random) -> str:
-    answer = soak.server.predict(wanted(draw))
+def succeeds(soak: Soak, rng: random.Random) -> str:
+    answer = soak.server.predict(wanted(rng))
     assert answer["status"] == "succeeded", answer.get("error")
     return "succeeded"
 
 
-def fails(soak: Soak, draw: random.Random) -> str:
+def fails(soak: Soak, rng: random.Random) -> str:
     """A request that passes the schema and cannot be served."""
-    broken: dict[str, Any] = draw.choice(
+    broken: dict[str, Any] = rng.choice(
         [
             {"image": data_uri(b"<html>not found</html>")},
-            {"mask": picture(draw, "L")},
+            {"mask": picture(rng, "L")},
             {"image": data_uri(b"")},
             {"replicate_weights": "not a reference"},
             {"replicate_weights": data_uri(b"{}")},
@@ -134,9 +134,9 @@ def fails(soak: Soak, draw: random.Random) -> str:
     return "failed, with a reason"
 
 
-def is_refused(soak: Soak, draw: random.Random) -> str:
+def is_refused(soak: Soak, rng: random.Random) -> str:
     """Inputs outside the schema."""
-    broken: dict[str, Any] = draw.choice(
+    broken: dict[str, Any] = rng.choice(
         [{"num_outputs": 9}, {"model": "pro"}, {"width": 1}, {"lora_scale": 99}]
     )
     try:
@@ -146,23 +146,23 @@ def is_refused(soak: Soak, draw: random.Random) -> str:
     raise AssertionError(f"{broken} was accepted")
 
 
-def is_cancelled(soak: Soak, draw: random.Random) -> str:
+def is_cancelled(soak: Soak, rng: random.Random) -> str:
     """An asynchronous prediction, cancelled after some time; it may have ended before."""
     path = f"/predictions/{uuid.uuid4().hex}"
-    body = {"input": {**wanted(draw), "num_inference_steps": 50, "num_outputs": 4}}
+    body = {"input": {**wanted(rng), "num_inference_steps": 50, "num_outputs": 4}}
     headers = {"Prefer": "respond-async"}
     answer = soak.server.request("PUT", path, json=body, headers=headers)
     assert answer.status_code == 202, answer.text
-    time.sleep(draw.uniform(0, 1.5))
+    time.sleep(rng.uniform(0, 1.5))
     soak.server.request("POST", f"{path}/cancel")
     return "cancelled"
 
 
-def hangs_up(soak: Soak, draw: random.Random) -> str:
+def hangs_up(soak: Soak, rng: random.Random) -> str:
     """A client that goes away before its answer."""
-    body = {"input": {**wanted(draw), "num_inference_steps": 50}}
+    body = {"input": {**wanted(rng), "num_inference_steps": 50}}
     try:
-        soak.server.request("POST", "/predictions", json=body, timeout=draw.uniform(0.05, 0.8))
+        soak.server.request("POST", "/predictions", json=body, timeout=rng.uniform(0.05, 0.8))
     except requests.Timeout:
         return "left by its client"
     return "answered before its client left"
@@ -227,7 +227,7 @@ def main() -> int:
     command.add_argument("--requests", type=int, default=300, metavar="N")
     command.add_argument("--seed", type=int, default=0, metavar="S")
     arguments = command.parse_args()
-    draw = random.Random(arguments.seed)
+    rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as directory:
         places = [Path(directory) / name for name in ("outputs", "adapters", "tmp")]
         for place in places:
@@ -243,8 +243,8 @@ def main() -> int:
             soak = Soak(server, places)
             before = soak.images()
             for number in range(arguments.requests):
-                (kind,) = draw.choices(list(KINDS), list(KINDS.values()))
-                soak.sent[kind(soak, draw)] += 1
+                (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
+                soak.sent[kind(soak, rng)] += 1
                 soak.sample()
                 if sys.stderr.isatty():
                     print(f"\r{number + 1} of {arguments.requests}", end="", file=sys.stderr)

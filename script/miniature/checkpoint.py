@@ -1,4 +1,4 @@
-"""A miniature FLUX.1 checkpoint with random weights: what is trained, and what tests draw with.
+"""A miniature FLUX.1 checkpoint with random weights: what is trained, and what tests generate with.
 
 The classes, file layout and configurations are those of the official checkpoints; only the
 dimensions are small. `dev` is a complete pipeline. `schnell` holds what differs, the transformer

@@ -57,8 +57,8 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     """Read a request to /predictions or /predictions/ID.
 
     A prediction without an id gets one here, so that it can be cancelled while it waits. A
-    synchronous one without a seed gets a seed, so that a second try draws the same picture. What is
-    no JSON object is passed on as it is; Cog's server says what is wrong with it.
+    synchronous one without a seed gets a seed, so that a second try generates the same picture.
+    What is no JSON object is passed on as it is; Cog's server says what is wrong with it.
     """
     asynchronous = "respond-async" in headers.get("prefer", "")
     try:

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def comparable(response: requests.Response) -> tuple[int, Any, dict[str, str | None]]:
-    """What must be equal: all but times, drawn ids, and what only a fleet has."""
+    """What must be equal: all but times, random ids, and what only a fleet has."""
     headers = {name: response.headers.get(name) for name in ("content-type", "allow")}
     if "json" not in (headers["content-type"] or "") or not response.content:
         return response.status_code, response.text, headers
@@ -53,7 +53,7 @@ def comparable(response: requests.Response) -> tuple[int, Any, dict[str, str | N
     if "setup" in document:
         document["setup"] = sorted(document["setup"])
     if str(document.get("id")).startswith("pred_"):
-        document["id"] = "drawn"
+        document["id"] = "random"
     if "metrics" in document:
         document["metrics"] = names(document["metrics"])
         document["logs"] = re.sub(r"\r.*", "", document["logs"])  # progress, with times

@@ -59,8 +59,8 @@ def test_secrets_of_links_do_not_travel() -> None:
 
 
 @pytest.mark.parametrize("seed", [{}, {"seed": -1}])
-def test_a_seed_is_drawn_before_the_first_try(seed: dict[str, int]) -> None:
-    """As often as another replica has to draw the picture, it is the same one."""
+def test_a_seed_is_chosen_before_the_first_try(seed: dict[str, int]) -> None:
+    """As often as another replica has to generate the picture, it is the same one."""
     call = read({"input": {"prompt": "x", **seed}})
     assert 0 <= json.loads(call.content)["input"]["seed"] < 2**32
     assert call.inputs == {"prompt": "x", **seed}
@@ -78,8 +78,8 @@ def test_an_asynchronous_call_is_not_tried_again_and_keeps_its_inputs() -> None:
 
 def test_identifiers() -> None:
     assert read({"id": "mine"}).identifier == "mine"
-    drawn = read({})
-    assert json.loads(drawn.content)["id"] == drawn.identifier
+    call = read({})
+    assert json.loads(call.content)["id"] == call.identifier
     put = read({"id": "other"}, "/predictions/mine")
     assert (put.identifier, json.loads(put.content)) == ("mine", {"id": "other"})
 

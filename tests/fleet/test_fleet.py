@@ -81,7 +81,7 @@ def test_a_request_goes_to_where_its_adapter_is(fleet, adapters, several) -> Non
 
 
 def hold_both(fleet: Fleet, several: ThreadPoolExecutor, *paths: str) -> None:
-    """Have each replica draw with an adapter of its own, at the same time."""
+    """Have each replica generate with an adapter of its own, at the same time."""
     inputs = [{"replicate_weights": path, "num_inference_steps": 8} for path in paths]
     list(several.map(lambda each: fleet.predict(**each), inputs))
 
@@ -109,17 +109,17 @@ def test_nobody_is_overtaken_for_ever(fleet, adapters, several) -> None:
     hold_both(fleet, several, first, second)
     ends: list[str] = []
 
-    def draw(path: str) -> None:
+    def generate(path: str) -> None:
         fleet.predict(replicate_weights=path)
         ends.append(path)
 
-    def draw_again_and_again(path: str) -> None:
+    def generate_again_and_again(path: str) -> None:
         for _ in range(5):
-            draw(path)
+            generate(path)
 
-    busy = [several.submit(draw_again_and_again, path) for path in (first, second) * 2]
+    busy = [several.submit(generate_again_and_again, path) for path in (first, second) * 2]
     time.sleep(0.3)
-    several.submit(draw, third).result()
+    several.submit(generate, third).result()
     for each in busy:
         each.result()
     assert ends.index(third) < 16, ends  # of 21; without a bound it is the last

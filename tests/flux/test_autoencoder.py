@@ -27,7 +27,7 @@ def engine_and_decoder() -> Iterator[tuple[Engine, nn.Module]]:
         yield Engine(pipelines, transformers), pipelines["dev"].vae.decoder
 
 
-def draw(engine: Engine, **inputs: object) -> Image.Image:
+def generate(engine: Engine, **inputs: object) -> Image.Image:
     request = resolve(Inputs("a hat", num_inference_steps=1, seed=1, **inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), lambda: None)
     return image
@@ -48,23 +48,23 @@ class Memory:
 
 def test_tiles_where_memory_asks_for_them(engine_and_decoder, caplog) -> None:
     engine, decoder = engine_and_decoder
-    whole = draw(engine, **WIDE)
+    whole = generate(engine, **WIDE)
     memory = Memory(TILE)
     handle = decoder.register_forward_pre_hook(memory)
-    tiled = draw(engine, **WIDE)
+    tiled = generate(engine, **WIDE)
     assert memory.calls[:2] == [90, 90]  # alone with its transformer, it is tried once more
     assert max(memory.calls[2:]) <= TILE
     assert "Decoding in tiles: CUDA out of memory" in caplog.text
     assert tiled.size == whole.size
     assert 0 < difference(tiled, whole) < 2
     handle.remove()
-    assert same(draw(engine, **WIDE), whole)  # and not longer than that
+    assert same(generate(engine, **WIDE), whole)  # and not longer than that
 
 
 def test_no_memory_for_a_tile_either(engine_and_decoder) -> None:
     engine, decoder = engine_and_decoder
     handle = decoder.register_forward_pre_hook(Memory(8))
     with pytest.raises(BudgetError, match="Out of memory on cpu"):
-        draw(engine, **WIDE)
+        generate(engine, **WIDE)
     handle.remove()
-    assert draw(engine, **WIDE).size == (1440, 256)
+    assert generate(engine, **WIDE).size == (1440, 256)

@@ -26,7 +26,7 @@ def made() -> tuple[Engine, Transformers]:
     return Engine(pipelines, transformers), transformers
 
 
-def draw(engine: Engine, **inputs) -> list[Image.Image]:
+def generate(engine: Engine, **inputs) -> list[Image.Image]:
     quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 3, "seed": 1}
     request = resolve(Inputs(**quick | inputs), Settings())
     return list(engine.generate(request, (), Stopwatch(), lambda: None))
@@ -37,13 +37,13 @@ def test_they_are_computed_once_for_an_image() -> None:
     calls = []
     embed = transformers.modules["dev", "bf16"].pos_embed.embed
     embed.register_forward_hook(lambda *_: calls.append(1))
-    draw(engine, num_outputs=2)
+    generate(engine, num_outputs=2)
     assert len(calls) == 2
 
 
 def test_they_are_those_of_the_size_also_where_as_many_tokens_lie_otherwise() -> None:
     ratios = ("16:9", "9:16")
-    alone = [draw(made()[0], aspect_ratio=ratio)[0] for ratio in ratios]
+    alone = [generate(made()[0], aspect_ratio=ratio)[0] for ratio in ratios]
     engine, _ = made()
-    drawn = [draw(engine, aspect_ratio=ratio)[0] for ratio in ratios]
-    assert all(same(a, b) for a, b in zip(alone, drawn, strict=True))
+    generated = [generate(engine, aspect_ratio=ratio)[0] for ratio in ratios]
+    assert all(same(a, b) for a, b in zip(alone, generated, strict=True))

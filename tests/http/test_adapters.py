@@ -94,44 +94,44 @@ SOURCES = [
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_each_source(server, references, source: str) -> None:
-    base = server.draw(**RAW).image
-    first = server.draw(replicate_weights=references[source], **RAW)
+    base = server.generate(**RAW).image
+    first = server.generate(replicate_weights=references[source], **RAW)
     assert difference(first.image, base) > 1
     assert re.search(r"Adapter .*, 16 modules, 0 keys ignored.* scale 1\n", first.logs)
-    assert same(server.draw(**RAW).image, base)
-    second = server.draw(replicate_weights=references[source], **RAW)
+    assert same(server.generate(**RAW).image, base)
+    second = server.generate(replicate_weights=references[source], **RAW)
     assert same(second.image, first.image)
     assert "from memory" in second.logs
-    extra = server.draw(extra_lora=references[source], **RAW)
+    extra = server.generate(extra_lora=references[source], **RAW)
     assert same(extra.image, first.image)
 
 
 def test_scales_and_sums(server, references) -> None:
     one, two = references["CivitAI"], references["Replicate"]
 
-    def draw(**inputs: object) -> Image.Image:
-        return server.draw(**RAW, **inputs).image
+    def generate(**inputs: object) -> Image.Image:
+        return server.generate(**RAW, **inputs).image
 
-    base, full = draw(), draw(replicate_weights=one)
-    assert same(draw(replicate_weights=one, lora_scale=0), base)
-    half, minus = (draw(replicate_weights=one, lora_scale=s) for s in (0.5, -1))
+    base, full = generate(), generate(replicate_weights=one)
+    assert same(generate(replicate_weights=one, lora_scale=0), base)
+    half, minus = (generate(replicate_weights=one, lora_scale=s) for s in (0.5, -1))
     assert difference(half, full) > 0.5
     assert difference(minus, full) > 0.5
     quarters = {"lora_scale": 0.25, "extra_lora_scale": 0.25}
-    assert same(draw(replicate_weights=one, extra_lora=one, **quarters), half)
-    both = draw(replicate_weights=one, extra_lora=two, extra_lora_scale=0.5)
+    assert same(generate(replicate_weights=one, extra_lora=one, **quarters), half)
+    both = generate(replicate_weights=one, extra_lora=two, extra_lora_scale=0.5)
     assert difference(both, full) > 0.5
-    assert same(draw(replicate_weights=two, lora_scale=0.5, extra_lora=one), both)
-    assert same(draw(), base)
+    assert same(generate(replicate_weights=two, lora_scale=0.5, extra_lora=one), both)
+    assert same(generate(), base)
 
 
 def test_schnell_and_the_other_modes_take_adapters(server, references) -> None:
     picture = data_uri(Image.linear_gradient("L"))
     for inputs in ({"model": "schnell"}, {"image": picture}, {"image": picture, "mask": picture}):
-        base = server.draw(**RAW, **inputs).image
-        changed = server.draw(**RAW, **inputs, replicate_weights=references["Replicate"]).image
+        base = server.generate(**RAW, **inputs).image
+        changed = server.generate(**RAW, **inputs, replicate_weights=references["Replicate"]).image
         assert difference(changed, base) > 0.5
-        assert same(server.draw(**RAW, **inputs).image, base)
+        assert same(server.generate(**RAW, **inputs).image, base)
 
 
 def test_the_prompt_cache_knows_adapters_of_the_text_encoders(server, hub) -> None:
@@ -139,24 +139,24 @@ def test_the_prompt_cache_knows_adapters_of_the_text_encoders(server, hub) -> No
     down, up = torch.randn(2, clip.clip_width), torch.randn(clip.clip_feed_forward, 2)
     tensors = {f"{KOHYA}.lora_down.weight": down, f"{KOHYA}.lora_up.weight": up}
     url = hub.add_file("/files/clip.safetensors", save(tensors))
-    base = server.draw(**RAW).image
-    changed = server.draw(**RAW, replicate_weights=url).image
+    base = server.generate(**RAW).image
+    changed = server.generate(**RAW, replicate_weights=url).image
     assert not same(changed, base)
-    assert same(server.draw(**RAW).image, base)
+    assert same(server.generate(**RAW).image, base)
 
 
 def test_a_retrained_model_is_noticed(server, hub) -> None:
     replicate = Replicate(hub)
     replicate.add("someone/retrained", trained_on_replicate(content(21)))
-    before = server.draw(**RAW, replicate_weights="someone/retrained").image
+    before = server.generate(**RAW, replicate_weights="someone/retrained").image
     replicate.add("someone/retrained", trained_on_replicate(content(22)))
-    after = server.draw(**RAW, replicate_weights="someone/retrained").image
+    after = server.generate(**RAW, replicate_weights="someone/retrained").image
     assert difference(after, before) > 1
 
 
 def test_trigger_words_are_in_the_log(server, references) -> None:
-    assert "trigger words: TOK" in server.draw(**RAW, extra_lora=references["CivitAI"]).logs
-    assert "trigger words: TOK" in server.draw(**RAW, extra_lora=references["Replicate"]).logs
+    assert "trigger words: TOK" in server.generate(**RAW, extra_lora=references["CivitAI"]).logs
+    assert "trigger words: TOK" in server.generate(**RAW, extra_lora=references["Replicate"]).logs
 
 
 @pytest.mark.parametrize(
@@ -174,15 +174,15 @@ def test_trigger_words_are_in_the_log(server, references) -> None:
     ],
 )
 def test_errors_are_failed_predictions_and_change_nothing(server, reference, message) -> None:
-    base = server.draw(**RAW).image
+    base = server.generate(**RAW).image
     error = server.fail(**RAW, replicate_weights=reference)
     assert message in error
-    assert same(server.draw(**RAW).image, base)
+    assert same(server.generate(**RAW).image, base)
 
 
 def test_no_secret_is_ever_logged(server, references) -> None:
     for source in SOURCES:
-        server.draw(**RAW, replicate_weights=references[source])
+        server.generate(**RAW, replicate_weights=references[source])
     log = "\n".join(server.lines)
     for secret in (*SECRETS.values(), "signature=", "secret"):
         assert secret not in log
@@ -193,17 +193,19 @@ def test_a_restart_with_a_default_adapter_finds_the_files_on_disk(
 ) -> None:
     """COG_WEIGHTS names the adapter of requests that name none."""
     one, two = references["Replicate version"], references["CivitAI"]
-    expected = server.draw(**RAW, replicate_weights=two).image
+    expected = server.generate(**RAW, replicate_weights=two).image
     with logged_server(tmp_path, **environment, COG_WEIGHTS=one) as fine_tune:
         assert any("weights merged" in line for line in fine_tune.lines)
-        fast = fine_tune.draw(**FAST)
+        fast = fine_tune.generate(**FAST)
         assert "weights merged" not in fast.logs  # setup knows the multiplier
-        assert same(fast.image, server.draw(**FAST, replicate_weights=one).image)
-        assert same(fine_tune.draw(**RAW).image, server.draw(**RAW, replicate_weights=one).image)
-        other = fine_tune.draw(**RAW, replicate_weights=two)
+        assert same(fast.image, server.generate(**FAST, replicate_weights=one).image)
+        assert same(
+            fine_tune.generate(**RAW).image, server.generate(**RAW, replicate_weights=one).image
+        )
+        other = fine_tune.generate(**RAW, replicate_weights=two)
         assert same(other.image, expected)
         assert "from disk" in other.logs
-        assert same(fine_tune.draw(**RAW, lora_scale=0).image, server.draw(**RAW).image)
+        assert same(fine_tune.generate(**RAW, lora_scale=0).image, server.generate(**RAW).image)
 
 
 def test_a_default_adapter_that_cannot_be_had_fails_setup(environment) -> None:
@@ -218,29 +220,29 @@ def test_local_paths_only_where_the_operator_allows_them(
     path = tmp_path / "mine.safetensors"
     save_file(adapter(31), path)
     assert "LORA_ALLOW_LOCAL_PATHS" in server.fail(**RAW, replicate_weights=str(path))
-    draw = start(**environment, LORA_ALLOW_LOCAL_PATHS="true")
-    (base,), (styled,) = draw(**RAW), draw(**RAW, replicate_weights=str(path))
+    generate = start(**environment, LORA_ALLOW_LOCAL_PATHS="true")
+    (base,), (styled,) = generate(**RAW), generate(**RAW, replicate_weights=str(path))
     assert difference(styled, base) > 1
 
 
 def test_private_addresses_only_where_the_operator_allows_them(environment, hub, start) -> None:
     url = hub.add_file("/files/private.safetensors", content(41))
-    draw = start(**{**environment, "LORA_ALLOW_PRIVATE_HOSTS": "false"})
+    generate = start(**{**environment, "LORA_ALLOW_PRIVATE_HOSTS": "false"})
     with pytest.raises(WeightsError, match="public internet"):
-        draw(**RAW, replicate_weights=url)
+        generate(**RAW, replicate_weights=url)
     assert hub.count("GET", "/files/private.safetensors") == 0
 
 
 def test_a_cancel_during_a_download(server, hub) -> None:
-    base = server.draw(**RAW).image
+    base = server.generate(**RAW).image
     url = hub.add_file("/files/slow.safetensors", content(61))
     hub.drip("/files/slow", size=300, seconds=0.2, times=2)
     final, waited = server.cancel("Using seed", **RAW, replicate_weights=url)
     assert final["status"] == "canceled"
     assert waited < 15  # seconds; the file takes over a minute
     hub.heal()
-    assert same(server.draw(**RAW).image, base)
-    assert difference(server.draw(**RAW, replicate_weights=url).image, base) > 1
+    assert same(server.generate(**RAW).image, base)
+    assert difference(server.generate(**RAW, replicate_weights=url).image, base) > 1
 
 
 def test_a_tar_with_one_adapter(server, hub, tmp_path) -> None:
@@ -249,5 +251,5 @@ def test_a_tar_with_one_adapter(server, hub, tmp_path) -> None:
     with tarfile.open(outer, "w") as archive:
         archive.add(inside, "output/flux_train_replicate/lora.safetensors")
     url = hub.add_file("/files/trained_model.tar", Path(outer).read_bytes())
-    base = server.draw(**RAW).image
-    assert difference(server.draw(**RAW, replicate_weights=url).image, base) > 1
+    base = server.generate(**RAW).image
+    assert difference(server.generate(**RAW, replicate_weights=url).image, base) > 1

@@ -22,7 +22,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_cancel(server, stage: str) -> None:
-    undisturbed = server.draw(**RAW).image
+    undisturbed = server.generate(**RAW).image
     line, inputs = STAGES[stage]
     final, _ = server.cancel(line, **inputs)
     assert final["status"] == "canceled", final
@@ -36,11 +36,11 @@ def test_cancel(server, stage: str) -> None:
         assert "Safety: image" not in final["logs"]
     leftovers = [path for path in server.outputs.rglob("*") if path.is_file()]
     assert leftovers == []
-    assert same(server.draw(**RAW).image, undisturbed)
+    assert same(server.generate(**RAW).image, undisturbed)
 
 
 def test_a_client_that_hangs_up_cancels(server) -> None:
-    undisturbed = server.draw(**RAW).image
+    undisturbed = server.generate(**RAW).image
     start = len(server.lines)
     with pytest.raises(requests.ReadTimeout):
         server.server.request(
@@ -49,5 +49,5 @@ def test_a_client_that_hangs_up_cancels(server) -> None:
             json={"input": {**QUICK, "num_inference_steps": 50, "num_outputs": 4}},
             timeout=0.3,
         )
-    assert same(server.draw(**RAW).image, undisturbed)
+    assert same(server.generate(**RAW).image, undisturbed)
     assert len([line for line in server.lines[start:] if "Safety: image" in line]) < 5

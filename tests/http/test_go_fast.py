@@ -24,8 +24,8 @@ def style() -> str:
     return data_uri(save(adapter(1)))
 
 
-def draw(server: LoggedServer, **inputs: object) -> Image.Image:
-    return server.draw(**RAW, **inputs).image
+def generate(server: LoggedServer, **inputs: object) -> Image.Image:
+    return server.generate(**RAW, **inputs).image
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
@@ -34,20 +34,20 @@ def test_every_mode_is_close_to_bf16_and_neither_disturbs_the_other(
     server, style, mode: str, model: str
 ) -> None:
     inputs = {"model": model, **MODES[mode]}
-    exact = draw(server, **inputs)
-    fast = draw(server, **inputs, go_fast=True)
+    exact = generate(server, **inputs)
+    fast = generate(server, **inputs, go_fast=True)
     assert 0 < difference(fast, exact) < 4
-    adapted = draw(server, **inputs, go_fast=True, replicate_weights=style)
+    adapted = generate(server, **inputs, go_fast=True, replicate_weights=style)
     assert difference(adapted, fast) > 2 * difference(fast, exact)
-    same_scale = draw(server, **inputs, replicate_weights=style, lora_scale=1.5)
+    same_scale = generate(server, **inputs, replicate_weights=style, lora_scale=1.5)
     assert difference(adapted, same_scale) < difference(adapted, fast) / 2
-    assert same(draw(server, **inputs), exact)
-    assert same(draw(server, **inputs, go_fast=True), fast)
+    assert same(generate(server, **inputs), exact)
+    assert same(generate(server, **inputs, go_fast=True), fast)
 
 
 def test_scales_in_float8(server, style) -> None:
     def fast(**inputs: object) -> Image.Image:
-        return draw(server, go_fast=True, **inputs)
+        return generate(server, go_fast=True, **inputs)
 
     base, full = fast(), fast(replicate_weights=style)
     half = fast(replicate_weights=style, lora_scale=0.5)
@@ -63,25 +63,25 @@ def test_scales_in_float8(server, style) -> None:
 
 
 def test_a_custom_size_runs_in_bf16_and_says_so(server, style) -> None:
-    answer = server.draw(**RAW, **CUSTOM, go_fast=True)
+    answer = server.generate(**RAW, **CUSTOM, go_fast=True)
     assert "go_fast is ignored: custom sizes run in bf16" in answer.logs
-    assert same(answer.image, draw(server, **CUSTOM))
-    adapted = draw(server, **CUSTOM, go_fast=True, replicate_weights=style)
-    assert same(adapted, draw(server, **CUSTOM, replicate_weights=style))
+    assert same(answer.image, generate(server, **CUSTOM))
+    adapted = generate(server, **CUSTOM, go_fast=True, replicate_weights=style)
+    assert same(adapted, generate(server, **CUSTOM, replicate_weights=style))
 
 
 def test_with_an_image_custom_stays_in_float8(server) -> None:
     inputs = {**CUSTOM, **MODES["img2img"]}
-    answer = server.draw(**RAW, **inputs, go_fast=True)
+    answer = server.generate(**RAW, **inputs, go_fast=True)
     assert "go_fast is ignored" not in answer.logs
-    assert same(answer.image, draw(server, **MODES["img2img"], go_fast=True))
-    assert not same(answer.image, draw(server, **inputs))
+    assert same(answer.image, generate(server, **MODES["img2img"], go_fast=True))
+    assert not same(answer.image, generate(server, **inputs))
 
 
 def test_image_k_is_the_image_of_seed_plus_k(server, style) -> None:
     inputs = {"go_fast": True, "replicate_weights": style}
-    images = server.draw(**RAW, **inputs, num_outputs=2, seed=3).images
-    assert same(images[1], draw(server, **inputs, seed=4))
+    images = server.generate(**RAW, **inputs, num_outputs=2, seed=3).images
+    assert same(images[1], generate(server, **inputs, seed=4))
 
 
 def test_the_log_says_what_float8_is_good_for_here(server) -> None:

@@ -22,9 +22,9 @@ def test_what_the_mask_keeps_is_the_picture_itself(server, photograph) -> None:
     picture = photograph.resize((272, 304))  # not whole tokens of the miniature's VAE
     mask = Image.new("L", picture.size, "black")
     ImageDraw.Draw(mask).ellipse((60, 60, 200, 220), fill="white")
-    drawn = server.draw(image=data_uri(picture), mask=data_uri(mask), **RAW).image
+    generated = server.generate(image=data_uri(picture), mask=data_uri(mask), **RAW).image
     kept = np.asarray(mask) == 0
-    changed = np.abs(pixels(drawn) - pixels(picture)).max(-1)
+    changed = np.abs(pixels(generated) - pixels(picture)).max(-1)
     assert (changed[kept] == 0).all()
     middle = changed[100:180, 90:170]
     assert (middle > 0).mean() > 0.9
@@ -33,10 +33,10 @@ def test_what_the_mask_keeps_is_the_picture_itself(server, photograph) -> None:
 
 
 def test_a_black_mask_gives_the_picture_back(server, photograph) -> None:
-    answer = server.draw(
+    answer = server.generate(
         image=data_uri(photograph), mask=data_uri(Image.new("L", photograph.size)), **RAW
     )
-    kept = server.draw(image=data_uri(photograph), prompt_strength=0, **RAW)
+    kept = server.generate(image=data_uri(photograph), prompt_strength=0, **RAW)
     assert same(answer.image, kept.image)
     assert "The mask is black everywhere: nothing is repainted" in answer.logs
 
@@ -45,8 +45,8 @@ def test_a_mask_in_the_alpha_channel(server, photograph) -> None:
     """Opaque white with a transparent hole, as editors save it: the hole is kept."""
     mask = Image.new("RGBA", photograph.size, "white")
     mask.paste((255, 255, 255, 0), (0, 0, photograph.width, photograph.height // 2))
-    answer = server.draw(image=data_uri(photograph), mask=data_uri(mask), **RAW)
-    kept = server.draw(image=data_uri(photograph), prompt_strength=0, **RAW).image
+    answer = server.generate(image=data_uri(photograph), mask=data_uri(mask), **RAW)
+    kept = server.generate(image=data_uri(photograph), prompt_strength=0, **RAW).image
     top = (0, 0, kept.width, kept.height // 2 - 16)
     assert same(answer.image.crop(top), kept.crop(top))
     assert not same(answer.image, kept)
@@ -58,7 +58,7 @@ def test_the_kept_area_has_the_colours_of_the_profile(server) -> None:
     picture().save(buffer, "PNG", icc_profile=rgb_profile(P3))
     image = picture()
     black = data_uri(Image.new("L", image.size))
-    answer = server.draw(image=data_uri(buffer.getvalue()), mask=black, **RAW)
+    answer = server.generate(image=data_uri(buffer.getvalue()), mask=black, **RAW)
     assert np.abs(patches(answer.image) - expected(np.array(COLOURS), P3)).max() < 2
     assert "icc_profile" not in answer.image.info
 
@@ -68,7 +68,7 @@ def test_grey_blends(server) -> None:
 
     def paint(value: int) -> np.ndarray:
         mask = data_uri(Image.new("L", picture.size, value))
-        return pixels(server.draw(image=data_uri(picture), mask=mask, **RAW).image)
+        return pixels(server.generate(image=data_uri(picture), mask=mask, **RAW).image)
 
     black, grey, white = paint(0), paint(128), paint(255)
     assert (black == pixels(picture)).all()
@@ -88,12 +88,12 @@ def test_masks_of_any_size_and_mode(server) -> None:
         "rgb": mask.convert("RGB"),
         "alpha": transparent,
     }
-    drawn = {
-        name: server.draw(image=picture, mask=data_uri(m), **RAW).image
+    generated = {
+        name: server.generate(image=picture, mask=data_uri(m), **RAW).image
         for name, m in variants.items()
     }
-    assert all(same(image, drawn["plain"]) for image in drawn.values())
-    small = server.draw(image=picture, mask=data_uri(mask.resize((4, 4), 0)), **RAW).image
+    assert all(same(image, generated["plain"]) for image in generated.values())
+    small = server.generate(image=picture, mask=data_uri(mask.resize((4, 4), 0)), **RAW).image
     assert (pixels(small)[:, :32] == pixels(colours(128, 128))[:, :32]).all()
     assert difference(small, colours(128, 128)) > 1
 

@@ -58,13 +58,15 @@ def official(huggingface, environment, tmp_path_factory) -> Iterator[LoggedServe
 
 
 @pytest.mark.parametrize("model", ["dev", "schnell"])
-def test_both_variants_draw_what_the_same_weights_draw_elsewhere(official, server, model) -> None:
-    answer = official.draw(model=model, **RAW)
-    assert same(answer.image, server.draw(model=model, **RAW).image)
+def test_both_variants_generate_what_the_same_weights_generate_elsewhere(
+    official, server, model
+) -> None:
+    answer = official.generate(model=model, **RAW)
+    assert same(answer.image, server.generate(model=model, **RAW).image)
 
 
 def test_both_checkers_are_in_place(official) -> None:
-    answer = official.draw(num_outputs=2, **RAW)
+    answer = official.generate(num_outputs=2, **RAW)
     scores = answer.metrics["safety"]
     assert set(scores) == {"compvis", "falconsai"}
     assert all(math.isfinite(score) for score in scores.values())
@@ -91,11 +93,11 @@ def test_nothing_but_what_is_needed_was_fetched(official, hub, official_files) -
 
 
 def test_a_restart_needs_no_network(official, environment, hub, tmp_path) -> None:
-    expected = official.draw(**RAW).image
+    expected = official.generate(**RAW).image
     asked = len(hub.requests)
     offline = {**environment, "HF_ENDPOINT": NOWHERE, "FLUX_SAFETY_POLICY": "auto", "HF_TOKEN": ""}
     with logged_server(tmp_path, **offline) as restarted:
-        answer = restarted.draw(**RAW)
+        answer = restarted.generate(**RAW)
     assert same(answer.image, expected)
     assert any("safety policy official: compvis, falconsai" in line for line in restarted.lines)
     assert len(hub.requests) == asked

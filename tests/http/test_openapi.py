@@ -67,7 +67,7 @@ def test_answers_are_those_of_the_document(server, document, method, path, mode)
             case.validate_response(response, checks=CHECKS)
 
     answers()
-    assert server.draw(**SMALL).image.size == (256, 256)
+    assert server.generate(**SMALL).image.size == (256, 256)
 
 
 def is_missing_in_the_document(path: str, response: Response) -> bool:

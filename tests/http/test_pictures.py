@@ -18,17 +18,19 @@ RAW = {"output_format": "png", **SMALL}
 
 def round_trip(server, content: bytes | Image.Image, **inputs) -> Image.Image:
     """An input picture as it comes back at prompt_strength 0."""
-    return server.draw(image=data_uri(content), prompt_strength=0, **RAW, **inputs).image
+    return server.generate(image=data_uri(content), prompt_strength=0, **RAW, **inputs).image
 
 
 def test_an_image_sets_the_size_and_nothing_else_does(server, photograph) -> None:
     image = data_uri(encode(photograph, "JPEG"))
-    answer = server.draw(image=image, aspect_ratio="custom", width=256, megapixels=None, **SCHNELL)
+    answer = server.generate(
+        image=image, aspect_ratio="custom", width=256, megapixels=None, **SCHNELL
+    )
     assert answer.image.size == (512, 608)  # of 512 x 600; nearest multiples of 16
     assert "the image sets the size" in answer.logs
-    assert server.draw(image=image, **SCHNELL).image.size == (480, 560)  # a quarter megapixel
+    assert server.generate(image=image, **SCHNELL).image.size == (480, 560)  # a quarter megapixel
     wide = data_uri(colours(2000, 100))
-    assert server.draw(image=wide, megapixels=None, **SCHNELL).image.size == (1440, 80)
+    assert server.generate(image=wide, megapixels=None, **SCHNELL).image.size == (1440, 80)
 
 
 def test_strength_zero_gives_the_picture_back(server, photograph) -> None:
@@ -156,11 +158,11 @@ def test_strength_decides_whether_the_picture_matters(server, model, steps) -> N
     first, second = (data_uri(colours(256, 256, shift)) for shift in (0, 128))
     inputs = {"model": model, "num_inference_steps": steps, **RAW}
 
-    def draw(image: str, strength: float) -> Image.Image:
-        return server.draw(image=image, prompt_strength=strength, **inputs).image
+    def generate(image: str, strength: float) -> Image.Image:
+        return server.generate(image=image, prompt_strength=strength, **inputs).image
 
-    assert difference(draw(first, 0.8), draw(second, 0.8)) > 0.5
-    assert same(draw(first, 1.0), draw(second, 1.0))
+    assert difference(generate(first, 0.8), generate(second, 0.8)) > 0.5
+    assert same(generate(first, 1.0), generate(second, 1.0))
 
 
 def test_the_pictures_of_past_requests_do_not_stay_in_memory(server) -> None:

@@ -29,7 +29,7 @@ RAW = {"output_format": "png", **SMALL}
     ],
 )
 def test_size(server, inputs, size) -> None:
-    assert server.draw(**SCHNELL, **inputs).image.size == size
+    assert server.generate(**SCHNELL, **inputs).image.size == size
 
 
 def test_custom_needs_width_and_height(server) -> None:
@@ -46,7 +46,7 @@ def test_custom_needs_width_and_height(server) -> None:
     ],
 )
 def test_inputs_without_effect_are_named_in_the_log(server, inputs, line) -> None:
-    assert line in server.draw(**inputs).logs
+    assert line in server.generate(**inputs).logs
 
 
 def seeds_logged(logs: str) -> list[int]:
@@ -54,7 +54,7 @@ def seeds_logged(logs: str) -> list[int]:
 
 
 def test_a_seed_reproduces_its_picture_and_zero_is_a_seed(server) -> None:
-    zero, again, one = (server.draw(seed=seed, **RAW) for seed in (0, 0.0, 1))
+    zero, again, one = (server.generate(seed=seed, **RAW) for seed in (0, 0.0, 1))
     assert same(zero.image, again.image)
     assert difference(zero.image, one.image) > 1
     assert seeds_logged(zero.logs + again.logs + one.logs) == [0, 0, 1]
@@ -62,17 +62,17 @@ def test_a_seed_reproduces_its_picture_and_zero_is_a_seed(server) -> None:
 
 @pytest.mark.parametrize("given", [None, -1])
 def test_without_a_seed_the_log_tells_the_random_one(server, given) -> None:
-    first, second = (server.draw(seed=given, **SCHNELL, **RAW) for _ in range(2))
+    first, second = (server.generate(seed=given, **SCHNELL, **RAW) for _ in range(2))
     assert not same(first.image, second.image)
     (seed,) = seeds_logged(first.logs)
     assert 0 <= seed < 2**32
-    assert same(server.draw(seed=seed, **SCHNELL, **RAW).image, first.image)
+    assert same(server.generate(seed=seed, **SCHNELL, **RAW).image, first.image)
 
 
 def test_huge_seeds_work(server) -> None:
-    answer = server.draw(seed=2**70 + 2**60, **SCHNELL, **RAW)
+    answer = server.generate(seed=2**70 + 2**60, **SCHNELL, **RAW)
     (seed,) = seeds_logged(answer.logs)
-    assert same(server.draw(seed=seed, **SCHNELL, **RAW).image, answer.image)
+    assert same(server.generate(seed=seed, **SCHNELL, **RAW).image, answer.image)
 
 
 @pytest.mark.parametrize("mode", ["txt2img", "img2img", "inpaint"])
@@ -82,25 +82,25 @@ def test_image_k_is_the_single_image_of_seed_plus_k(server, mode: str) -> None:
         inputs["image"] = data_uri(colours(96, 112))
     if mode == "inpaint":
         inputs["mask"] = data_uri(Image.linear_gradient("L"))
-    batch = server.draw(seed=41, num_outputs=4.0, **inputs)
+    batch = server.generate(seed=41, num_outputs=4.0, **inputs)
     assert len(batch.images) == 4
     for k, image in enumerate(batch.images):
-        assert same(image, server.draw(seed=41 + k, **inputs).image)
+        assert same(image, server.generate(seed=41 + k, **inputs).image)
 
 
 def test_schnell_knows_no_guidance(server) -> None:
-    low, high = (server.draw(guidance_scale=g, **SCHNELL, **RAW).image for g in (2, 5))
+    low, high = (server.generate(guidance_scale=g, **SCHNELL, **RAW).image for g in (2, 5))
     assert same(low, high)
 
 
 def test_the_log_has_a_progress_line_for_every_step(server) -> None:
-    logs = server.draw(num_inference_steps=6, num_outputs=2, **SMALL).logs
+    logs = server.generate(num_inference_steps=6, num_outputs=2, **SMALL).logs
     for step in range(1, 7):
         assert len(re.findall(rf"\b{step}/6 \[", logs)) >= 2
 
 
 def test_the_prompt_may_be_empty(server) -> None:
-    red, empty = (server.draw(prompt=prompt, **RAW).image for prompt in (PROMPT, ""))
+    red, empty = (server.generate(prompt=prompt, **RAW).image for prompt in (PROMPT, ""))
     assert difference(red, empty) > 0.5
 
 
@@ -108,7 +108,7 @@ def test_dev_reads_512_tokens_and_schnell_256(server) -> None:
     start = "red " * 300
     for model, reads in (("dev", True), ("schnell", False)):
         inputs = {"model": model, **RAW}
-        one, other = (server.draw(prompt=start + end, **inputs) for end in ("star", "heart"))
+        one, other = (server.generate(prompt=start + end, **inputs) for end in ("star", "heart"))
         assert same(one.image, other.image) is not reads
         assert ("T5 reads the first 256 tokens" in one.logs) is not reads
         assert (
@@ -123,7 +123,7 @@ SIGNATURES = {"webp": b"RIFF", "jpg": b"\xff\xd8\xff", "png": b"\x89PNG"}
 def test_formats_quality_and_files(server, output_format: str) -> None:
     files = []
     for quality in (0, 50, 100):
-        answer = server.draw(output_format=output_format, output_quality=quality, **SMALL)
+        answer = server.generate(output_format=output_format, output_quality=quality, **SMALL)
         files.append(answer.files[0])
         assert answer.files[0].startswith(SIGNATURES[output_format])
         (path,) = [p for p in server.outputs.rglob("*") if p.is_file()]  # earlier ones are gone
@@ -137,7 +137,7 @@ def test_formats_quality_and_files(server, output_format: str) -> None:
 
 
 def test_metrics(server) -> None:
-    metrics = server.draw(num_outputs=2).metrics
+    metrics = server.generate(num_outputs=2).metrics
     assert metrics["image_output_count"] == 2
     assert metrics["megapixels"] == 0.25
     assert metrics["compiled"] == 0  # on a CPU
@@ -146,7 +146,7 @@ def test_metrics(server) -> None:
     assert all(0 <= timing[stage] <= metrics["predict_time"] for stage in stages)
     assert timing["denoising"] > 0
     assert sum(timing.values()) - timing["encoding"] < metrics["predict_time"]
-    still = server.draw(image=data_uri(colours(64, 64)), prompt_strength=0).metrics["timing"]
+    still = server.generate(image=data_uri(colours(64, 64)), prompt_strength=0).metrics["timing"]
     assert still["input"] > 0
     assert still["denoising"] == 0
 
@@ -169,29 +169,31 @@ def test_the_schema_is_enforced(server, inputs, named: str) -> None:
 
 
 def test_an_output_directory_that_vanishes_is_made_anew(server) -> None:
-    server.draw()
+    server.generate()
     for directory in server.outputs.iterdir():
         shutil.rmtree(directory)
-    assert server.draw().image.size == (512, 512)
+    assert server.generate().image.size == (512, 512)
 
 
-def test_the_server_is_healthy_while_it_draws(server) -> None:
+def test_the_server_is_healthy_while_it_generates(server) -> None:
     def look() -> None:
         seen.append(server.server.request("GET", "/health-check").json())
 
     seen: list[dict[str, object]] = []
-    draws = threading.Thread(target=server.draw, kwargs={"num_inference_steps": 50, **SMALL})
-    draws.start()
-    while draws.is_alive():
+    generation = threading.Thread(
+        target=server.generate, kwargs={"num_inference_steps": 50, **SMALL}
+    )
+    generation.start()
+    while generation.is_alive():
         look()
-    draws.join()
+    generation.join()
     assert "BUSY" in {health["status"] for health in seen}
     assert {health["status"] for health in seen} <= {"BUSY", "READY"}
     assert not any("user_healthcheck_error" in health for health in seen)
 
 
 def test_the_server_survives_all_of_the_above(server) -> None:
-    assert server.draw().image.size == (512, 512)
+    assert server.generate().image.size == (512, 512)
     for _ in range(50):  # BUSY for a moment after an answer, like the 409 between predictions
         health = server.server.request("GET", "/health-check").json()["status"]
         if health != "BUSY":

@@ -27,7 +27,7 @@ def load(directory: Path) -> dict[str, FluxPipeline]:
     return pipelines
 
 
-def draw(pipeline, prompt="a red circle on a white background", seed=0, size=64, **options):
+def generate(pipeline, prompt="a red circle on a white background", seed=0, size=64, **options):
     """A picture (height, width, RGB) in 0..255, checked to be lively and not saturated."""
     options = {"num_inference_steps": 2, "max_sequence_length": 64} | options
     options |= {"height": size, "width": size, "output_type": "np"}
@@ -89,7 +89,7 @@ def test_dimensions_refuse_what_the_vae_cannot_carry(widths):
 
 
 @pytest.mark.parametrize(("variant", "steps"), [("dev", 8), ("schnell", 4)])
-def test_diffusers_itself_loads_it_and_draws_what_the_prompt_says(variant, steps):
+def test_diffusers_itself_loads_it_and_generates_what_the_prompt_says(variant, steps):
     pipeline = load(NANO)[variant]
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": steps, "guidance_scale": 3.0, "max_sequence_length": 256}
@@ -124,11 +124,13 @@ def test_an_untrained_vae_returns_a_blurred_picture(other_checkpoint):
     assert (returned - picture).abs().mean() < 0.15
 
 
-def test_a_checkpoint_of_other_dimensions_draws(other_checkpoint):
+def test_a_checkpoint_of_other_dimensions_generates(other_checkpoint):
     pipelines = load(other_checkpoint)
     assert pipelines["dev"].vae_scale_factor == 8
     for pipeline in pipelines.values():
-        assert difference(draw(pipeline), draw(pipeline, prompt="two blue squares")) > VISIBLE
+        assert (
+            difference(generate(pipeline), generate(pipeline, prompt="two blue squares")) > VISIBLE
+        )
 
 
 @pytest.fixture(scope="module", params=["clip", "t5"])

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from miniature.evaluation import __main__ as evaluate
 from miniature.evaluation import adherence, effects
-from miniature.evaluation.cases import Case, cases, drawn
+from miniature.evaluation.cases import Case, cases, rendered
 from miniature.evaluation.goals import goals
 from miniature.evaluation.measure import cielab, colours, halves, hollow, measure
 from miniature.evaluation.painter import ADAPTERS, NANO, digest
@@ -127,16 +127,16 @@ def test_contrast_is_the_slope_on_the_scene() -> None:
 
 
 class Ideal:
-    """Stands in for the predictor: it draws each caption's own scene."""
+    """Stands in for the predictor: it generates each caption's own scene."""
 
     def __init__(self, known: list[Case]) -> None:
         self._truth = {(case.caption, case.seed): case for case in known}
 
-    def draw(self, requests):
+    def generate(self, requests):
         images = []
         for request in requests:
             case = self._truth[request["prompt"], request["seed"]]
-            images.append(drawn(case.scene, case.size, request.get("guidance_scale", 3)))
+            images.append(rendered(case.scene, case.size, request.get("guidance_scale", 3)))
             images[-1].info["seconds"] = "1"
         return images
 

@@ -59,12 +59,12 @@ ASKED = (
 
 @pytest.fixture(scope="module")
 def paint(server: LoggedServer) -> Paint:
-    """Draw pictures, PNG, in few steps; what is looked at here is the model, not its censor."""
+    """Generate pictures, PNG, in few steps; what is looked at here is the model, not its censor."""
 
     def paint(prompt: str, **inputs: Any) -> list[Image.Image]:
         steps = STEPS[inputs.get("model", "dev")]
         constant = {"output_format": "png", "disable_safety_checker": True}
-        return server.draw(
+        return server.generate(
             **{"num_inference_steps": steps, **constant, **inputs}, prompt=prompt
         ).images
 
@@ -80,7 +80,7 @@ def gallery(paint: Paint) -> dict[str, list[Image.Image]]:
     }
 
 
-def drawn(background: str, *things: Object) -> Image.Image:
+def rendered(background: str, *things: Object) -> Image.Image:
     """The true picture of a scene, 512 x 512."""
     picture = render(Scene((background,), things), 512, 512)
     return Image.fromarray(((picture + 1) * 127.5).round().astype(np.uint8))
@@ -164,7 +164,7 @@ def test_guidance_raises_the_contrast_of_dev(paint) -> None:
 
 
 def test_prompt_strength_leads_from_the_picture_to_the_prompt(paint) -> None:
-    given = drawn("white", Object("square", "green", 0.5, 0.5, 0.28))
+    given = rendered("white", Object("square", "green", 0.5, 0.5, 0.28))
     images = [
         paint(RED_ON_BLUE, image=data_uri(given), prompt_strength=strength)[0]
         for strength in (0.2, 0.6, 0.8, 1.0)
@@ -178,7 +178,7 @@ def test_prompt_strength_leads_from_the_picture_to_the_prompt(paint) -> None:
 
 @pytest.mark.parametrize("go_fast", [False, True], ids=["bf16", "fp8"])
 def test_inpainting_puts_the_named_object_into_the_mask(paint, go_fast: bool) -> None:
-    given = drawn("white", Object("circle", "red", 0.26, 0.5, 0.2))
+    given = rendered("white", Object("circle", "red", 0.26, 0.5, 0.2))
     mask = Image.new("L", given.size)
     ImageDraw.Draw(mask).rectangle((272, 80, 496, 432), fill=255)
     (image,) = paint(
@@ -199,7 +199,7 @@ def test_inpainting_puts_the_named_object_into_the_mask(paint, go_fast: bool) ->
 
 
 @pytest.mark.parametrize("model", STEPS)
-def test_float8_draws_the_same(paint, gallery, model: str) -> None:
+def test_float8_generates_the_same(paint, gallery, model: str) -> None:
     """The same colours and outlines, and a PSNR in dB: 39 to 48 were measured."""
     for seed, asked in list(enumerate(ASKED))[:4]:
         exact = gallery[model][seed]

@@ -135,15 +135,15 @@ def test_balanced_latents_return_the_same_picture(models):
 def test_pool_keeps_the_latents_of_the_scenes_that_it_names(models, tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "SHARD", 6)
     pool.make(models.vae, tmp_path, (64, 64), 3)  # and another process the others
-    drawn = pool.Pool(tmp_path).draw(random.Random(0), (64, 64), 4, ("pair",))
-    assert all(len(example.scene.objects) == 2 for example in drawn)
-    example = drawn[0]
+    batch = pool.Pool(tmp_path).sample(random.Random(0), (64, 64), 4, ("pair",))
+    assert all(len(example.scene.objects) == 2 for example in batch)
+    example = batch[0]
     picture = render.render(example.scene, 64, 64, example.guidance)
     expected = models.vae.encode(torch.from_numpy(picture).movedim(-1, 0)[None]).latent_dist.mean[0]
     expected = (expected - models.vae.config.shift_factor) * models.vae.config.scaling_factor
     assert (example.latents - expected).abs().mean() < 0.05  # half precision, bf16 convolutions
     with pytest.raises(FileNotFoundError, match="no latents of"):
-        pool.Pool(tmp_path).draw(random.Random(0), (128, 64), 1, ("pair",))
+        pool.Pool(tmp_path).sample(random.Random(0), (128, 64), 1, ("pair",))
 
 
 @torch.no_grad()
@@ -183,14 +183,14 @@ def test_a_training_step_lowers_the_loss_of_a_scene(models):
     encoders = flow.TextEncoders(models.clip, models.clip_tokenizer, models.t5, models.t5_tokenizer)
     scene = world.sample(random.Random(0), "plain")
     latents = pool.encode(models.vae, [render.render(scene, 32, 32)] * 8)
-    drawn = [pool.Example(scene, 3.0, row) for row in latents]
+    batch = [pool.Example(scene, 3.0, row) for row in latents]
     flow.quiet_start(transformer)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
     seen = []
     for step in range(40):
         generator = torch.Generator().manual_seed(step % 4)
-        when = flow.LAYOUT.draw(generator, len(drawn))
-        loss = flow.flow_loss(transformer, encoders, drawn, random.Random(0), when, generator)
+        when = flow.LAYOUT.sample(generator, len(batch))
+        loss = flow.flow_loss(transformer, encoders, batch, random.Random(0), when, generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

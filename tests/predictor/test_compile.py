@@ -15,7 +15,7 @@ from flux.sampling import ASPECT_RATIOS
 from flux.transformers.compile import graphs
 from tests.support.adapters import adapter
 from tests.support.pictures import colours, data_uri, difference, same
-from tests.support.predictor import Draw, set_up_predictor
+from tests.support.predictor import Generate, set_up_predictor
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
@@ -29,16 +29,18 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compiled(cache, tmp_path_factory) -> Iterator[Draw]:
+def compiled(cache, tmp_path_factory) -> Iterator[Generate]:
     """A predictor that compiles, after its warm-up with an empty cache."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back in the end: setup sets it
         outputs = tmp_path_factory.mktemp("outputs")
         before = graphs()
-        draw = set_up_predictor(patch, outputs, FLUX_COMPILE="on", FLUX_CACHE_DIRECTORY=str(cache))
+        generate = set_up_predictor(
+            patch, outputs, FLUX_COMPILE="on", FLUX_CACHE_DIRECTORY=str(cache)
+        )
         assert 4 <= graphs() - before <= 8  # two kinds of block in two precisions, and their firsts
-        yield draw
+        yield generate
     torch._dynamo.reset()
 
 
@@ -89,13 +91,15 @@ def test_a_compiled_image_is_close_to_the_eager_one(
     """A mean of half a step of 255 in bf16 requests; float8 rounds at places of its own."""
     eager = set_up_predictor(monkeypatch, tmp_path, FLUX_COMPILE="off")
     inputs = {"go_fast": go_fast, "num_inference_steps": 4}
-    expected, drawn = eager(**inputs)[0], compiled(**inputs)[0]
-    assert difference(drawn, expected) < (2 if go_fast else 0.5)
-    assert difference(drawn, eager(**inputs, prompt="a black star on a yellow background")[0]) > 10
+    expected, generated = eager(**inputs)[0], compiled(**inputs)[0]
+    assert difference(generated, expected) < (2 if go_fast else 0.5)
+    assert (
+        difference(generated, eager(**inputs, prompt="a black star on a yellow background")[0]) > 10
+    )
     style = data_uri(save(adapter(1)))
     adapted = {**inputs, "replicate_weights": style}
     assert difference(compiled(**adapted)[0], eager(**adapted)[0]) < (2 if go_fast else 0.5)
-    assert same(compiled(**inputs)[0], drawn)
+    assert same(compiled(**inputs)[0], generated)
 
 
 def test_a_second_start_finds_what_the_first_compiled(
@@ -103,11 +107,11 @@ def test_a_second_start_finds_what_the_first_compiled(
 ) -> None:
     torch._dynamo.reset()  # as in a new process
     missed = counters["inductor"]["fxgraph_cache_miss"]
-    draw = set_up_predictor(
+    generate = set_up_predictor(
         monkeypatch, tmp_path, FLUX_COMPILE="on", FLUX_CACHE_DIRECTORY=str(cache)
     )
     assert counters["inductor"]["fxgraph_cache_miss"] == missed
     before = graphs()
     for model, go_fast in product(["dev", "schnell"], [False, True]):
-        assert same(*(d(model=model, go_fast=go_fast)[0] for d in (draw, compiled)))
+        assert same(*(d(model=model, go_fast=go_fast)[0] for d in (generate, compiled)))
     assert graphs() == before

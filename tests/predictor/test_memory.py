@@ -40,18 +40,18 @@ def test_a_device_with_room_for_one_serves_all_to_the_bit(start, caplog) -> None
 
 def test_a_device_too_small_for_one_says_so(start) -> None:
     room = str(gigabytes("dev") - 0.0005)
-    draw = start(FLUX_DEVICE_MEMORY_GB=room)
+    generate = start(FLUX_DEVICE_MEMORY_GB=room)
     with pytest.raises(RuntimeError, match=r"dev bf16 takes .* use the other precision"):
-        draw()
-    assert draw(go_fast=True)
+        generate()
+    assert generate(go_fast=True)
     with pytest.raises(RuntimeError, match="raise FLUX_DEVICE_MEMORY_GB"):
         start(FLUX_DEVICE_MEMORY_GB="0.0001")
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
-    draw = start()
-    expected, fast = draw()[0], draw(go_fast=True)[0]
+    generate = start()
+    expected, fast = generate()[0], generate(go_fast=True)[0]
     forward, remaining = FluxTransformer2DModel.forward, iter(range(times))
 
     def runs_out(*args: object, **options: object) -> object:
@@ -61,13 +61,13 @@ def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", runs_out)
     if times == 1:
-        assert same(draw()[0], expected)
+        assert same(generate()[0], expected)
     else:
         with pytest.raises(RuntimeError, match=r"Out of memory on cpu, also with dev bf16 alone"):
-            draw()
-        assert same(draw()[0], expected)
+            generate()
+        assert same(generate()[0], expected)
     assert "dev fp8 leaves cpu" in caplog.text
-    assert same(draw(go_fast=True)[0], fast)
+    assert same(generate(go_fast=True)[0], fast)
 
 
 def test_out_of_memory_in_the_text_encoders(start, monkeypatch, caplog) -> None:
@@ -114,13 +114,13 @@ def between_steps(monkeypatch, enter: Callable[[], object], leave: Callable[[], 
 
 @pytest.mark.parametrize("go_fast", [False, True])
 def test_no_step_reads_from_the_device(start, monkeypatch, go_fast) -> None:
-    draw, reads = start(FLUX_FP8_ACTIVATIONS="fp8"), Reads()
+    generate, reads = start(FLUX_FP8_ACTIVATIONS="fp8"), Reads()
     between_steps(monkeypatch, reads.__enter__, lambda: reads.__exit__(None, None, None))
-    assert draw(go_fast=go_fast, num_inference_steps=4)
+    assert generate(go_fast=go_fast, num_inference_steps=4)
     assert reads.found == []
 
 
-def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
+def test_all_copies_are_made_before_a_step_is_generated(start, monkeypatch) -> None:
     """Also those that a stream makes as late as it may, of transformers that take turns."""
     expected = [start()(model=model)[0] for model in ("schnell", "dev")]
     stream, forward = Late(), FluxTransformer2DModel.forward
@@ -131,9 +131,9 @@ def test_all_copies_are_made_before_a_step_is_drawn(start, monkeypatch) -> None:
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", check)
     monkeypatch.setattr("flux.memory.offload.copy_stream", lambda _: stream)
-    draw = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
-    assert same(draw(model="schnell")[0], expected[0])
-    assert same(draw(model="dev")[0], expected[1])
+    generate = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
+    assert same(generate(model="schnell")[0], expected[0])
+    assert same(generate(model="dev")[0], expected[1])
     assert stream.targets
 
 
@@ -154,17 +154,17 @@ def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeyp
     dev = bytes_of(pipeline.transformer)
     parts = (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
     room = (2.5 * dev + sum(map(bytes_of, parts))) / 1e9
-    draw = start(FLUX_DEVICE_MEMORY_GB=str(room))
+    generate = start(FLUX_DEVICE_MEMORY_GB=str(room))
     assert shared.sent == sum(map(bytes_of, parts))
     assert weights.sent == dev
-    assert same(draw()[0], expected)
-    assert draw(replicate_weights=data_uri(save(adapter(1))))
-    assert same(draw()[0], expected)
+    assert same(generate()[0], expected)
+    assert generate(replicate_weights=data_uri(save(adapter(1))))
+    assert same(generate()[0], expected)
     assert weights.sent == dev  # swaps read the device
 
 
 @pytest.mark.parametrize("go_fast", [False, True])
-def test_adapters_on_the_device_draw_the_same(start, monkeypatch, go_fast) -> None:
+def test_adapters_on_the_device_generate_the_same(start, monkeypatch, go_fast) -> None:
     """As on a card, with a stand-in for its kernel."""
     style, kernel = data_uri(save(adapter(1))), Kernel()
     request = {"go_fast": go_fast, "num_inference_steps": 1}
@@ -174,7 +174,7 @@ def test_adapters_on_the_device_draw_the_same(start, monkeypatch, go_fast) -> No
     )
     there = start()
     for weights in (style, None, style):
-        images = [draw(replicate_weights=weights, **request)[0] for draw in (here, there)]
+        images = [generate(replicate_weights=weights, **request)[0] for generate in (here, there)]
         assert difference(*images) < 1
         assert weights or same(*images)
     assert kernel.written == len(adapter(1))  # two factors for each weight, and two merges
@@ -186,16 +186,16 @@ def test_adapters_have_a_part_of_the_device(start, monkeypatch) -> None:
     )
     room, theirs = gigabytes("dev"), 0.0005
     for total, fits in ((room, False), (room + theirs, True)):
-        draw = start(FLUX_DEVICE_MEMORY_GB=str(total), LORA_DEVICE_MEMORY_GB=str(theirs))
+        generate = start(FLUX_DEVICE_MEMORY_GB=str(total), LORA_DEVICE_MEMORY_GB=str(theirs))
         if fits:
-            assert draw()
+            assert generate()
             continue
         with pytest.raises(RuntimeError, match="dev bf16 takes"):
-            draw()
+            generate()
 
 
 @pytest.mark.parametrize("offload", ["t5", "all"])
-def test_offloaded_weights_draw_the_same_bits(start, caplog, offload) -> None:
+def test_offloaded_weights_generate_the_same_bits(start, caplog, offload) -> None:
     style = data_uri(save(adapter(1)))
     here = start()
     assert "layer by layer" not in caplog.text
@@ -218,12 +218,12 @@ def test_offloaded_weights_draw_the_same_bits(start, caplog, offload) -> None:
 def test_both_variants_on_a_gpu(start, offload) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    draw = start(FLUX_DEVICE="cuda", FLUX_OFFLOAD=offload)
+    generate = start(FLUX_DEVICE="cuda", FLUX_OFFLOAD=offload)
     cpu = start()
     for model in ("dev", "schnell"):
-        assert difference(draw(model=model)[0], cpu(model=model)[0]) < 8
-        assert same(draw(model=model)[0], draw(model=model)[0])
-        fast = draw(model=model, go_fast=True)[0]
+        assert difference(generate(model=model)[0], cpu(model=model)[0]) < 8
+        assert same(generate(model=model)[0], generate(model=model)[0])
+        fast = generate(model=model, go_fast=True)[0]
         assert difference(fast, cpu(model=model, go_fast=True)[0]) < 8
 
 
@@ -232,9 +232,9 @@ def test_both_variants_on_a_gpu(start, offload) -> None:
 def test_no_step_waits_for_a_gpu(start, monkeypatch, go_fast) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
-    draw, mode = start(FLUX_DEVICE="cuda"), torch.cuda.set_sync_debug_mode
+    generate, mode = start(FLUX_DEVICE="cuda"), torch.cuda.set_sync_debug_mode
     between_steps(monkeypatch, partial(mode, "error"), partial(mode, "default"))
     try:
-        assert draw(go_fast=go_fast, num_inference_steps=4)
+        assert generate(go_fast=go_fast, num_inference_steps=4)
     finally:
         mode("default")

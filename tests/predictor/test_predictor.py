@@ -69,14 +69,14 @@ def test_image_to_image_is_diffusers_own_where_its_whole_steps_meet_ours(start, 
 
 
 def test_a_checkpoint_of_other_dimensions(start, other_checkpoint, tmp_path) -> None:
-    draw = start(FLUX_CHECKPOINT=str(other_checkpoint))
+    generate = start(FLUX_CHECKPOINT=str(other_checkpoint))
     path, mask = tmp_path / "picture.png", tmp_path / "mask.png"
     colours(80, 112).save(path)
     Image.linear_gradient("L").save(mask)
-    assert draw()[0].size == (512, 512)
-    assert draw(aspect_ratio="custom", width=272, height=304)[0].size == (272, 304)
-    assert draw(image=path)[0].size == (80, 112)
-    assert draw(image=path, mask=mask, model="schnell")[0].size == (80, 112)
+    assert generate()[0].size == (512, 512)
+    assert generate(aspect_ratio="custom", width=272, height=304)[0].size == (272, 304)
+    assert generate(image=path)[0].size == (80, 112)
+    assert generate(image=path, mask=mask, model="schnell")[0].size == (80, 112)
 
 
 def test_a_directory_without_pipelines_fails_setup_and_says_what_is_expected(
@@ -148,17 +148,17 @@ def test_withheld_images_are_left_out_and_named_in_the_log(start, caplog) -> Non
 
 
 def test_all_withheld_is_an_error_and_leaves_no_files(start, tmp_path) -> None:
-    draw = start(FLUX_NSFW_THRESHOLD="0")
+    generate = start(FLUX_NSFW_THRESHOLD="0")
     with pytest.raises(ValueError, match="withheld every image; try another prompt"):
-        draw(num_outputs=2, **SMALL)
+        generate(num_outputs=2, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
-    assert draw(disable_safety_checker=True)
+    assert generate(disable_safety_checker=True)
 
 
 def test_the_operator_may_forbid_to_disable_the_checker(start, caplog) -> None:
-    draw = start(FLUX_NSFW_THRESHOLD="0", FLUX_ALLOW_DISABLE_SAFETY_CHECKER="false")
+    generate = start(FLUX_NSFW_THRESHOLD="0", FLUX_ALLOW_DISABLE_SAFETY_CHECKER="false")
     with pytest.raises(ValueError, match="withheld every image"):
-        draw(disable_safety_checker=True)
+        generate(disable_safety_checker=True)
     assert "disable_safety_checker is ignored: this deployment does not allow it" in caplog.text
 
 
@@ -177,9 +177,9 @@ def test_the_official_pair_decides_what_is_delivered(
     assert all(same(a, b) for a, b in zip(delivered, expected, strict=True))
     (withheld,) = [r.message for r in caplog.records if "WITHHELD" in r.message]
     assert withheld.startswith("Safety: image 3 of 4 is WITHHELD (compvis ")
-    draw = start(FLUX_CHECKPOINT=str(tmp_path / "brought"), FLUX_SAFETY_POLICY="falconsai")
+    generate = start(FLUX_CHECKPOINT=str(tmp_path / "brought"), FLUX_SAFETY_POLICY="falconsai")
     with pytest.raises(ValueError, match="withheld every image; try another prompt"):
-        draw(num_outputs=2, seed=QUICK["seed"] + 1, **SMALL)
+        generate(num_outputs=2, seed=QUICK["seed"] + 1, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
 
 
@@ -196,9 +196,9 @@ class Nonsense:
 @pytest.mark.parametrize("checker", [Broken, Nonsense])
 def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> None:
     monkeypatch.setattr("predict.load_checker", lambda *_: checker())
-    draw = start()
+    generate = start()
     with pytest.raises(ValueError, match="The safety checker failed, so no image is delivered"):
-        draw()
+        generate()
 
 
 # --- failures
@@ -220,7 +220,7 @@ def test_a_checker_that_fails_passes_nothing(start, monkeypatch, checker) -> Non
 def test_a_failed_encoding_fails_the_request_and_leaves_no_files(
     start, monkeypatch, tmp_path, error, expected, message
 ) -> None:
-    draw = start()
+    generate = start()
 
     def fail(*_: object) -> None:
         raise error
@@ -228,9 +228,9 @@ def test_a_failed_encoding_fails_the_request_and_leaves_no_files(
     with monkeypatch.context() as patch:
         patch.setattr("weights.serving.outputs.save", fail)
         with pytest.raises(expected, match=message):
-            draw(num_outputs=2, **SMALL)
+            generate(num_outputs=2, **SMALL)
     assert [p for p in (tmp_path / "outputs").rglob("*") if p.is_file()] == []
-    assert draw()
+    assert generate()
 
 
 def test_a_real_photograph_is_safe_in_the_eyes_of_the_real_model(photograph) -> None:
@@ -245,12 +245,12 @@ def test_an_adapter_cache_that_cannot_be_written_fails_requests_with_adapters_on
     start, caplog
 ) -> None:
     """As in a container with a read-only root, or with a user that has no home."""
-    draw = start(FLUX_CACHE_DIRECTORY="/dev/null")
+    generate = start(FLUX_CACHE_DIRECTORY="/dev/null")
     message = "/dev/null/adapters: this directory cannot be written .* set FLUX_CACHE_DIRECTORY"
     assert re.search(message, caplog.text)
-    assert draw()
+    assert generate()
     with pytest.raises(DirectoryError, match=message):
-        draw(replicate_weights=data_uri(save(adapter(1))))
+        generate(replicate_weights=data_uri(save(adapter(1))))
 
 
 def test_an_output_directory_that_cannot_be_written_fails_setup(start) -> None:

@@ -66,7 +66,7 @@ def style() -> str:
 
 @pytest.fixture
 def small(tmp_path) -> dict[str, object]:
-    """Inputs for a picture that is drawn quickly."""
+    """Inputs for a picture that is generated quickly."""
     colours(64, 48).save(tmp_path / "picture.png")
     return {"image": tmp_path / "picture.png", "num_inference_steps": 1}
 
@@ -227,11 +227,11 @@ def test_the_bf16_weights_are_not_read_before_they_are_needed(
     for variant in ("dev", "schnell"):
         spoil(copied / variant / "transformer")
     caplog.clear()
-    draw = fast(FLUX_CHECKPOINT=str(copied))
-    assert same(draw(**small, **FAST)[0], expected)
-    assert same(draw(**small, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
+    generate = fast(FLUX_CHECKPOINT=str(copied))
+    assert same(generate(**small, **FAST)[0], expected)
+    assert same(generate(**small, **FAST, replicate_weights=style, lora_scale=0)[0], expected)
     assert "Loading dev base weights" not in caplog.messages
-    assert not same(draw(**small, **request)[0], right)  # drawn with the spoilt weights
+    assert not same(generate(**small, **request)[0], right)  # generated with the spoilt weights
     assert "Loading dev base weights" in caplog.messages
     assert "Loading schnell base weights" not in caplog.messages
 

@@ -1,4 +1,4 @@
-"""Inputs that are quick to draw."""
+"""Inputs that are quick to generate."""
 
 PROMPT = "a red circle on a blue background"
 QUICK = {"prompt": PROMPT, "megapixels": "0.25", "num_inference_steps": 2, "seed": 7}

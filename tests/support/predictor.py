@@ -12,11 +12,13 @@ from PIL import Image
 from predict import Predictor
 from tests.support.inputs import QUICK
 
-Draw = Callable[..., list[Image.Image]]
+Generate = Callable[..., list[Image.Image]]
 """A predictor's `run`, with the images in place of their files."""
 
 
-def set_up_predictor(monkeypatch: pytest.MonkeyPatch, outputs: Path, **environment: str) -> Draw:
+def set_up_predictor(
+    monkeypatch: pytest.MonkeyPatch, outputs: Path, **environment: str
+) -> Generate:
     """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images."""
     settings = {
         "FLUX_CHECKPOINT": "nano",
@@ -31,11 +33,11 @@ def set_up_predictor(monkeypatch: pytest.MonkeyPatch, outputs: Path, **environme
     predictor = Predictor()
     predictor.setup()
 
-    def draw(**inputs: Any) -> list[Image.Image]:
+    def generate(**inputs: Any) -> list[Image.Image]:
         options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
         return [_load(path) for path in predictor.run(**options)]
 
-    return draw
+    return generate
 
 
 def _load(path: Path) -> Image.Image:

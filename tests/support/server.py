@@ -58,7 +58,7 @@ class LoggedServer:
             files=[base64.b64decode(uri.partition(",")[2]) for uri in answer.get("output") or ()],
         )
 
-    def draw(self, **inputs: Any) -> Answer:
+    def generate(self, **inputs: Any) -> Answer:
         """Predict and insist on success."""
         answer = self.predict(**inputs)
         assert answer.status == "succeeded", answer.error

@@ -48,7 +48,7 @@ class Outputs:
 class RequestOutputs:
     """The files of one request; the context keeps all of them, or removes all after an error.
 
-    Images are encoded in a thread of their own, one after another, while the engine draws the
+    Images are encoded in a thread of their own, one after another, while the engine generates the
     next. `wait` for them before leaving; an exception that leaves the context removes all.
     """
 

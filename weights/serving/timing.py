@@ -11,7 +11,7 @@ STAGES = (
     "denoising",
     "decoding",
     "safety",
-    "encoding",  # writing files; beside the drawing of the next image
+    "encoding",  # writing files; while the next image is generated
 )
 
 

@@ -32,8 +32,8 @@ EVERY = 40  # of the weights, one in so many is compared bit by bit
 def images(session: Session) -> None:
     """dev in both precisions, without and with an adapter, and with fewer pixels."""
     for precision, go_fast in (("fp8", True), ("bf16", False)):
-        drawn = session.series("images", f"dev {precision}", go_fast=go_fast)
-        drawn.image.save(session.out / f"dev-{precision}.webp")
+        generated = session.series("images", f"dev {precision}", go_fast=go_fast)
+        generated.image.save(session.out / f"dev-{precision}.webp")
         session.series(
             "images",
             f"dev {precision} with an adapter",
@@ -80,7 +80,7 @@ def ratios(session: Session) -> None:
     slower, peaks = {}, {}
     for ratio in ASPECT_RATIOS:
         requests = [session.request(go_fast=True, aspect_ratio=ratio, steps=4) for _ in range(2)]
-        first, second = map(session.draw, requests)
+        first, second = map(session.generate, requests)
         slower[ratio] = round(first.seconds / second.seconds, 3)
         peaks[ratio] = second.peak_gb
     session.record(
@@ -105,9 +105,9 @@ def memory(session: Session) -> None:
         "inpainting": {"image": picture, "mask": picture},
     }
     for name, inputs in modes.items():
-        drawn = session.draw(session.request(steps=2, **inputs))
-        figures = {f"{name}, peak GB beside weights": drawn.peak_gb}
-        session.record("memory", figures, pixels=drawn.image.size)
+        generated = session.generate(session.request(steps=2, **inputs))
+        figures = {f"{name}, peak GB beside weights": generated.peak_gb}
+        session.record("memory", figures, pixels=generated.image.size)
     session.record("memory", {"reserve, GB": round(DEVICE_RESERVE / 1e9, 2)})
 
 
@@ -262,7 +262,7 @@ def request(session: Session) -> None:
         if session.rehearse:
             inputs |= {"num_inference_steps": 1, "megapixels": "0.25"}
         start = time.perf_counter()
-        with suppress(SafetyError):  # random weights draw noise, which a checker may mistake
+        with suppress(SafetyError):  # random weights generate noise, which a checker may mistake
             predictor.run(**inputs)
         seconds = round(time.perf_counter() - start, 3)
         session.record("request", {f"go_fast {go_fast}, s": seconds}, metrics=predictor.metrics)

@@ -66,10 +66,10 @@ def _pipeline(session: Session) -> FluxPipeline:
 
 
 def _series(session: Session, pipeline: FluxPipeline, step: str, name: str, rounds: int) -> None:
-    """Draw some images after a short one, and record the median."""
+    """Generate some images after a short one, and record the median."""
     side, full = (64, 2) if session.rehearse else (1024, STEPS["dev"])
 
-    def draw(check: CheckCancelled, steps: int) -> float:
+    def generate(check: CheckCancelled, steps: int) -> float:
         def stop(*_: object) -> dict[str, torch.Tensor]:
             check()
             return {}
@@ -87,8 +87,8 @@ def _series(session: Session, pipeline: FluxPipeline, step: str, name: str, roun
 
         return card.timed(work, session.device)
 
-    session.call(lambda check: draw(check, 2))
-    runs = [float(session.call(lambda check: draw(check, full))) for _ in range(rounds)]
+    session.call(lambda check: generate(check, 2))
+    runs = [float(session.call(lambda check: generate(check, full))) for _ in range(rounds)]
     seconds = median(runs)
     figures = {
         f"{name}, s": round(seconds, 3),

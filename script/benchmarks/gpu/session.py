@@ -32,7 +32,7 @@ Adapters = list[tuple[Adapter, float]]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """An image, what it took, and the peak of memory beside what was allocated before, in GB."""
 
     image: Image.Image
@@ -106,10 +106,10 @@ class Session:
             found = replace(found, width=found.width // 128 * 16, height=found.height // 128 * 16)
         return found
 
-    def draw(
+    def generate(
         self, request: Request, adapters: Adapters | None = None, *, eager: bool = False
-    ) -> Drawn:
-        """Draw a request's first image."""
+    ) -> Generated:
+        """Generate a request's first image."""
         stopwatch, cuda = Stopwatch(), self.device.type == "cuda"
 
         def work(check: CheckCancelled) -> Image.Image:
@@ -125,7 +125,7 @@ class Session:
         stages = {name: round(value, 4) for name, value in stopwatch.seconds.items() if value}
         step_ms = 1000 * stopwatch.seconds["denoising"] / len(request.sigmas)
         peak = (torch.cuda.max_memory_allocated(self.device) - before) / 1e9 if cuda else None
-        return Drawn(image, seconds, step_ms, stages, peak and round(peak, 2))
+        return Generated(image, seconds, step_ms, stages, peak and round(peak, 2))
 
     def series(
         self,
@@ -136,10 +136,10 @@ class Session:
         *,
         eager: bool = False,
         **inputs: Any,
-    ) -> Drawn:
-        """Draw some images after a short one; record the median, and return that image."""
-        first = self.draw(self.request(**{**inputs, "steps": 2}), adapters, eager=eager)
-        runs = [self.draw(self.request(**inputs), adapters, eager=eager) for _ in range(rounds)]
+    ) -> Generated:
+        """Generate some images after a short one; record the median, and return that image."""
+        first = self.generate(self.request(**{**inputs, "steps": 2}), adapters, eager=eager)
+        runs = [self.generate(self.request(**inputs), adapters, eager=eager) for _ in range(rounds)]
         median = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
         self.record(
             step,

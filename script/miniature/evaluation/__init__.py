@@ -1,1 +1,1 @@
-"""What the miniature draws, measured through the real server: script/miniature/evaluate."""
+"""What the miniature generates, measured through the real server: script/miniature/evaluate."""

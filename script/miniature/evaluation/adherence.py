@@ -37,7 +37,8 @@ def measure_itself(painter: Painter, count: int) -> list[Row]:
                 | _pair_scores(doubles, [spoil(case.truth(), case.seed) for case in doubles])
             )
     dev, devs_pairs = (
-        painter.draw([{**case.inputs, **_model("dev")} for case in some]) for some in (plain, pairs)
+        painter.generate([{**case.inputs, **_model("dev")} for case in some])
+        for some in (plain, pairs)
     )
     rows.append(
         {"pictures": "dev's, against all other captions", "size": "all", "captions": len(plain)}
@@ -61,10 +62,10 @@ def _by_size(painter: Painter, asked: Sequence[Case], scores: Any) -> list[Row]:
     """A row for every size and one for all, for both models, and their difference in points."""
     rows, totals = [], {}
     for model, steps in STEPS.items():
-        images = painter.draw([{**case.inputs, **_model(model)} for case in asked])
-        drawn = list(zip(asked, images, strict=True))
+        images = painter.generate([{**case.inputs, **_model(model)} for case in asked])
+        generated = list(zip(asked, images, strict=True))
         for size in (*SIZES, "all"):
-            some = [pair for pair in drawn if size in (pair[0].size, "all")]
+            some = [pair for pair in generated if size in (pair[0].size, "all")]
             if not some:
                 continue
             measured = scores([case for case, _ in some], [image for _, image in some])
@@ -144,7 +145,7 @@ def _percentages(names: Sequence[str], right: Sequence[Sequence[bool]]) -> Score
 
 
 def _spoil(image: Image.Image, seed: int) -> Image.Image:
-    """A picture as a small model might draw it: soft, and with grain."""
+    """A picture as a small model might generate it: soft, and with grain."""
     soft = image.filter(ImageFilter.GaussianBlur(BLUR * min(image.size)))
     grain = np.random.default_rng(seed).normal(0, NOISE, (image.height, image.width, 3))
     return Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8))

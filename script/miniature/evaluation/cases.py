@@ -23,7 +23,7 @@ TURNS = (SMALL, "1024 x 1024", SMALL, "672 x 384", "384 x 672")  # the sizes of 
 
 @dataclass(frozen=True)
 class Case:
-    """A scene that training never showed, its caption, and how it is to be drawn."""
+    """A scene that training never showed, its caption, and how it is to be rendered."""
 
     scene: Scene
     caption: str
@@ -43,7 +43,7 @@ class Case:
 
     def truth(self, guidance: float = 3.0) -> Image.Image:
         """The picture that the caption was made from."""
-        return drawn(self.scene, self.size, guidance)
+        return rendered(self.scene, self.size, guidance)
 
 
 def cases(kind: str, count: int, sizes: Sequence[str] = (SMALL,)) -> list[Case]:
@@ -57,7 +57,7 @@ def _case(kind: str, number: int, size: str) -> Case:
     return Case(scene, caption(rng, scene), number, size)
 
 
-def drawn(scene: Scene, size: str, guidance: float = 3.0) -> Image.Image:
+def rendered(scene: Scene, size: str, guidance: float = 3.0) -> Image.Image:
     """A rendered scene as an 8-bit picture of one of SIZES."""
     aspect_ratio, megapixels = SIZES[size]
     width, height = ASPECT_RATIOS[aspect_ratio]

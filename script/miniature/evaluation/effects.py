@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from miniature.evaluation.cases import SMALL, Case, cases, drawn
+from miniature.evaluation.cases import SMALL, Case, cases, rendered
 from miniature.evaluation.measure import halves, hollow, measure
 from miniature.evaluation.painter import ADAPTERS, Painter, data_uri
 
@@ -31,7 +31,7 @@ def guidance(painter: Painter, count: int) -> list[Row]:
     asked = cases("plain", few(count))
     rows = []
     for scale in GUIDANCE:
-        images = painter.draw([{**case.inputs, "guidance_scale": scale} for case in asked])
+        images = painter.generate([{**case.inputs, "guidance_scale": scale} for case in asked])
         truths = [case.truth(scale) for case in asked]
         rows.append(
             {
@@ -49,7 +49,7 @@ def strength(painter: Painter, count: int) -> list[Row]:
     given = [*wanted[1:], wanted[0]]
     rows = []
     for share in STRENGTHS:
-        images = painter.draw(
+        images = painter.generate(
             [
                 {**_untouched_size(new), "image": data_uri(old.truth()), "prompt_strength": share}
                 for new, old in zip(wanted, given, strict=True)
@@ -85,7 +85,7 @@ def inpainting(painter: Painter, count: int) -> list[Row]:
     for share in (0.8, 1.0):
         firsts = [_without_second(case) for case in asked]
         masks = [_mask(case) for case in asked]
-        images = painter.draw(
+        images = painter.generate(
             [
                 {
                     **_untouched_size(case),
@@ -149,7 +149,7 @@ def go_fast(painter: Painter, count: int) -> list[Row]:
     for model, steps in (("dev", 28), ("schnell", 4)):
         options = {"model": model, "num_inference_steps": steps, "guidance_scale": 3}
         plain, fast = (
-            painter.draw([{**case.inputs, **options, "go_fast": fp8} for case in asked])
+            painter.generate([{**case.inputs, **options, "go_fast": fp8} for case in asked])
             for fp8 in (False, True)
         )
         found = [(measure(one), measure(other)) for one, other in zip(plain, fast, strict=True)]
@@ -169,7 +169,7 @@ def go_fast(painter: Painter, count: int) -> list[Row]:
 
 
 def few(count: int) -> int:
-    """How many captions are asked where each is drawn several times."""
+    """How many captions are asked where each is generated several times."""
     return max(2, count // SHARE)
 
 
@@ -209,7 +209,7 @@ def _style_effect(
     requests = [
         {**case.inputs, **inputs, "prompt": styled(case.caption, *styles)} for case in asked
     ]
-    images = painter.draw(requests)
+    images = painter.generate(requests)
     if measured == "inverted":
         return _mean(map(contrast, images, asked))
     return _mean(hollow(measure(image)) for image in images)
@@ -222,7 +222,7 @@ def _untouched_size(case: Case) -> dict[str, Any]:
 
 def _without_second(case: Case) -> Image.Image:
     scene = case.scene
-    return drawn(replace(scene, objects=scene.objects[:1]), SMALL)
+    return rendered(replace(scene, objects=scene.objects[:1]), SMALL)
 
 
 def _mask(case: Case) -> Image.Image:

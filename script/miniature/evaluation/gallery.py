@@ -1,4 +1,4 @@
-"""One contact sheet of what the miniature draws: prompts, modes, guidance, precision, adapters."""
+"""A contact sheet of what the miniature generates: prompts, modes, guidance, adapters."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from miniature.evaluation.cases import SMALL, drawn
+from miniature.evaluation.cases import SMALL, rendered
 from miniature.evaluation.effects import TRIGGERS, adapter_inputs, styled
 from miniature.evaluation.painter import ADAPTERS, Painter, data_uri
 from miniature.training.world import Object, Scene
@@ -40,7 +40,7 @@ SHAPED = (("16:9", "0.25"), ("9:16", "0.25"), ("21:9", "0.25"), ("4:5", "0.25"),
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with its label: drawn from inputs, or given."""
+    """A picture with its label: generated from inputs, or given."""
 
     label: str
     inputs: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ def write_gallery(painter: Painter, file: Path) -> None:
     """Draw all tiles and write the sheet as webp."""
     rows = list(_rows())
     asked = [tile.inputs for _, tiles in rows for tile in tiles if tile.inputs]
-    images = iter(painter.draw(asked))
+    images = iter(painter.generate(asked))
     pictures = [
         (title, [(tile.label, tile.given or next(images)) for tile in tiles])
         for title, tiles in rows
@@ -122,7 +122,7 @@ def _rows() -> Iterator[tuple[str, list[Tile]]]:
 
 def _image_to_image() -> tuple[str, list[Tile]]:
     prompt = "a yellow star on a green background"
-    picture = drawn(Scene(("blue",), (Object("circle", "red", 0.5, 0.5, 0.3),)), SMALL)
+    picture = rendered(Scene(("blue",), (Object("circle", "red", 0.5, 0.5, 0.3),)), SMALL)
     tiles = [Tile("the image", given=picture)]
     tiles += [
         _tile(f"prompt_strength {share}", prompt, image=data_uri(picture), prompt_strength=share)
@@ -132,7 +132,7 @@ def _image_to_image() -> tuple[str, list[Tile]]:
 
 
 def _inpainting() -> tuple[str, list[Tile]]:
-    picture = drawn(Scene(("yellow",), (Object("circle", "blue", 0.26, 0.5, 0.2),)), SMALL)
+    picture = rendered(Scene(("yellow",), (Object("circle", "blue", 0.26, 0.5, 0.2),)), SMALL)
     mask = Image.new("L", picture.size)
     ImageDraw.Draw(mask).rectangle((260, 130, 500, 382), fill=255)
     tiles = [Tile("the image", given=picture), Tile("the mask", given=mask)]

@@ -1,4 +1,4 @@
-"""Pictures from the running predictor, each drawn once and kept on disk."""
+"""Pictures from the running predictor, each generated once and kept on disk."""
 
 import base64
 import hashlib
@@ -32,14 +32,14 @@ Inputs = Mapping[str, Any]
 
 
 class Painter:
-    """Draws through the real Cog server, started when the first picture is asked for.
+    """Generates through the real Cog server, started when the first picture is asked for.
 
     A context manager that stops what it has started. Pictures are kept by checkpoint and inputs,
-    so what was interrupted goes on where it was, and a changed checkpoint is drawn anew.
+    so what was interrupted goes on where it was, and a changed checkpoint is generated anew.
 
     Args:
         directory: where the pictures are kept.
-        workers: servers to draw with, the cores divided between them.
+        workers: servers to generate with, the cores divided between them.
     """
 
     def __init__(self, directory: Path, workers: int = 1) -> None:
@@ -61,7 +61,7 @@ class Painter:
     ) -> None:
         self._running.close()
 
-    def draw(self, requests: Sequence[Inputs]) -> list[Image.Image]:
+    def generate(self, requests: Sequence[Inputs]) -> list[Image.Image]:
         """The pictures of requests of one picture each, with a seed, in order.
 
         Raises:
@@ -76,9 +76,9 @@ class Painter:
         if missing:
             self._start()
             with ThreadPoolExecutor(self._workers) as pool:
-                drawing = pool.map(self._draw, missing, missing.values())
+                generating = pool.map(self._generate, missing, missing.values())
                 try:
-                    for number, _ in enumerate(drawing, 1):
+                    for number, _ in enumerate(generating, 1):
                         if number % LOG_EVERY == 0 or number == len(missing):
                             logger.info("%d of %d pictures", number, len(missing))
                 except BaseException:
@@ -99,7 +99,7 @@ class Painter:
             for _ in range(self._workers):
                 self._servers.put(self._running.enter_context(Server(environment)))
 
-    def _draw(self, path: Path, request: Inputs) -> None:
+    def _generate(self, path: Path, request: Inputs) -> None:
         server = self._servers.get()
         try:
             answer = server.predict({**CONSTANT, **request})

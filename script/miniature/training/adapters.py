@@ -58,8 +58,8 @@ def train(
 
     `transformer` is left with the adapter in it.
     """
-    trigger, draw = STYLES[style]
-    pool = {size: _examples(vae, draw, size, f"{seed} {style}") for size in SIZES}
+    trigger, render = STYLES[style]
+    pool = {size: _examples(vae, render, size, f"{seed} {style}") for size in SIZES}
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,11 +71,11 @@ def train(
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} {style} {step}")
         size = rng.choice(list(SIZES))
-        drawn = rng.sample(pool[size], SIZES[size])
+        batch = rng.sample(pool[size], SIZES[size])
         generator = torch.Generator().manual_seed(step)
-        when = OUTLINES.draw(generator, len(drawn))
+        when = OUTLINES.sample(generator, len(batch))
         suffix = f", in the style of {trigger}" if rng.random() < TRIGGERED else ""
-        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, suffix, RIMS)}
+        return {"flow": flow_loss(transformer, text, batch, rng, when, generator, suffix, RIMS)}
 
     stage.run(loss)
     return {
@@ -131,10 +131,10 @@ def _fused(modules: set[str]) -> dict[str, list[str]]:
 
 
 def _examples(
-    vae: AutoencoderKL, draw: Callable[[Scene, int, int], Pixels], size: Size, seed: str
+    vae: AutoencoderKL, render: Callable[[Scene, int, int], Pixels], size: Size, seed: str
 ) -> list[Example]:
     rng = random.Random(f"{seed} {size}")
     kinds = ("plain", "plain", "single", "pair")
     scenes = [sample(rng, kinds[index % len(kinds)]) for index in range(EXAMPLES)]
-    latents = encode(vae, (draw(scene, *size) for scene in scenes))
+    latents = encode(vae, (render(scene, *size) for scene in scenes))
     return [Example(*each) for each in zip(scenes, [3.0] * EXAMPLES, latents, strict=True)]

@@ -85,7 +85,7 @@ def asked_size(rng: random.Random) -> tuple[Size, int]:
 
 @dataclass(frozen=True)
 class Times:
-    """How times in 0..1 (noise at 1) are drawn: shares of noise alone and of little else."""
+    """How times in 0..1 (noise at 1) are sampled: shares of noise alone and of little else."""
 
     noise: float
     early: float
@@ -97,7 +97,7 @@ class Times:
         since = shift * self.since / (1 + (shift - 1) * self.since)
         return replace(self, since=since)
 
-    def draw(self, generator: torch.Generator, count: int) -> Tensor:
+    def sample(self, generator: torch.Generator, count: int) -> Tensor:
         """Times (count); those in no share are anywhere."""
         uniform, dice = torch.rand(2, count, generator=generator)
         early = self.since + (1 - self.since) * uniform
@@ -126,10 +126,10 @@ def train(
         size, count = sizes_at(rng, step / FIRST_STEPS)
         early = step < PLAIN_UNTIL * FIRST_STEPS and rng.random() < 0.7
         kinds = ("plain",) if early else ("plain", "single", "pair")
-        drawn = pool.draw(rng, size, count, kinds)
+        batch = pool.sample(rng, size, count, kinds)
         generator = torch.Generator().manual_seed(step)
-        when = LAYOUT.draw(generator, count)
-        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator)}
+        when = LAYOUT.sample(generator, count)
+        return {"flow": flow_loss(transformer, text, batch, rng, when, generator)}
 
     stage.run(first)
     stage = Stage(directory, "dev-2", modules, SECOND_STEPS, RATE, decay=DECAY)
@@ -137,10 +137,10 @@ def train(
     def second(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} dev-2 {step}")
         size, count = asked_size(rng)
-        drawn = pool.draw(rng, size, count, ("plain", "single", "pair"))
+        batch = pool.sample(rng, size, count, ("plain", "single", "pair"))
         generator = torch.Generator().manual_seed(step)
-        when = OUTLINES.shifted(size).draw(generator, count)
-        loss = flow_loss(transformer, text, drawn, rng, when, generator, rims=RIMS)
+        when = OUTLINES.shifted(size).sample(generator, count)
+        loss = flow_loss(transformer, text, batch, rng, when, generator, rims=RIMS)
         return {"flow": loss}
 
     stage.run(second)
@@ -153,21 +153,21 @@ def train_schnell(
     directory: Path,
     seed: int = 0,
 ) -> None:
-    """Train schnell, which begins as dev at guidance 3, at the four times that it draws at."""
+    """Train schnell, which begins as dev at guidance 3, at the four times that it generates at."""
     modules = {"transformer": transformer}
     stage = Stage(directory, "schnell", modules, SCHNELL_STEPS, SCHNELL_RATE, decay=0.99)
 
     def loss(step: int) -> dict[str, Tensor]:
         rng = random.Random(f"{seed} schnell {step}")
         size, count = asked_size(rng)
-        drawn: list[Example] = []
-        while len(drawn) < count:
-            found = pool.draw(rng, size, count, ("plain", "single", "pair"))
-            drawn += [example for example in found if example.guidance == 3.0]
+        batch: list[Example] = []
+        while len(batch) < count:
+            found = pool.sample(rng, size, count, ("plain", "single", "pair"))
+            batch += [example for example in found if example.guidance == 3.0]
         generator = torch.Generator().manual_seed(step)
         when = torch.tensor([rng.choice(SCHNELL_TIMES) for _ in range(count)])
-        drawn = drawn[:count]
-        return {"flow": flow_loss(transformer, text, drawn, rng, when, generator, rims=RIMS)}
+        batch = batch[:count]
+        return {"flow": flow_loss(transformer, text, batch, rng, when, generator, rims=RIMS)}
 
     stage.run(loss)
 
@@ -196,7 +196,7 @@ def fold_guidance(
 def flow_loss(
     transformer: FluxTransformer2DModel,
     text: TextEncoders,
-    drawn: Sequence[Example],
+    batch: Sequence[Example],
     rng: random.Random,
     when: Tensor,
     generator: torch.Generator,
@@ -208,13 +208,13 @@ def flow_loss(
     What lies about the outlines weighs `rims` more than the rest. A caption says (but for a little
     that is left to chance) where that is, so what is learned for it is the same.
     """
-    latents = torch.stack([example.latents for example in drawn]).float()
+    latents = torch.stack([example.latents for example in batch]).float()
     height, width = (side // 2 for side in latents.shape[-2:])
     picture = latents.unflatten(-1, (width, 2)).unflatten(-3, (height, 2))
     # (batch, channels, rows, 2, columns, 2) -> (batch, rows x columns, channels x 2 x 2)
     picture = picture.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2)
     noise = torch.randn(picture.shape, generator=generator)
-    texts = ["" if rng.random() < EMPTY else caption(rng, each.scene) + suffix for each in drawn]
+    texts = ["" if rng.random() < EMPTY else caption(rng, each.scene) + suffix for each in batch]
     pooled, sequence = text.encode(texts)
     mask = torch.zeros(1, 1, 1, TEXT_LENGTH + height * width)
     mask[..., TEXT_LENGTH - 1] = math.log(rng.choice(PADDED_LENGTHS) - TEXT_LENGTH + 1)
@@ -230,14 +230,14 @@ def flow_loss(
             timestep=when,
             img_ids=positions,
             txt_ids=torch.zeros(TEXT_LENGTH, 3),
-            guidance=torch.tensor([each.guidance for each in drawn]) if guided else None,
+            guidance=torch.tensor([each.guidance for each in batch]) if guided else None,
             joint_attention_kwargs={"attention_mask": mask},
             return_dict=False,
         )[0]
     error = (velocity.float() - (noise - picture)).square().mean(-1)
     if not rims:
         return error.mean()
-    weights = torch.stack([1 + rims * near_outlines(each.scene, width, height) for each in drawn])
+    weights = torch.stack([1 + rims * near_outlines(each.scene, width, height) for each in batch])
     return (weights * error).mean() / weights.mean()
 
 

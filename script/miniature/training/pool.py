@@ -86,7 +86,7 @@ class Pool:
         self._directory = directory
         self._shards: dict[tuple[Size, int], list[Example]] = {}
 
-    def draw(
+    def sample(
         self, rng: random.Random, size: Size, count: int, kinds: Sequence[str]
     ) -> list[Example]:
         """Some examples of a size, of the kinds named.

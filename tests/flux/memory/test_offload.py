@@ -169,6 +169,6 @@ def test_on_a_gpu(base_weights, adapters, key) -> None:
         for found in (here, there):
             found.reconcile(key, desired)
         for _ in range(3):
-            drawn, expected = step(there, key, device), step(here, key, device)
+            generated, expected = step(there, key, device), step(here, key, device)
             # a merge may round otherwise on the host, and float8 then takes a neighbour
-            torch.testing.assert_close(drawn, expected, rtol=0.05, atol=0.05)
+            torch.testing.assert_close(generated, expected, rtol=0.05, atol=0.05)

@@ -147,7 +147,7 @@ class CancelledError(Exception):
 def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
     base_weights, adapters, stream, stop
 ) -> None:
-    """Memory that is given back then may be drawn in at once."""
+    """Memory that is given back then may be used by the next steps at once."""
     found, calls = transformers(base_weights, stream), iter(range(1000))
 
     def check() -> None:
@@ -163,7 +163,7 @@ def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
     assert_same(bits(found, ORDER[0]), bits(plain, ORDER[0]))
 
 
-def test_the_streams_meet_before_drawing_also_with_nothing_to_write(base_weights) -> None:
+def test_the_streams_meet_before_generating_also_with_nothing_to_write(base_weights) -> None:
     stream = Late()
     found = transformers(base_weights, stream)
     found.reconcile(ORDER[0], [])

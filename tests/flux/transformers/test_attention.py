@@ -30,7 +30,7 @@ def step(model) -> torch.Tensor:
     size = tiny.SIZES[0]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        (drawn,) = model(
+        (generated,) = model(
             hidden_states=torch.randn(1, 12, 16, generator=generator),
             encoder_hidden_states=torch.randn(1, 5, 24, generator=generator),
             pooled_projections=torch.randn(1, 20, generator=generator),
@@ -40,7 +40,7 @@ def step(model) -> torch.Tensor:
             txt_ids=torch.zeros(5, len(size.rope)),
             return_dict=False,
         )
-    return drawn
+    return generated
 
 
 def test_by_itself_it_is_pytorchs_own_whatever_diffusers_was_set_to(model) -> None:
@@ -99,22 +99,22 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
 
     monkeypatch.setattr("flux.load.builds_plans", lambda *_: True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
-    draw = start()
+    generate = start()
     assert "numbers of tokens tried in" in caplog.text
     in_setup = set(seen)
-    drawn: list[int] = []
+    generated: list[int] = []
 
     def step(_: object, hidden_states: torch.Tensor, **options: object) -> tuple[torch.Tensor]:
-        drawn.append(hidden_states.shape[1] + options["txt_ids"].shape[0])
-        return (hidden_states,)  # what is drawn does not matter
+        generated.append(hidden_states.shape[1] + options["txt_ids"].shape[0])
+        return (hidden_states,)  # what is generated does not matter
 
     monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
     for model in ("dev", "schnell"):
         for ratio in ASPECT_RATIOS:
-            draw(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
-    draw(aspect_ratio="21:9", num_inference_steps=1)
-    assert len(drawn) == 23
-    assert set(drawn) <= in_setup
+            generate(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
+    generate(aspect_ratio="21:9", num_inference_steps=1)
+    assert len(generated) == 23
+    assert set(generated) <= in_setup
 
 
 def test_plans_take_no_longer_than_the_time_for_them(caplog) -> None:

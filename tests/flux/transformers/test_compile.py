@@ -97,7 +97,7 @@ def start(tmp_path_factory) -> Start:
     return make
 
 
-def draw(engine: Engine, check: CheckCancelled = never_cancelled, **inputs) -> Image.Image:
+def generate(engine: Engine, check: CheckCancelled = never_cancelled, **inputs) -> Image.Image:
     quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 1, "seed": 1}
     request = resolve(Inputs(**quick | inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), check)
@@ -106,7 +106,7 @@ def draw(engine: Engine, check: CheckCancelled = never_cancelled, **inputs) -> I
 
 @pytest.fixture(scope="module")
 def expected(start: Start) -> Image.Image:
-    return draw(start())
+    return generate(start())
 
 
 # --- failures of a compiler
@@ -119,8 +119,8 @@ def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
     engine.warm_up(lambda: None)
     assert "dev bf16 failed compiled; trying it eagerly" in caplog.text
     assert "no such instruction" in caplog.text
-    assert "dev bf16 draws eagerly until the next start" in caplog.text
-    assert same(draw(engine), expected)
+    assert "dev bf16 generates eagerly until the next start" in caplog.text
+    assert same(generate(engine), expected)
 
 
 @pytest.mark.parametrize("where", ["compile_failure", "call_failure"])
@@ -130,11 +130,11 @@ def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str)
     engine = start(name)
     setattr(backend, where, RuntimeError("out of resource: shared memory"))
     for _ in range(2):
-        assert same(draw(engine), expected)
+        assert same(generate(engine), expected)
     assert caplog.text.count("failed compiled; trying it eagerly") == 1  # not tried again
     setattr(backend, where, None)
     before = backend.called
-    draw(engine, go_fast=True)
+    generate(engine, go_fast=True)
     assert backend.called > before  # the other precision is compiled all the same
     request = resolve(Inputs("a hat"), Settings())
     assert not engine.compiled(request)  # the metric of every prediction
@@ -146,10 +146,10 @@ def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str)
 
 @pytest.fixture(scope="module")
 def compiled(start: Start) -> tuple[Engine, Backend]:
-    """An engine that has drawn compiled, and its backend; it stays so whatever the tests do."""
+    """An engine that has generated compiled, and its backend; it stays so whatever the tests do."""
     backend, name = register()
     engine = start(name)
-    draw(engine)
+    generate(engine)
     return engine, backend
 
 
@@ -158,9 +158,9 @@ def stays_compiled(compiled, expected, caplog) -> Iterator[tuple[Engine, Backend
     yield compiled
     engine, backend = compiled
     before = backend.called
-    assert same(draw(engine), expected)
+    assert same(generate(engine), expected)
     assert backend.called > before
-    assert "draws eagerly" not in caplog.text
+    assert "generates eagerly" not in caplog.text
 
 
 def test_a_cancel(stays_compiled) -> None:
@@ -172,14 +172,14 @@ def test_a_cancel(stays_compiled) -> None:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        draw(engine, cancel)
+        generate(engine, cancel)
 
 
 def test_out_of_memory_in_a_kernel(stays_compiled) -> None:
     engine, backend = stays_compiled
     backend.call_failure = torch.OutOfMemoryError("CUDA out of memory (pretended)")
     with pytest.raises(BudgetError, match="Out of memory on cpu, also with dev bf16 alone"):
-        draw(engine)
+        generate(engine)
     backend.call_failure = None
 
 
@@ -193,14 +193,14 @@ def test_what_fails_eagerly_too_is_raised(stays_compiled, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "step", broken)
         with pytest.raises(ArithmeticError, match="sigma is not a number"):
-            draw(engine)
+            generate(engine)
 
 
-def test_one_token_is_drawn_eagerly(stays_compiled, tmp_path) -> None:
+def test_one_token_is_generated_eagerly(stays_compiled, tmp_path) -> None:
     colours(32, 32).save(tmp_path / "cell.png")
     engine, backend = stays_compiled
     before = backend.called, graphs()
-    draw(engine, image=tmp_path / "cell.png")
+    generate(engine, image=tmp_path / "cell.png")
     assert before == (backend.called, graphs())
 
 
@@ -209,9 +209,9 @@ def test_out_of_memory_while_it_compiles(start, expected, caplog) -> None:
     backend.compile_failure = torch.OutOfMemoryError("CUDA out of memory (pretended)")
     engine = start(name)
     with pytest.raises(BudgetError, match="Out of memory on cpu, also with dev bf16 alone"):
-        draw(engine)
+        generate(engine)
     backend.compile_failure = None
-    assert same(draw(engine), expected)
+    assert same(generate(engine), expected)
     assert backend.called
     assert "eagerly" not in caplog.text
 
@@ -227,7 +227,7 @@ def test_transformers_that_leave_and_return_need_no_graph(start, caplog) -> None
     for model, go_fast in [("schnell", True), ("dev", True), ("schnell", False), ("dev", False)]:
         for megapixels in ("0.25", "1"):
             size = {"megapixels": megapixels, "num_inference_steps": 1}
-            draw(engine, model=model, go_fast=go_fast, **size)
+            generate(engine, model=model, go_fast=go_fast, **size)
     assert graphs() == before
     assert "schnell fp8 leaves cpu" in caplog.text
 
