@@ -16,7 +16,7 @@ from flux.deployment import Deployment, sources_of
 from flux.engine import Engine
 from flux.memory.budget import bytes_of, device_budget, host_budget
 from flux.memory.offload import OnHost, offload
-from flux.memory.page_locked import PageLocked, hold
+from flux.memory.pinned import PinnedBudget, move_parameters
 from flux.memory.residency import BudgetError
 from flux.memory.staging import move
 from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
@@ -93,7 +93,7 @@ def _place(name: str, module: nn.Module, deployment: Deployment) -> None:
     if name not in deployment.offloaded:
         move(module, deployment.device)
         return
-    if deployment.device.type == "cuda" and not hold(module, page_locked=True):
+    if deployment.device.type == "cuda" and not move_parameters(module, pinned=True):
         raise BudgetError(f"FLUX_OFFLOAD: {name} needs page-locked host memory; see the log")
     offload(module, deployment.device)
 
@@ -119,15 +119,15 @@ def working_transformers(
     adapters = None if placement else one_pass(device, settings.lora_device_bytes)
     if adapters and budget is not None:
         budget = max(0, budget - settings.lora_device_bytes)
-    page_locked = None
+    pinned_budget = None
     if device.type == "cuda":  # a CPU has one memory, where copies would lie beside the map
         left = host_budget(settings.host_memory_bytes) - on_host
         if placement:  # the working weights take it, and the base ones stay in the map
             budget = left
         else:
-            page_locked = PageLocked(left)
+            pinned_budget = PinnedBudget(left)
     transformers = Transformers(
-        _base_weights(sources, deployment.dtype, settings.quantized_directory, page_locked),
+        _base_weights(sources, deployment.dtype, settings.quantized_directory, pinned_budget),
         device,
         dynamic=quantizes_activations(settings.fp8_activations, device, deployment.dtype),
         budget=budget,
@@ -147,7 +147,7 @@ def _base_weights(
     sources: Mapping[str, Path],
     dtype: torch.dtype,
     quantized: Path | None,
-    page_locked: PageLocked | None,
+    pinned_budget: PinnedBudget | None,
 ) -> dict[str, BaseWeights]:
     """The base transformers, open but for those whose float8 weights are on disk."""
     base_weights = {}
@@ -159,7 +159,7 @@ def _base_weights(
         load = partial(load_transformer, variant, directory, dtype)
         base_weights[variant] = BaseWeights(
             *(variant, model, load, directory, prequantized),
-            hold=page_locked.hold if page_locked else None,
+            pin=pinned_budget.pin if pinned_budget else None,
         )
         if not prequantized:
             base_weights[variant].open()

@@ -22,7 +22,7 @@ import torch
 from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import Tensor, nn
 
-from flux.memory.page_locked import Slabs
+from flux.memory.pinned import Arena
 from flux.memory.staging import CopyStream, copy_stream
 from weights.serving.settings import Offload, SettingsError
 
@@ -135,7 +135,7 @@ class OnHost:
 
     def allocator(self) -> Empty:
         """See `Placement.allocator`."""
-        return Slabs(page_locked=self._device.type == "cuda").empty
+        return Arena(pinned=self._device.type == "cuda").empty
 
     def enter(self, module: nn.Module) -> None:
         """See `Placement.enter`."""

@@ -40,7 +40,7 @@ class BaseWeights:
         load: opens the base transformer.
         source: where that comes from, as the log shows it.
         prequantized: its float8 weights from disk, if there are any.
-        hold: copies a module's weights into memory that is faster to read, and says whether it did.
+        pin: copies a module's weights into memory that is faster to read, and says whether it did.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class BaseWeights:
         load: Callable[[], nn.Module],
         source: Path,
         prequantized: Prequantized | None = None,
-        hold: Callable[[nn.Module], bool] | None = None,
+        pin: Callable[[nn.Module], bool] | None = None,
     ) -> None:
         self.template = template
         self.prequantized = prequantized
         self._name = f"{variant} base weights"
         self._load = load
         self._source = source
-        self._hold = hold
-        self._holding: Future[float] | None = None  # the seconds that it takes
+        self._pin = pin
+        self._pinning: Future[float] | None = None  # the seconds that it takes
         self._module: nn.Module | None = None
         self._values: Mapping[str, Tensor] = {}
         self._seconds = 0.0
@@ -89,9 +89,9 @@ class BaseWeights:
         Until `at_hand` or `entry` has returned, nobody else may read them.
         """
         self.open()
-        if self._module is not None and self._hold and not self._holding:
-            thread = ThreadPoolExecutor(1, thread_name_prefix="hold")
-            self._holding = thread.submit(_timed, partial(self._hold, self._module))
+        if self._module is not None and self._pin and not self._pinning:
+            thread = ThreadPoolExecutor(1, thread_name_prefix="pin")
+            self._pinning = thread.submit(_timed, partial(self._pin, self._module))
             thread.shutdown(wait=False)  # it ends with its work
 
     def at_hand(self) -> Mapping[str, Tensor]:
@@ -100,7 +100,7 @@ class BaseWeights:
         Raises:
             CheckpointError: the files cannot be opened.
         """
-        if self._hold or not self.is_open:
+        if self._pin or not self.is_open:
             self.begin()
             self._join()
         return self._values
@@ -115,10 +115,10 @@ class BaseWeights:
 
     def _join(self) -> None:
         """Wait for the thread, and raise what it raised; a later call starts over."""
-        if holding := self._holding:
-            self._holding = None
+        if holding := self._pinning:
+            self._pinning = None
             self._seconds += holding.result()
-            self._hold = None  # done, or without room for it
+            self._pin = None  # done, or without room for it
             self._say()
 
     def _say(self) -> None:

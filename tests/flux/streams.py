@@ -9,7 +9,7 @@ from diffusers.hooks import group_offloading
 from torch import Tensor
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
-from flux.memory.page_locked import Slabs
+from flux.memory.pinned import Arena
 
 
 class Late:
@@ -92,7 +92,7 @@ class Streams:
         self.most = 0
         self._patch_torch(monkeypatch)
         self._patch_hooks(monkeypatch)
-        monkeypatch.setattr("flux.memory.offload.Slabs", lambda **_: Slabs(page_locked=True))
+        monkeypatch.setattr("flux.memory.offload.Arena", lambda **_: Arena(pinned=True))
 
     def lock(self, tensor: Tensor) -> Tensor:
         self.locked[tensor.untyped_storage().data_ptr()] = tensor

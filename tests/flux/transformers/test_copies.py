@@ -39,10 +39,10 @@ def room_for(base_weights, *items) -> int:
     return sum(sizes[item] for item in items)
 
 
-def make(base_weights, budget: int | None = None, hold: Any = None) -> Transformers:
+def make(base_weights, budget: int | None = None, pin: Any = None) -> Transformers:
     """On a device that is not the host."""
     opened = {
-        name: BaseWeights(name, module, lambda module=module: module, Path(name), hold=hold)
+        name: BaseWeights(name, module, lambda module=module: module, Path(name), pin=pin)
         for name, module in base_weights.items()
     }
     for base in opened.values():
@@ -183,11 +183,11 @@ def test_memory_on_the_host_is_page_locked_for_what_is_read_there(base_weights, 
     held: list[str] = []
     names = {id(module): name for name, module in base_weights.items()}
 
-    def hold(module: nn.Module) -> bool:
+    def pin(module: nn.Module) -> bool:
         held.append(names[id(module)])
         return True
 
-    found = make(base_weights, room_for(base_weights, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), pin)
     for key in found.at_start:
         found.reconcile(key, [])
     found.reconcile(DEV, [(adapters["b"], 1.0)])
@@ -205,10 +205,10 @@ def test_memory_on_the_host_is_page_locked_for_what_is_read_there(base_weights, 
 def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(base_weights) -> None:
     go, threads = threading.Event(), threading.active_count()
 
-    def hold(_: nn.Module) -> bool:
+    def pin(_: nn.Module) -> bool:
         return go.wait(60)
 
-    found = make(base_weights, room_for(base_weights, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), pin)
     assert threading.active_count() == threads  # not beside what is wanted first
     for key in found.at_start:
         found.reconcile(key, [])  # in float8, with the copy, and in bf16 beside the thread
@@ -222,12 +222,12 @@ def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(base_wei
 def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights) -> None:
     outcomes = iter([False, True])
 
-    def hold(_: nn.Module) -> bool:
+    def pin(_: nn.Module) -> bool:
         if not next(outcomes):
             raise OSError("the disk is gone")
         return True
 
-    found = make(base_weights, room_for(base_weights, *AT_START), hold)
+    found = make(base_weights, room_for(base_weights, *AT_START), pin)
     with pytest.raises(OSError, match="the disk is gone"):
         found.reconcile(SCHNELL8, [])
     found.reconcile(SCHNELL8, [])  # the next request tries again

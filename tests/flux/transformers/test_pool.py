@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.memory.offload import Empty, OnDevice
-from flux.memory.page_locked import hold
+from flux.memory.pinned import move_parameters
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
@@ -297,7 +297,7 @@ def test_on_a_gpu(base_weights, adapters) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
-    assert hold(base_weights["dev"], page_locked=True)
+    assert move_parameters(base_weights["dev"], pinned=True)
     transformers = Transformers(tiny.opened(base_weights), device, dynamic=False, budget=None)
     for key in ORDER:
         transformers.reconcile(key, [(adapters[1], 1.0)])

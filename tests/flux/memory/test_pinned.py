@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
-from flux.memory.page_locked import PageLocked, Slabs, give_back, hold
+from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
 from tests.support import tiny
 from weights.serving.inventory import PAGE_LOCKED, place_of
 
@@ -24,10 +24,10 @@ def base_weights() -> dict[str, nn.Module]:
 
 
 def test_held_copies_equal_the_map_and_share_few_slabs(base_weights, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 16)
     base = base_weights["dev"]
     before = [parameter.detach().clone() for parameter in base.parameters()]
-    assert hold(base, page_locked=False)
+    assert move_parameters(base, pinned=False)
     assert all(map(torch.equal, base.parameters(), before))
     storages = [parameter.untyped_storage() for parameter in base.parameters()]
     slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
@@ -36,16 +36,16 @@ def test_held_copies_equal_the_map_and_share_few_slabs(base_weights, monkeypatch
 
 
 def test_host_memory_goes_to_who_opens_first(base_weights, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 16)
-    monkeypatch.setattr("flux.memory.page_locked.Slabs", lambda **_: Slabs(page_locked=False))
+    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.memory.pinned.Arena", lambda **_: Arena(pinned=False))
     dev, schnell = base_weights.values()
     pointers = [p.data_ptr() for p in schnell.parameters()]
-    scarce = PageLocked(bytes_of(dev) + bytes_of(schnell) - 1)
-    assert scarce.hold(dev)
-    assert not scarce.hold(schnell)
+    scarce = PinnedBudget(bytes_of(dev) + bytes_of(schnell) - 1)
+    assert scarce.pin(dev)
+    assert not scarce.pin(schnell)
     assert [p.data_ptr() for p in schnell.parameters()] == pointers
-    enough = PageLocked(bytes_of(dev) + bytes_of(schnell))
-    assert [enough.hold(module) for module in (dev, schnell)] == [True, True]
+    enough = PinnedBudget(bytes_of(dev) + bytes_of(schnell))
+    assert [enough.pin(module) for module in (dev, schnell)] == [True, True]
 
 
 def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog) -> None:
@@ -55,8 +55,8 @@ def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
-    assert not hold(base, page_locked=True)
+    monkeypatch.setattr("flux.memory.pinned.torch.empty", refuse)
+    assert not move_parameters(base, pinned=True)
     assert [p.data_ptr() for p in base.parameters()] == pointers
     assert "stay in the memory map: There are no" in caplog.text
     assert "CUDA error: out of memory" in caplog.text
@@ -77,24 +77,24 @@ def test_slabs_before_one_that_failed_go_back_to_the_system(base_weights, monkey
     def let_go() -> None:
         kept.append([slab for slab in slabs if not slab.expired()])
 
-    monkeypatch.setattr("flux.memory.page_locked.SLAB", 1 << 12)
-    monkeypatch.setattr("flux.memory.page_locked.torch.empty", two)
-    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 12)
+    monkeypatch.setattr("flux.memory.pinned.torch.empty", two)
+    monkeypatch.setattr("flux.memory.pinned.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
-        "flux.memory.page_locked.torch.accelerator.empty_host_cache", let_go, raising=False
+        "flux.memory.pinned.torch.accelerator.empty_host_cache", let_go, raising=False
     )
-    assert not hold(base_weights["dev"], page_locked=True)
+    assert not move_parameters(base_weights["dev"], pinned=True)
     assert (len(slabs), kept) == (2, [[]])
 
 
 def test_an_older_torch_gives_page_locked_memory_back_as_well(monkeypatch) -> None:
     """torch 2.11 has no torch.accelerator.empty_host_cache."""
     calls: list[str] = []
-    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
-    monkeypatch.delattr("flux.memory.page_locked.torch.accelerator.empty_host_cache", raising=False)
-    old = "flux.memory.page_locked.torch._C._host_emptyCache"
+    monkeypatch.setattr("flux.memory.pinned.torch.cuda.is_available", lambda: True)
+    monkeypatch.delattr("flux.memory.pinned.torch.accelerator.empty_host_cache", raising=False)
+    old = "flux.memory.pinned.torch._C._host_emptyCache"
     monkeypatch.setattr(old, lambda: calls.append("empty"), raising=False)
-    give_back()
+    empty_host_cache()
     assert calls == ["empty"]
 
 
@@ -107,32 +107,32 @@ def allocator(monkeypatch) -> list[str]:
     told: list[str] = []
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("flux.memory.page_locked.os.cpu_count", lambda: 6)
-    monkeypatch.setattr("flux.memory.page_locked.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("flux.memory.pinned.os.cpu_count", lambda: 6)
+    monkeypatch.setattr("flux.memory.pinned.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
-        "flux.memory.page_locked.torch._C._accelerator_setAllocatorSettings", told.append
+        "flux.memory.pinned.torch._C._accelerator_setAllocatorSettings", told.append
     )
     empty = torch.empty
-    monkeypatch.setattr("flux.memory.page_locked.torch.empty", lambda size, **_: empty(size))
+    monkeypatch.setattr("flux.memory.pinned.torch.empty", lambda size, **_: empty(size))
     return told
 
 
 def test_page_locking_takes_several_threads(allocator, monkeypatch) -> None:
-    Slabs(page_locked=False)
+    Arena(pinned=False)
     assert allocator == []
-    Slabs(page_locked=True)
-    monkeypatch.setattr("flux.memory.page_locked.os.cpu_count", lambda: 64)
-    Slabs(page_locked=True)
+    Arena(pinned=True)
+    monkeypatch.setattr("flux.memory.pinned.os.cpu_count", lambda: 64)
+    Arena(pinned=True)
     assert allocator == [f"{REGISTER}4", f"{REGISTER}8"]
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
 def test_what_the_operator_has_told_the_allocator_stays(allocator, monkeypatch, variable) -> None:
     monkeypatch.setenv(variable, "expandable_segments:True")
-    Slabs(page_locked=True)
+    Arena(pinned=True)
     assert allocator == [f"expandable_segments:True,{REGISTER}4"]
     monkeypatch.setenv(variable, "pinned_use_cuda_host_register:False")
-    Slabs(page_locked=True)
+    Arena(pinned=True)
     assert len(allocator) == 1
 
 
@@ -142,8 +142,8 @@ def test_where_memory_cannot_be_registered_it_is_locked_as_before(
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: operation not supported")
 
-    monkeypatch.setattr("flux.memory.page_locked.torch.empty", refuse)
-    Slabs(page_locked=True)
+    monkeypatch.setattr("flux.memory.pinned.torch.empty", refuse)
+    Arena(pinned=True)
     assert allocator == [f"{REGISTER}4", "pinned_use_cuda_host_register:False"]
     assert "with one thread, as pinned_use_cuda_host_register:True" in caplog.text
 
@@ -154,10 +154,8 @@ def test_a_torch_that_takes_no_such_setting_locks_pages_as_before(
     def refuse(_: str) -> None:
         raise RuntimeError("Unrecognized key")
 
-    monkeypatch.setattr(
-        "flux.memory.page_locked.torch._C._accelerator_setAllocatorSettings", refuse
-    )
-    Slabs(page_locked=True)
+    monkeypatch.setattr("flux.memory.pinned.torch._C._accelerator_setAllocatorSettings", refuse)
+    Arena(pinned=True)
     assert "Unrecognized key" in caplog.text
 
 
@@ -169,8 +167,8 @@ def test_this_torch_takes_the_settings() -> None:
 import torch
 torch.cuda.is_available = lambda: True
 empty, torch.empty = torch.empty, lambda *shape, **_: empty(*shape)
-from flux.memory.page_locked import Slabs
-Slabs(page_locked=True)
+from flux.memory.pinned import Arena
+Arena(pinned=True)
 print(torch._C._accelerator_getAllocatorSettings())
 """
     done = subprocess.run(
@@ -198,5 +196,5 @@ def test_on_a_gpu(base_weights) -> None:
     device = torch.device("cuda")
     free, _ = torch.cuda.mem_get_info(device)
     assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
-    assert hold(base_weights["dev"], page_locked=True)
+    assert move_parameters(base_weights["dev"], pinned=True)
     assert place_of(base_weights["dev"].parameters()) == PAGE_LOCKED

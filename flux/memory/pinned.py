@@ -33,17 +33,17 @@ TRIAL = 4 << 20  # bytes
 OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one that is set counts
 
 
-class Slabs:
+class Arena:
     """Allocates tensors one after another in slabs; a slab is freed with its last tensor.
 
     Args:
-        page_locked: whether a device may copy from it beside its other work.
+        pinned: whether a device may copy from it beside its other work.
     """
 
-    def __init__(self, *, page_locked: bool) -> None:
-        if page_locked and torch.cuda.is_available():
+    def __init__(self, *, pinned: bool) -> None:
+        if pinned and torch.cuda.is_available():
             _register_in_parallel()
-        self._page_locked = page_locked
+        self._pinned = pinned
         self._slab = torch.zeros(0, dtype=torch.uint8)
         self._start = 0
 
@@ -62,9 +62,9 @@ class Slabs:
         return found
 
     def _another(self, size: int) -> Tensor:
-        kind = "page-locked host memory" if self._page_locked else "host memory"
+        kind = "page-locked host memory" if self._pinned else "host memory"
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self._page_locked)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
         except RuntimeError as error:
             raise BudgetError(
                 f"There are no {size / GB:.2f} GB more of {kind} ({error}): give the machine "
@@ -72,20 +72,20 @@ class Slabs:
             ) from error
 
 
-def hold(module: nn.Module, *, page_locked: bool) -> bool:
-    """Copy a module's parameters from the memory map into slabs.
+def move_parameters(module: nn.Module, *, pinned: bool) -> bool:
+    """Move a module's parameters from the memory map to an arena.
 
     Returns:
         whether there was memory for it; if not, the parameters are unchanged.
     """
 
     def copy() -> bool:
-        for parameter, view in zip(module.parameters(), _copies(module, page_locked), strict=True):
+        for parameter, view in zip(module.parameters(), _copies(module, pinned), strict=True):
             parameter.data = view
         return True
 
     def without() -> bool:
-        give_back()  # the slabs that there was memory for
+        empty_host_cache()  # the slabs that there was memory for
         return False
 
     def recoverable(error: Exception) -> bool:
@@ -96,7 +96,7 @@ def hold(module: nn.Module, *, page_locked: bool) -> bool:
     return with_fallback(copy, without, recoverable)
 
 
-class PageLocked:
+class PinnedBudget:
     """Page-locked host memory for modules, under a budget: first come, first served. Thread-safe.
 
     Args:
@@ -107,17 +107,17 @@ class PageLocked:
         self._left = budget
         self._one_at_a_time = threading.Lock()
 
-    def hold(self, module: nn.Module) -> bool:
-        """`hold` a module in it, if it still has room for it."""
+    def pin(self, module: nn.Module) -> bool:
+        """`move_parameters` of a module into it, if it still has room for it."""
         size = bytes_of(module)
         with self._one_at_a_time:
-            if size > self._left or not hold(module, page_locked=True):
+            if size > self._left or not move_parameters(module, pinned=True):
                 return False
             self._left -= size
             return True
 
 
-def give_back() -> None:
+def empty_host_cache() -> None:
     """Give the unused page-locked memory that torch has cached back to the system."""
     if not torch.cuda.is_available():
         return
@@ -150,7 +150,7 @@ def _tell_allocator(*settings: str) -> None:
     torch._C._accelerator_setAllocatorSettings(",".join(filter(None, settings)))
 
 
-def _copies(module: nn.Module, page_locked: bool) -> list[Tensor]:
-    slabs = Slabs(page_locked=page_locked)
+def _copies(module: nn.Module, pinned: bool) -> list[Tensor]:
+    arena = Arena(pinned=pinned)
     values = [parameter.detach() for parameter in module.parameters()]
-    return [slabs.empty(value.shape, value.dtype).copy_(value) for value in values]
+    return [arena.empty(value.shape, value.dtype).copy_(value) for value in values]
