@@ -55,5 +55,5 @@ def fleet(running) -> Fleet:
 
 @pytest.fixture
 def several() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(2 + QUEUE) as pool:
         yield pool
