@@ -14,15 +14,13 @@ import os
 from contextvars import Context
 from typing import Any
 
-import requests
+import aiohttp
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
-from requests.adapters import HTTPAdapter
 from starlette.requests import Request
 from starlette.responses import Response
-from urllib3.util import Retry
 
 from replicas.exchange import JSON, Call, Reply, read_call
 
@@ -31,7 +29,7 @@ logger = logging.getLogger("ray.serve")
 TRIES = 2
 PATIENCE = 1.0  # seconds that an asynchronous request waits for the answer of a replica's server
 RETRY_AFTER = "5"  # seconds
-WEBHOOK_TRIES = Retry(6, backoff_factor=1, status_forcelist=range(400, 600), allowed_methods=None)
+WEBHOOK_DELAYS = (0.0, 1.0, 5.0, 20.0)  # seconds before each try
 LOST = "The replica that ran this prediction was lost. Send the request again."
 FULL = "All replicas are busy and the queue is full. Try again later."
 STARTING = "Setup has not finished yet. Wait until it has finished, or GET /health-check."
@@ -139,8 +137,8 @@ class Front:
             del self._predictions[prediction.call.identifier]
         headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
         prediction.answer(Reply.of(status, end, **headers))
-        if tell and prediction.call.webhook:
-            await asyncio.to_thread(_send_webhook, prediction.call, end)
+        if tell:
+            await _send_webhook(prediction.call, end)
 
     async def _run(self, prediction: Prediction) -> None:
         """Send a prediction to a replica; to another one, once, if that is lost meanwhile.
@@ -181,7 +179,7 @@ class Front:
 
     async def _health(self) -> Reply:
         documents = await self._described()
-        running = await asyncio.to_thread(_running_replicas)
+        running = await asyncio.to_thread(_running_replicas) if documents else 0
         if not documents or not running:
             return Reply.of(200, {"status": "STARTING", "replicas": 0})
         status = "BUSY" if len(self._predictions) >= running else "READY"
@@ -208,16 +206,20 @@ def _running_replicas() -> int:
     return application.deployments["Replica"].replica_states.get("RUNNING", 0)
 
 
-def _send_webhook(call: Call, state: dict[str, Any]) -> None:
-    """Tell of the end of a prediction as Cog's server would; within a minute, if it must be."""
+async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
+    """Tell of the end of a prediction as Cog's server would; a few tries."""
+    if not call.webhook:
+        return
     token = os.environ.get("WEBHOOK_AUTH_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    with requests.Session() as session:
-        session.trust_env = False
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=WEBHOOK_TRIES))
-        try:
-            session.post(call.webhook, json=state, headers=headers)
-        except requests.RequestException as error:
-            kind = type(error).__name__  # the message has the address, which may hold a secret
-            logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, kind)
+    async with aiohttp.ClientSession(headers=headers) as session:
+        for delay in WEBHOOK_DELAYS:
+            await asyncio.sleep(delay)
+            try:
+                async with session.post(call.webhook, json=state) as answer:
+                    if answer.status < 400:
+                        return
+                    problem = f"HTTP {answer.status}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                problem = type(error).__name__  # the message has the address: it may be secret
+    logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)

@@ -9,17 +9,26 @@ from typing import Any
 
 
 @contextmanager
-def webhook() -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
-    """Receive the server's webhooks: the URL, the payloads, and an event for each arrival."""
+def webhook(refusals: int = 0) -> Iterator[tuple[str, list[dict[str, Any]], threading.Event]]:
+    """Receive the server's webhooks: the URL, the payloads, and an event for each arrival.
+
+    The first `refusals` are answered with 503, and are not among the payloads.
+    """
+    left = refusals
     payloads: list[dict[str, Any]] = []
     arrived = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            payloads.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
+            nonlocal left
+            payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            left, refused = max(0, left - 1), left > 0
+            if not refused:
+                payloads.append(payload)
+            self.send_response(503 if refused else 200)
             self.end_headers()
-            arrived.set()
+            if not refused:
+                arrived.set()
 
         def log_message(self, *args: object) -> None:
             pass

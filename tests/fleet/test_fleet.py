@@ -7,6 +7,7 @@ import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import requests
@@ -88,13 +89,17 @@ def hold_both(fleet: Fleet, several: ThreadPoolExecutor, *paths: str) -> None:
 def test_one_that_needs_no_merge_overtakes_one_that_does(fleet, adapters, several) -> None:
     first, second, third = adapters
     hold_both(fleet, several, first, second)
-    fill(fleet, several, first, second)
-    waiting = []
-    for path in (third, first, second):
-        waiting.append(several.submit(fleet.predict, replicate_weights=path))
-        time.sleep(0.2)  # so that they wait in this order
-    assert [cancel(fleet, number) for number in range(2)] == [200, 200]
-    cold, *warm = [prediction.result() for prediction in waiting]
+    with webhook() as (hook, long, _):
+        told = {"webhook": hook, "webhook_events_filter": ["completed"]}
+        fill(fleet, several, first, second, **told)
+        waiting = []
+        for path in (third, first, second):
+            waiting.append(several.submit(fleet.predict, replicate_weights=path))
+            time.sleep(0.2)  # so that they wait in this order
+        assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+        cold, *warm = [prediction.result() for prediction in waiting]
+        wait_for(lambda: len(long) == 2)
+    assert not any("weights merged" in prediction["logs"] for prediction in long)
     assert "weights merged" in cold["logs"]
     assert not any("weights merged" in answer["logs"] for answer in warm)
 
@@ -148,17 +153,17 @@ def test_a_refusal_after_the_answer_is_told_by_the_webhook(fleet, several) -> No
         assert "5000 is greater than the maximum of 1440" in payload["error"]
 
 
-def fill(fleet: Fleet, pool: ThreadPoolExecutor, *adapters: str) -> None:
+def fill(fleet: Fleet, pool: ThreadPoolExecutor, *adapters: str, **fields: Any) -> None:
     """Have both replicas busy, with predictions 0 and 1, until these are cancelled."""
-    inputs = [{"replicate_weights": adapter} for adapter in adapters] or [{}, {}]
-    asked = [start_long(fleet, pool, number, **each) for number, each in enumerate(inputs)]
+    inputs = [{**LONG, "replicate_weights": adapter} for adapter in adapters] or [LONG, LONG]
+    asked = [start_long(fleet, pool, n, input=each, **fields) for n, each in enumerate(inputs)]
     assert [future.result().status_code for future in asked] == [202, 202]
 
 
 def start_long(
-    fleet: Fleet, pool: ThreadPoolExecutor, number: int, **inputs: str
+    fleet: Fleet, pool: ThreadPoolExecutor, number: int, **fields: Any
 ) -> "Future[requests.Response]":
-    path, body = f"/predictions/{number}", {"input": {**LONG, **inputs}}
+    path, body = f"/predictions/{number}", {"input": LONG, **fields}
     return pool.submit(fleet.ask, "PUT", path, json=body, headers=ASYNC)
 
 
@@ -190,6 +195,18 @@ def test_a_cancel_finds_a_prediction_wherever_it_is(fleet, several) -> None:
         wait_for(lambda: len(payloads) == 3, 10)
         assert {payload["id"] for payload in payloads} == set(names)
         assert {payload["status"] for payload in payloads} == {"canceled"}
+
+
+def test_a_webhook_that_is_refused_is_sent_again(fleet, several) -> None:
+    """One that the front sends, of a prediction that no server has seen."""
+    fill(fleet, several)
+    with webhook(refusals=1) as (hook, payloads, told):
+        body = {"input": LONG, "webhook": hook}
+        assert fleet.ask("PUT", "/predictions/waits", json=body, headers=ASYNC).status_code == 202
+        assert cancel(fleet, "waits") == 200
+        assert told.wait(10)
+    assert [(payload["id"], payload["status"]) for payload in payloads] == [("waits", "canceled")]
+    assert [cancel(fleet, number) for number in range(2)] == [200, 200]
 
 
 def test_a_synchronous_prediction_is_cancelled_as_by_one_server(fleet, server, several) -> None:
