@@ -115,9 +115,9 @@ class BaseWeights:
 
     def _join(self) -> None:
         """Wait for the thread, and raise what it raised; a later call starts over."""
-        if holding := self._pinning:
+        if pinning := self._pinning:
             self._pinning = None
-            self._seconds += holding.result()
+            self._seconds += pinning.result()
             self._pin = None  # done, or without room for it
             self._say()
 

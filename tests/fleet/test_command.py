@@ -17,11 +17,12 @@ def test_the_config_file_is_one_that_serve_takes() -> None:
     program = """
 import yaml
 from ray.serve.schema import ServeDeploySchema
-from replicas.app import Settings, build
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as serve_calls
+from replicas.app import build
 config = ServeDeploySchema.model_validate(yaml.safe_load(open("script/replicas/serve.yaml")))
 (application,) = config.applications
 assert application.import_path == "replicas.app:build"
-build(Settings(**application.args))
+serve_calls(build, application.args)
 """
     subprocess.run(
         [ROOT / ".cog" / "fleet" / "bin" / "python", "-c", program],
