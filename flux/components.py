@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from weights.serving.errors import sentences
+
 CONFIGURATION = "tokenizer_config.json"
 ADVICE = "Fetch the checkpoint's files again: script/download, or a copy that is whole."
 
@@ -84,5 +86,5 @@ def reading(name: str, directory: Path) -> Iterator[None]:
             raise FileNotFoundError("no such directory")
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).rstrip(". \n")
-        raise CheckpointError(f"{name}: cannot load {directory}: {reason}. {ADVICE}") from error
+        problem = f"{name}: cannot load {directory}: {error}"
+        raise CheckpointError(sentences(problem, ADVICE)) from error

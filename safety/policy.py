@@ -11,6 +11,7 @@ from safety.checker import Checker, CheckerError, Verdict
 from safety.open_nsfw import MODEL, OpenNSFW
 from weights.checkpoint import directory_of, root_of
 from weights.manifest import REPOSITORIES
+from weights.serving.errors import sentences
 from weights.serving.inventory import Inventory
 from weights.serving.settings import SafetyPolicy, Settings
 
@@ -108,8 +109,8 @@ def load_checker(
                 loaded = kinds[checker](directory, device, dtype)
                 tensors.extend(loaded.parameters())
         except CheckerError as error:
-            remedy = REPOSITORIES[part].remedy
-            raise CheckerError(f"Safety checker {checker}: {error}. {remedy}") from error
+            problem = f"Safety checker {checker}: {error}"
+            raise CheckerError(sentences(problem, REPOSITORIES[part].remedy)) from error
         checkers.append(loaded)
     return CombinedChecker(policy, checkers)
 

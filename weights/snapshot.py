@@ -16,6 +16,7 @@ from weights.serving.errors import (
     NotFoundError,
     SourceUnavailableError,
     WeightsError,
+    sentences,
 )
 from weights.stamp import read_stamp
 
@@ -92,8 +93,7 @@ def _run(
 
 def _with_advice(error: WeightsError, wanted: PinnedRepository) -> WeightsError:
     general = ADVICE if isinstance(error, SourceUnavailableError) else ""
-    parts = filter(None, [f"{str(error).removesuffix('.')}.", general, wanted.repository.remedy])
-    return type(error)(" ".join(parts))
+    return type(error)(sentences(str(error), general, wanted.repository.remedy))
 
 
 def _check_room(planned: Sequence[RepositoryDownload]) -> None:

@@ -5,6 +5,11 @@ the query of a URL, because presigned URLs are secrets.
 """
 
 
+def sentences(*parts: str) -> str:
+    """Put the parts of a message one after the other, each with one full stop; "" is left out."""
+    return " ".join(part.rstrip(". \n") + "." for part in parts if part)
+
+
 class WeightsError(ValueError):
     """Weights cannot be obtained; the base class of the errors of this package."""
 
