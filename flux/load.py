@@ -20,7 +20,7 @@ from flux.memory.pinned import PinnedBudget, move_parameters
 from flux.memory.residency import BudgetError
 from flux.memory.staging import move
 from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
-from flux.transformers.base_weights import PART, BaseWeights, load_transformer, template
+from flux.transformers.base_weights import PART, BaseWeights, load_skeleton, load_transformer
 from flux.transformers.compile import compile_blocks
 from flux.transformers.one_pass import one_pass
 from flux.transformers.pool import COMPONENT, Transformers
@@ -153,7 +153,7 @@ def _base_weights(
     base_weights = {}
     for variant, source in sources.items():
         directory = source / PART
-        model, prequantized = template(variant, directory, dtype), None
+        model, prequantized = load_skeleton(variant, directory, dtype), None
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)
         load = partial(load_transformer, variant, directory, dtype)

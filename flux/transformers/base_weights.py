@@ -36,7 +36,7 @@ class BaseWeights:
 
     Args:
         variant: its name.
-        template: a transformer of its configuration and dtype; its weights are not looked at.
+        skeleton: a transformer of its configuration and dtype, without memory.
         load: opens the base transformer.
         source: where that comes from, as the log shows it.
         prequantized: its float8 weights from disk, if there are any.
@@ -46,13 +46,13 @@ class BaseWeights:
     def __init__(
         self,
         variant: str,
-        template: nn.Module,
+        skeleton: nn.Module,
         load: Callable[[], nn.Module],
         source: Path,
         prequantized: Prequantized | None = None,
         pin: Callable[[nn.Module], bool] | None = None,
     ) -> None:
-        self.template = template
+        self.skeleton = skeleton
         self.prequantized = prequantized
         self._name = f"{variant} base weights"
         self._load = load
@@ -65,7 +65,7 @@ class BaseWeights:
 
     @property
     def is_open(self) -> bool:
-        """Whether there is more than the template."""
+        """Whether the files have been opened."""
         return self._module is not None
 
     def open(self) -> Mapping[str, Tensor]:
@@ -109,7 +109,7 @@ class BaseWeights:
         """A row for the table of setup; it waits for what `begin` has begun."""
         if self._module is None:
             later = f"{self._source}, with the first adapter or bf16 request"
-            return Entry.later(self._name, bytes_of(self.template), later)
+            return Entry.later(self._name, bytes_of(self.skeleton), later)
         self._join()
         return Entry.of(self._name, self._values.values(), self._source, self._seconds)
 
@@ -133,7 +133,7 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def template(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
+def load_skeleton(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
     """A transformer without memory, as config.json in `directory` describes it.
 
     Raises:

@@ -73,7 +73,7 @@ class Transformers:
         self._placement: Placement = placement or OnDevice(device)
         self._staging = Staging(self._placement.memory, self._placement.stream)
         self.modules: dict[Key, nn.Module] = {
-            key: skeleton(base_weights[key.variant].template) for key in ORDER
+            key: skeleton(base_weights[key.variant].skeleton) for key in ORDER
         }
         self._float8 = {
             key: float8_parameters(module) if key.precision == "fp8" else frozenset()

@@ -27,7 +27,7 @@ from flux.memory.staging import Staging
 from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into, storage
 from weights.fingerprint import fingerprint, stored_tensors
 from weights.serving.cancel import CheckCancelled
-from weights.serving.errors import InvalidFileError
+from weights.serving.errors import InvalidFileError, sentences
 
 RECIPE = "1: blocks' linears in e4m3, scale = max |row| / 448 in fp32; the others in bfloat16"
 IDENTITY = "flux_fine_tune"  # the key of our own metadata, beside torchao's
@@ -82,7 +82,7 @@ def fingerprint_of(directory: Path) -> str:
             )
         return fingerprint(tensors)
     except (OSError, InvalidFileError) as error:
-        raise CheckpointError(f"{error}. {ADVICE}") from error
+        raise CheckpointError(sentences(str(error), ADVICE)) from error
 
 
 def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
@@ -144,14 +144,14 @@ class Prequantized:
 
     Args:
         path: of the file.
-        template: a transformer of the checkpoint's configuration.
+        skeleton: a transformer of the checkpoint's configuration, without memory.
         source: the directory of the checkpoint's transformer, which the file must belong to.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another checkpoint or recipe.
     """
 
-    def __init__(self, path: Path, template: nn.Module, source: Path) -> None:
+    def __init__(self, path: Path, skeleton: nn.Module, source: Path) -> None:
         self.path = path
         tensors, metadata = self._read()
         self._check_identity(metadata, source)
@@ -160,7 +160,7 @@ class Prequantized:
         except (ValueError, KeyError, TypeError) as error:
             raise self._refusal(f"its metadata cannot be read ({error})") from error
         found = {name: _shapes(value) for name, value in self._values.items()}
-        wanted = _expected(template)
+        wanted = _expected(skeleton)
         wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if wrong or rest:
             first = [*wrong, *rest][0]
@@ -173,7 +173,7 @@ class Prequantized:
         """Copy the weights into the same storage of a float8 transformer, which is pristine then.
 
         Args:
-            module: of the template's shapes; float8 parameters as `quantize.empty_float8` has them.
+            module: of the skeleton's shapes; float8 parameters as `quantize.empty_float8` has them.
             staging: brings the values to where the weights are.
             check_cancelled: called before each tensor is written; raises to stop.
         """
@@ -213,13 +213,13 @@ class Prequantized:
             raise self._refusal(f"it was made from {made_of}, and {source} is {expected[:12]}")
 
     def _refusal(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {reason}. {AGAIN}")
+        return CheckpointError(sentences(f"{self.path}: {reason}", AGAIN))
 
 
-def _expected(template: nn.Module) -> dict[str, list[tuple[int, ...]]]:
+def _expected(skeleton: nn.Module) -> dict[str, list[tuple[int, ...]]]:
     """Shapes by name of what holds each weight: float8 ones have values and scales."""
-    float8 = float8_parameters(template)
-    found = {name: _shapes(parameter) for name, parameter in template.named_parameters()}
+    float8 = float8_parameters(skeleton)
+    found = {name: _shapes(parameter) for name, parameter in skeleton.named_parameters()}
     return {n: [s, (s[0], 1)] if n in float8 else [s] for n, (s,) in found.items()}
 
 
