@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. What is large is imported in them: not all processes need it."""
 
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,14 @@ def official_files(tmp_path_factory) -> "dict[str, Files]":
     from tests.support import official
 
     return official.build(tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """The embedded checkpoint, copied to where a test may change it."""
+    from flux.deployment import NANO
+
+    return Path(shutil.copytree(NANO, tmp_path / "copied"))
 
 
 @pytest.fixture

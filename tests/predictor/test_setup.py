@@ -43,12 +43,6 @@ def rows(lines: Sequence[str]) -> dict[str, re.Match[str]]:
     return {row["name"]: row for row in table}
 
 
-@pytest.fixture
-def copied(tmp_path) -> Path:
-    """A checkpoint directory of its own, to be damaged."""
-    return Path(shutil.copytree(NANO, tmp_path / "copied"))
-
-
 def test_the_log_says_what_was_loaded_from_where_how_large_and_where_it_is(server) -> None:
     deadline = time.monotonic() + 30
     while not any(line.startswith("Ready after") for line in server.lines):

@@ -16,7 +16,7 @@ from flux.memory.budget import bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import ORDER, BudgetError
 from flux.request import Inputs, Mode, resolve
-from flux.transformers.base_weights import template
+from flux.transformers.base_weights import load_skeleton
 from flux.transformers.compile import Compilation, compile_blocks, graphs, to_warm_up
 from miniature import checkpoint
 from tests.flux.engines import parts
@@ -83,7 +83,7 @@ def start(tmp_path_factory) -> Start:
     directory = tmp_path_factory.mktemp("shallow")
     checkpoint.build(directory, SHALLOW)
     settings = Settings(checkpoint=str(directory), device="cpu")
-    whole = bytes_of(template("dev", directory / "dev" / "transformer", torch.float32))
+    whole = bytes_of(load_skeleton("dev", directory / "dev" / "transformer", torch.float32))
     dev, _ = parts(settings)[0].values()
     shared = sum(map(bytes_of, (dev.vae, dev.text_encoder, dev.text_encoder_2)))
 

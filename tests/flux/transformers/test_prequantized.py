@@ -8,7 +8,7 @@ from torch import nn
 
 from flux.memory.offload import OnHost, Placement
 from flux.memory.residency import ORDER
-from flux.transformers.base_weights import BaseWeights, load_transformer, template
+from flux.transformers.base_weights import BaseWeights, load_skeleton, load_transformer
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Identity, Prequantized, fingerprint_of, write
 from flux.transformers.quantize import storage
@@ -50,7 +50,7 @@ def make(
     placement: Placement | None = None,
 ) -> tuple[Transformers, Opening]:
     directory = checkpoint / "transformer"
-    model, opening = template("dev", directory, BF16), Opening(directory)
+    model, opening = load_skeleton("dev", directory, BF16), Opening(directory)
     files = Prequantized(checkpoint / "dev.safetensors", model, directory) if ready_made else None
     base_weights = {
         name: BaseWeights(name, model, opening, directory, files) for name in ("dev", "schnell")
