@@ -73,7 +73,7 @@ class CudaCopyStream:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def record_event(self) -> Callable[[], None]:
-        """See `CopyStream.mark`."""
+        """See `CopyStream.record_event`."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event.synchronize

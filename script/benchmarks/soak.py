@@ -38,6 +38,8 @@ REFERENCES: Mapping[str, Mapping[str, Any]] = {
     "go_fast": {"num_inference_steps": 2, "megapixels": "0.25", "go_fast": True},
     "adapter": {"num_inference_steps": 2, **SMALL, **ADAPTERS["inverted"]},
 }
+SIZES = ((64, 96), (160, 256), (256, 80), (240, 240))
+"""Of pictures: few, because oneDNN keeps what it compiled for each, up to 1024 times."""
 PROBE = {"model": "schnell", "num_inference_steps": 1, **SMALL}
 RESOLUTION = {"probe, ms": 0.1, "memory, MB": 0.02}
 """What share of the median a rise over the window must exceed: machine and malloc are noisy."""
@@ -48,8 +50,7 @@ Kind = Callable[["Soak", random.Random], str]
 
 def picture(rng: random.Random, mode: str = "RGB") -> str:
     """A small picture of noise as a data URI."""
-    size = (16 * rng.randint(4, 16), 16 * rng.randint(4, 16))
-    return data_uri(Image.effect_noise(size, 90).convert(mode))
+    return data_uri(Image.effect_noise(rng.choice(SIZES), 90).convert(mode))
 
 
 def wanted(rng: random.Random) -> Inputs:
