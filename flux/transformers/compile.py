@@ -13,6 +13,10 @@ strides of its input differ from those that the blocks pass to each other.
   it reaches the fallback below, and the log.
 - torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are generated
   eagerly.
+- `loop_ordering_after_fusion=False`: with it, inductor fuses the quantization of a float8 linear's
+  input with what writes that input, and then cannot split a kernel over tokens whose number is a
+  sum, of text and image (CantSplit, torch 2.13; a relative is pytorch/pytorch #183696). It does so
+  for CUDA only. tests/flux/generated.py generates the kernels for a card without one.
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
 """
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+INDUCTOR = {"loop_ordering_after_fusion": False}
 WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
 
 
@@ -99,7 +104,10 @@ class Compilation:
         self._eager: set[Key] = set()
         for module in modules.values():
             module.compile_repeated_blocks(  # type: ignore[operator]
-                dynamic=True, fullgraph=True, backend=backend
+                dynamic=True,
+                fullgraph=True,
+                backend=backend,
+                options=INDUCTOR if backend == "inductor" else None,
             )
 
     def serves(self, key: Key) -> bool:

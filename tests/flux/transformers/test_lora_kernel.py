@@ -1,46 +1,27 @@
 """The kernel: on a CPU by Triton's interpreter, for a card by its compiler, and on a card."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from flux.transformers.one_pass import one_pass
 from tests.flux.low_rank import COMPONENT, assert_rounded, base, bits, factors, same, working
 from tests.flux.low_rank import whole as adapter
+from tests.support.process import run_python
 
-ROOT = Path(__file__).parents[3]
 REASON = "Triton is in requirements-dev.txt, and has wheels for Linux only"
-
-
-def run(arguments: list[str], directory: Path, **environment: str) -> str:
-    """What a Python process prints, which imports Triton by itself."""
-    variables = {**os.environ, "TRITON_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**variables, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_interpreted(tmp_path) -> None:
     pytest.importorskip("triton", reason=REASON)
     tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/flux/interpreted.py"]
-    assert "passed" in run(tests, tmp_path, TRITON_INTERPRET="1")
+    assert "passed" in run_python(*tests, TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_compiled_for_cards(tmp_path) -> None:
     """Triton brings all that this takes, ptxas too, and needs no card for it."""
     pytest.importorskip("triton", reason=REASON)
-    printed = run(["tests/flux/compiled.py"], tmp_path, TRITON_INTERPRET="0")
+    here = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    printed = run_python("tests/flux/compiled.py", **here)
     assert printed.split() == ["80", "90"]
 
 

@@ -1,0 +1,145 @@
+"""Inductor's kernels for a Hopper card, made without one; test_generated.py runs this.
+
+The transformer's blocks have FLUX.1's widths, and no memory: they are fake tensors that say they
+are on a card. Inductor writes its kernels for them as for real ones, and Triton compiles these.
+Writes how many kernels each kind of block has.
+"""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch._inductor.compile_fx
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from torch._dynamo import device_interface
+from torch._inductor import config, graph, scheduler
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
+from torch._inductor.runtime import triton_helpers, triton_heuristics  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from flux.transformers.compile import Compilation
+from flux.transformers.quantize import empty_float8, float8_parameters
+from flux.transformers.skeleton import set_parameter
+from flux.variants import Key
+
+HOPPER = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    gcnArchName="",
+    total_memory=85_000_000_000,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block_optin=232448,
+    warp_size=32,
+)
+KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
+IMAGE, TEXT = 1023, 511  # tokens, as in the warm-up
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+    """What scaled_dot_product_attention comes to on a card, and does not for fake tensors."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+class Generated(BaseException):
+    """Inductor has written its code, and need not load it."""
+
+
+def stop_before_it_is_loaded(lowering: graph.GraphLowering) -> None:
+    code, _ = lowering.codegen()
+    raise Generated(code.value)
+
+
+def pretend_that_there_is_a_card() -> None:
+    """Give torch and Triton what they ask of the driver, and leave out what computes on a card."""
+    torch._C._ensureCUDADeviceGuardSet()
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.current_device = torch.cuda._exchange_device = lambda *_: 0
+    torch.cuda._maybe_exchange_device = lambda _: 0
+    torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda *_: None
+    torch.cuda.get_device_properties = lambda *_: HOPPER
+    for interface in (device_interface.CudaInterface, device_interface.CudaInterface.Worker):
+        interface.get_device_properties = staticmethod(lambda *_: HOPPER)
+    device_interface.CudaInterface.get_compute_capability = staticmethod(lambda *_: 90)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
+        )
+    )
+    triton_helpers.set_driver_to_gpu = lambda: None
+    scheduler.has_triton = lambda *_: True
+    fuse_attention._sfdp_init = pad_mm._pad_mm_init = lambda *_: None
+    misc_patterns._misc_patterns_init = lambda *_: None
+    graph.GraphLowering.compile_to_module = stop_before_it_is_loaded
+    torch.nn.functional.scaled_dot_product_attention = flash_attention
+    config.fx_graph_cache, config.compile_threads = False, 1
+
+
+def transformer(*, float8: bool) -> FluxTransformer2DModel:
+    """A block of each kind on the pretended card, in the form that serves."""
+    with torch.device("meta"):
+        found = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    names = float8_parameters(found) if float8 else frozenset()
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, parameter in list(found.named_parameters()):
+            if name in names:
+                value = empty_float8(parameter.shape, dtype, device, dynamic=True)
+            else:
+                value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            set_parameter(found, name, value)
+    return found.eval()
+
+
+def generated(block: torch.nn.Module, width: int, head: int) -> str:
+    """The code for one block, which is compiled by being called."""
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    rotary = [torch.empty(TEXT + IMAGE, head, device="cuda") for _ in range(2)]
+    try:
+        block(
+            hidden_states=torch.empty(1, IMAGE, width, **options),
+            encoder_hidden_states=torch.empty(1, TEXT, width, **options),
+            temb=torch.empty(1, width, **options),
+            image_rotary_emb=tuple(rotary),
+        )
+    except Generated as code:
+        return str(code)
+    raise AssertionError("the block was not compiled")
+
+
+def compiled_kernels(code: str) -> int:
+    """Compile all kernels, each for the first of the configurations that would be tried."""
+    kernels = KERNEL.findall(code)
+    for name, source in kernels:
+        kernel = getattr(PyCodeCache.load(source), name)
+        kernel._precompile_config(kernel.configs[0])
+    return len(kernels)
+
+
+def main() -> None:
+    pretend_that_there_is_a_card()
+    torch.set_grad_enabled(False)
+    for precision in ("bf16", "fp8"):
+        found = transformer(float8=precision == "fp8")
+        Compilation({Key("dev", precision): found})
+        head = found.config.attention_head_dim
+        width = head * found.config.num_attention_heads
+        for block in (found.transformer_blocks[0], found.single_transformer_blocks[0]):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                code = generated(block, width, head)
+            sys.stdout.write(f"{precision} {type(block).__name__} {compiled_kernels(code)}\n")
+
+
+if __name__ == "__main__":
+    main()
