@@ -15,8 +15,7 @@ strides of its input differ from those that the blocks pass to each other.
   eagerly.
 - `loop_ordering_after_fusion=False`: with it, inductor fuses the quantization of a float8 linear's
   input with what writes that input, and then cannot split a kernel over tokens whose number is a
-  sum, of text and image (CantSplit, torch 2.13; a relative is pytorch/pytorch #183696). It does so
-  for CUDA only. tests/flux/generated.py generates the kernels for a card without one.
+  sum, of text and image (CantSplit, torch 2.13, for CUDA only; pytorch/pytorch #183696 is alike).
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
 """

@@ -1,4 +1,4 @@
-"""Inductor's kernels for a Hopper card, made without one; test_generated.py runs this.
+"""Inductor's kernels for a Hopper card, made without one; test_card.py runs this.
 
 The transformer's blocks have FLUX.1's widths, and no memory: they are fake tensors that say they
 are on a card. Inductor writes its kernels for them as for real ones, and Triton compiles these.
@@ -7,39 +7,23 @@ Writes how many kernels each kind of block has.
 
 import re
 import sys
-from types import SimpleNamespace
 
 import torch
 import torch._inductor.compile_fx
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
-from torch._dynamo import device_interface
 from torch._inductor import config, graph, scheduler
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
 from torch._inductor.runtime import triton_helpers, triton_heuristics  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from flux.transformers.compile import Compilation
 from flux.transformers.quantize import empty_float8, float8_parameters
 from flux.transformers.skeleton import set_parameter
 from flux.variants import Key
+from tests.flux import card
 
-HOPPER = SimpleNamespace(
-    name="NVIDIA H100",
-    major=9,
-    minor=0,
-    gcnArchName="",
-    total_memory=85_000_000_000,
-    multi_processor_count=132,
-    regs_per_multiprocessor=65536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    shared_memory_per_block_optin=232448,
-    warp_size=32,
-)
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
 IMAGE, TEXT = 1023, 511  # tokens, as in the warm-up
 
@@ -58,25 +42,8 @@ def stop_before_it_is_loaded(lowering: graph.GraphLowering) -> None:
     raise Generated(code.value)
 
 
-def pretend_that_there_is_a_card() -> None:
-    """Give torch and Triton what they ask of the driver, and leave out what computes on a card."""
-    torch._C._ensureCUDADeviceGuardSet()
-    torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
-    torch.cuda._lazy_init = lambda: None
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.current_device = torch.cuda._exchange_device = lambda *_: 0
-    torch.cuda._maybe_exchange_device = lambda _: 0
-    torch.cuda.get_rng_state = lambda *_: torch.zeros(16, dtype=torch.uint8)
-    torch.cuda.set_rng_state = lambda *_: None
-    torch.cuda.get_device_properties = lambda *_: HOPPER
-    for interface in (device_interface.CudaInterface, device_interface.CudaInterface.Worker):
-        interface.get_device_properties = staticmethod(lambda *_: HOPPER)
-    device_interface.CudaInterface.get_compute_capability = staticmethod(lambda *_: 90)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
-        )
-    )
+def prepare_inductor() -> None:
+    """Leave out what would run on a card: searches for patterns, and loading what is generated."""
     triton_helpers.set_driver_to_gpu = lambda: None
     scheduler.has_triton = lambda *_: True
     fuse_attention._sfdp_init = pad_mm._pad_mm_init = lambda *_: None
@@ -128,7 +95,8 @@ def compiled_kernels(code: str) -> int:
 
 
 def main() -> None:
-    pretend_that_there_is_a_card()
+    card.pretend()
+    prepare_inductor()
     torch.set_grad_enabled(False)
     for precision in ("bf16", "fp8"):
         found = transformer(float8=precision == "fp8")
