@@ -7,7 +7,7 @@ host, provided that the hooks read the same memory that is written. Three choice
 
 - Leaf level. At block level, the layers outside the blocks have no stream, and are moved back and
   forth, to new host memory every time.
-- The memory is page-locked in slabs before the hooks are installed, and the hooks use it as it is.
+- The memory is page-locked in chunks before the hooks are installed, and the hooks use it as it is.
   Otherwise they would page-lock a copy of every weight, half as large again.
 - The scales of float8 weights are the exception. A float8 tensor that is page-locked as a whole
   would be its own host copy, and the first transfer to the device overwrites it (diffusers 0.42.1).

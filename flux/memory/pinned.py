@@ -1,13 +1,13 @@
-"""Host memory in a few large slabs, page-locked for CUDA.
+"""Host memory in a few large chunks, page-locked for CUDA.
 
 A separate page-locked allocation for every weight would take half as much again, because the
 allocator rounds each one up to a power of two.
 
-By default torch page-locks with cudaHostAlloc, which maps all pages of a slab in one thread, under
+By default torch page-locks with cudaHostAlloc, which maps all pages of a chunk in one thread, under
 a lock of the driver. With `pinned_use_cuda_host_register` and `pinned_num_register_threads`
 (torch's notes on CUDA, under PYTORCH_ALLOC_CONF) it maps them in several threads, and CUDA locks
 what is mapped. torch reads these settings at every allocation, so they are set before the first
-page-locked slab.
+page-locked chunk.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from weights.serving.settings import GB
 
 logger = logging.getLogger(__name__)
 
-SLAB = 1 << 30  # a power of two, as the allocator of page-locked memory rounds up to one
+CHUNK = 1 << 30  # a power of two, as the allocator of page-locked memory rounds up to one
 ALIGNMENT = 256
 REGISTER_THREADS = 8  # that map pages; more gain nothing (torch's CUDAAllocatorConfig.h)
 REGISTER, THREADS = "pinned_use_cuda_host_register", "pinned_num_register_threads"
@@ -34,7 +34,7 @@ OPERATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the first one t
 
 
 class Arena:
-    """Allocates tensors one after another in slabs; a slab is freed with its last tensor.
+    """Allocates tensors one after another in chunks; a chunk is freed with its last tensor.
 
     Args:
         pinned: whether a device may copy from it beside its other work.
@@ -44,7 +44,7 @@ class Arena:
         if pinned and torch.cuda.is_available():
             _register_in_parallel()
         self._pinned = pinned
-        self._slab = torch.zeros(0, dtype=torch.uint8)
+        self._chunk = torch.zeros(0, dtype=torch.uint8)
         self._start = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -54,10 +54,10 @@ class Arena:
             BudgetError: there is no memory for it.
         """
         count = torch.Size(shape).numel() * dtype.itemsize
-        if self._start + count > self._slab.numel():
-            self._slab = self._another(max(SLAB, count))
+        if self._start + count > self._chunk.numel():
+            self._chunk = self._another(max(CHUNK, count))
             self._start = 0
-        found = self._slab[self._start : self._start + count].view(dtype).view(shape)
+        found = self._chunk[self._start : self._start + count].view(dtype).view(shape)
         self._start += -(-count // ALIGNMENT) * ALIGNMENT
         return found
 
@@ -85,7 +85,7 @@ def move_parameters(module: nn.Module, *, pinned: bool) -> bool:
         return True
 
     def without() -> bool:
-        empty_host_cache()  # the slabs that there was memory for
+        empty_host_cache()  # the chunks that there was memory for
         return False
 
     def recoverable(error: Exception) -> bool:

@@ -10,7 +10,7 @@ ParameterName = tuple[str, str]
 """(component, parameter name as in the component's `named_parameters()`)."""
 
 MergeRecord = tuple[tuple[str, float], ...]
-"""What a working value contains: (adapter digest, scale), sorted; empty when pristine."""
+"""What a working value contains: (adapter digest, scale), sorted; empty for the base value."""
 
 BaseValues = Callable[[str, str], Tensor]
 """(component, parameter name) -> base value, in the working dtype or a finer one."""

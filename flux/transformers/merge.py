@@ -44,7 +44,7 @@ class Swap:
 
     Attributes:
         merged: how many parameters were written with adapters in them.
-        restored: how many were written back to pristine.
+        restored: how many got their base values back.
         absent: parameters that an adapter changes and these modules do not have (the guidance
             embedder of dev, in schnell), left out.
     """
@@ -58,7 +58,7 @@ class ClonedBaseValues:
     """The default source of base values: a host copy of each parameter, before its first write.
 
     Costs the host's memory of every parameter that an adapter ever touched. A loader that keeps a
-    second mapping of the files, or pinned slabs, gives a function of its own instead.
+    second mapping of the files, or page-locked memory, gives a function of its own instead.
     """
 
     def __init__(self, parameters: Mapping[ParameterName, Tensor]) -> None:
@@ -83,7 +83,7 @@ class WorkingWeights:
 
     Args:
         modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
-            must be pristine now, unless blank, and nobody else may write them.
+            must hold their base values now, unless blank, and nobody else may write them.
         base: where base values come from; by default a copy before the first write.
         store: how a result is put into a working weight; quantised weights bring their own.
         staging: brings base values to the device; by default they are used where they are.

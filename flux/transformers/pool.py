@@ -6,7 +6,7 @@ from it in working weights of its own: memory on the device, every record UNKNOW
 reconciliation, which writes base values and adapters in one pass, fp8 weight by weight. For a small
 card, that memory is on the host (flux/memory/offload.py), where all else is the same. While the
 base copy is not open, fp8 comes from its file instead (flux/transformers/prequantized.py), every
-record pristine, and the reconciliation opens the copy for what adapters touch, and only then.
+record empty, and the reconciliation opens the copy for what adapters touch, and only then.
 Leaving the device drops the working weights together with their records, so no record can outlive
 what it describes. The module objects stay, and with them the pipelines.
 """
@@ -48,8 +48,8 @@ class Transformers:
         base_weights: variant -> base transformer, in the compute dtype.
         device: where they compute.
         dynamic: whether fp8 linears quantize their inputs too.
-        budget: bytes for working weights, where they are at home; None: no limit.
-        home: where the working weights are; by default on the device.
+        budget: bytes for working weights, in the memory that `placement` names; None: no limit.
+        placement: where the working weights are; by default on the device.
         precisions: of what is there at the start.
         one_pass: writes weights with adapters there; None: torch's operators do.
     """
@@ -223,7 +223,7 @@ class Transformers:
         if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
             return False
         if variant in self._to_copy:
-            return self._weights[key].differs(())  # what comes from a file is pristine already
+            return self._weights[key].differs(())  # from a file, they are base values already
         plain = self._weights.get(Key(variant, "bf16"))
         if fresh or (plain and not plain.differs(())):
             return False

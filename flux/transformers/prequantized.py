@@ -170,7 +170,7 @@ class Prequantized:
             )
 
     def fill(self, module: nn.Module, staging: Staging, check_cancelled: CheckCancelled) -> None:
-        """Copy the weights into the same storage of a float8 transformer, which is pristine then.
+        """Copy the weights into the storage of a float8 transformer: its base values.
 
         Args:
             module: of the skeleton's shapes; float8 parameters as `quantize.empty_float8` has them.

@@ -1,4 +1,4 @@
-"""Memory for weights: how much there is, and the slabs on the host that hold them."""
+"""Memory for weights: how much there is, and the chunks on the host that hold them."""
 
 import subprocess
 import sys
@@ -24,19 +24,19 @@ def base_weights() -> dict[str, nn.Module]:
 
 
 def test_held_copies_equal_the_map_and_share_few_slabs(base_weights, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.memory.pinned.CHUNK", 1 << 16)
     base = base_weights["dev"]
     before = [parameter.detach().clone() for parameter in base.parameters()]
     assert move_parameters(base, pinned=False)
     assert all(map(torch.equal, base.parameters(), before))
     storages = [parameter.untyped_storage() for parameter in base.parameters()]
-    slabs = {slab.data_ptr(): slab.nbytes() for slab in storages}
-    assert bytes_of(base) <= sum(slabs.values()) <= 1.5 * bytes_of(base) + (1 << 16)
-    assert len(slabs) < len(list(base.parameters())) / 4
+    chunks = {chunk.data_ptr(): chunk.nbytes() for chunk in storages}
+    assert bytes_of(base) <= sum(chunks.values()) <= 1.5 * bytes_of(base) + (1 << 16)
+    assert len(chunks) < len(list(base.parameters())) / 4
 
 
 def test_host_memory_goes_to_who_opens_first(base_weights, monkeypatch) -> None:
-    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 16)
+    monkeypatch.setattr("flux.memory.pinned.CHUNK", 1 << 16)
     monkeypatch.setattr("flux.memory.pinned.Arena", lambda **_: Arena(pinned=False))
     dev, schnell = base_weights.values()
     pointers = [p.data_ptr() for p in schnell.parameters()]
@@ -65,26 +65,26 @@ def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog
 def test_slabs_before_one_that_failed_go_back_to_the_system(base_weights, monkeypatch) -> None:
     """torch keeps page-locked memory that nothing uses, unless it is asked to let go of it."""
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "pinned_use_cuda_host_register:False")
-    slabs, empty, kept = [], torch.empty, []
+    chunks, empty, kept = [], torch.empty, []
 
     def two(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        if len(slabs) == 2:
+        if len(chunks) == 2:
             raise RuntimeError("CUDA error: out of memory")
-        slab = empty(size, dtype=dtype)
-        slabs.append(StorageWeakRef(slab.untyped_storage()))
-        return slab
+        chunk = empty(size, dtype=dtype)
+        chunks.append(StorageWeakRef(chunk.untyped_storage()))
+        return chunk
 
     def let_go() -> None:
-        kept.append([slab for slab in slabs if not slab.expired()])
+        kept.append([chunk for chunk in chunks if not chunk.expired()])
 
-    monkeypatch.setattr("flux.memory.pinned.SLAB", 1 << 12)
+    monkeypatch.setattr("flux.memory.pinned.CHUNK", 1 << 12)
     monkeypatch.setattr("flux.memory.pinned.torch.empty", two)
     monkeypatch.setattr("flux.memory.pinned.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
         "flux.memory.pinned.torch.accelerator.empty_host_cache", let_go, raising=False
     )
     assert not move_parameters(base_weights["dev"], pinned=True)
-    assert (len(slabs), kept) == (2, [[]])
+    assert (len(chunks), kept) == (2, [[]])
 
 
 def test_an_older_torch_gives_page_locked_memory_back_as_well(monkeypatch) -> None:
