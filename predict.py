@@ -14,7 +14,7 @@ from urllib.parse import clear_cache  # type: ignore[attr-defined]
 
 from cog import BaseRunner, Input, Path
 
-from flux.request import Inputs, Request, resolve, scale_multiplier
+from flux.request import Inputs, Request, make_request, scale_multiplier
 from flux.sampling import MEGAPIXEL
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
@@ -202,7 +202,9 @@ class Predictor(BaseRunner):
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
         deployment = Deployment.choose(self._settings)
-        deployment.fetch(parts_of(self._settings, deployment.checkpoint), self._settings)
+        deployment.fetch_checkpoints(
+            parts_of(self._settings, deployment.checkpoint), self._settings
+        )
         inventory = Inventory()
         self._checker = load_checker(
             self._settings, deployment.checkpoint, deployment.device, deployment.dtype, inventory
@@ -233,7 +235,7 @@ class Predictor(BaseRunner):
         clear_cache()  # Cog parses data URIs with urlsplit, which keeps the last 128: whole pictures
         stopwatch = Stopwatch()
         with stopwatch.stage("input"):
-            request = resolve(inputs, self._settings, self._default_adapter)
+            request = make_request(inputs, self._settings, self._default_adapter)
         with stopwatch.stage("adapters"):
             adapters = self._adapters(request.adapters, check_cancelled)
         with self._outputs.begin(request.output_format, request.output_quality, stopwatch) as files:

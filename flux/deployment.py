@@ -53,7 +53,7 @@ class Deployment:
             logger.info("%s: on the host, brought layer by layer", " and ".join(sorted(on_host)))
         return cls(checkpoint, device, getattr(torch, dtype), on_host)
 
-    def fetch(self, checkers: Sequence[str], settings: Settings) -> None:
+    def fetch_checkpoints(self, checkers: Sequence[str], settings: Settings) -> None:
         """Download the files that this start needs and that are missing.
 
         Args:

@@ -102,7 +102,7 @@ class Request:
         return Key(self.variant.name, self.precision)
 
 
-def resolve(inputs: Inputs, settings: Settings, default_adapter: str | None = None) -> Request:
+def make_request(inputs: Inputs, settings: Settings, default_adapter: str | None = None) -> Request:
     """Apply the contract's rules.
 
     Args:

@@ -11,7 +11,7 @@ from weights.download.transfer import LogProgress, sha256_of
 logger = logging.getLogger(__name__)
 
 
-def fetch(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) -> FetchedFile:
+def fetch_file(artifact: Artifact, target: Path, access: Access, retry: RetryPolicy) -> FetchedFile:
     """Fetch the file of an artifact, and take it out of its archive if it is in one.
 
     Args:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
-from lora.fetch import fetch
+from lora.fetch import fetch_file
 from lora.formats.errors import AdapterError
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
@@ -148,7 +148,7 @@ class AdapterLoader:
     def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> CacheRecord:
         self._cache.make_room(artifact.size or 0)
         try:
-            fetched = fetch(artifact, target, self._access, retry)
+            fetched = fetch_file(artifact, target, self._access, retry)
         except OSError as error:
             if not is_full(error):
                 raise

@@ -12,7 +12,7 @@ from weights.manifest import REPOSITORIES
 from weights.repository import HubSettings
 from weights.serving.errors import WeightsError
 from weights.serving.settings import Settings, SettingsError
-from weights.snapshot import fetch
+from weights.snapshot import fetch_snapshots
 
 
 def main() -> int:
@@ -48,7 +48,7 @@ def main() -> int:
 def _fetch(parts: list[str], directory: Path | None) -> None:
     settings = Settings.from_environment()
     everything = [wanted(part, settings, directory and directory / part) for part in parts]
-    fetch(everything, HubSettings.of(settings))
+    fetch_snapshots(everything, HubSettings.of(settings))
 
 
 if __name__ == "__main__":

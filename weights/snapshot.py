@@ -45,7 +45,7 @@ def obtain(wanted: Sequence[PinnedRepository], hub: HubSettings) -> list[Path]:
     return [paths[one.name] for one in wanted]
 
 
-def fetch(wanted: Sequence[PinnedRepository], hub: HubSettings) -> None:
+def fetch_snapshots(wanted: Sequence[PinnedRepository], hub: HubSettings) -> None:
     """Ask the hub what the revisions are now, fetch what is missing, and verify all of it.
 
     Raises:

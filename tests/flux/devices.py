@@ -27,7 +27,7 @@ import flux.engine
 import flux.load
 import flux.transformers.pool
 from flux.engine import Adapters, Engine
-from flux.request import Inputs, resolve
+from flux.request import Inputs, make_request
 from lora.formats.adapter import Adapter, load_adapter
 from lora.formats.keys import Targets
 from tests.flux import card, merging
@@ -174,7 +174,7 @@ def main() -> None:
             chosen = cases([faked(each) for each in found], Path(name))
             for inputs, desired in islice(chosen, 0, None, every):
                 quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 2}
-                request = resolve(Inputs(**quick | inputs), settings)
+                request = make_request(Inputs(**quick | inputs), settings)
                 (image,) = engine.generate(request, desired, Stopwatch(), never_cancelled)
                 assert image.size == (request.width, request.height)
                 sys.stdout.write(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flux.autoencoder import TILE
 from flux.engine import Engine
 from flux.memory.residency import BudgetError
-from flux.request import Inputs, resolve
+from flux.request import Inputs, make_request
 from tests.flux.engines import parts
 from tests.support.pictures import difference, same
 from weights.serving.settings import Settings
@@ -28,7 +28,7 @@ def engine_and_decoder() -> Iterator[tuple[Engine, nn.Module]]:
 
 
 def generate(engine: Engine, **inputs: object) -> Image.Image:
-    request = resolve(Inputs("a hat", num_inference_steps=1, seed=1, **inputs), Settings())
+    request = make_request(Inputs("a hat", num_inference_steps=1, seed=1, **inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), lambda: None)
     return image
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from flux.engine import Engine
-from flux.request import Inputs, resolve
+from flux.request import Inputs, make_request
 from flux.transformers.pool import Transformers
 from tests.flux.engines import parts
 from tests.support.pictures import same
@@ -28,7 +28,7 @@ def made() -> tuple[Engine, Transformers]:
 
 def generate(engine: Engine, **inputs) -> list[Image.Image]:
     quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 3, "seed": 1}
-    request = resolve(Inputs(**quick | inputs), Settings())
+    request = make_request(Inputs(**quick | inputs), Settings())
     return list(engine.generate(request, (), Stopwatch(), lambda: None))
 
 

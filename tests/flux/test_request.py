@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flux.request import Inputs, Mode, Request, RequestError, resolve
+from flux.request import Inputs, Mode, Request, RequestError, make_request
 from weights.serving.settings import Settings
 
 SIZES = {  # the contract's, at one megapixel
@@ -29,7 +29,7 @@ CUSTOM = {"aspect_ratio": "custom", "width": 512, "height": 512}
 
 def resolved(**inputs) -> Request:
     inputs = {"prompt": "a star", **inputs}
-    return resolve(Inputs(**inputs), Settings())
+    return make_request(Inputs(**inputs), Settings())
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_adapters_and_their_scales() -> None:
 
 def test_the_default_adapter_stands_in_for_an_empty_main_one() -> None:
     def adapters(**inputs):
-        return resolve(Inputs(prompt="", **inputs), Settings(), default_adapter="e/f").adapters
+        return make_request(Inputs(prompt="", **inputs), Settings(), default_adapter="e/f").adapters
 
     assert adapters(lora_scale=0.5) == (("e/f", 0.5),)
     assert adapters(replicate_weights="a/b") == (("a/b", 1.0),)
@@ -205,9 +205,9 @@ def test_what_an_image_leaves_without_effect_is_named_in_the_log(
 
 def test_safety_can_only_be_skipped_where_the_operator_allows_it(caplog) -> None:
     inputs = Inputs(prompt="", disable_safety_checker=True)
-    assert not resolve(inputs, Settings()).check_safety
+    assert not make_request(inputs, Settings()).check_safety
     with caplog.at_level(logging.INFO):
-        assert resolve(inputs, Settings(allow_disable_safety_checker=False)).check_safety
+        assert make_request(inputs, Settings(allow_disable_safety_checker=False)).check_safety
     assert "disable_safety_checker is ignored" in caplog.text
 
 

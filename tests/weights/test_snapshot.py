@@ -166,7 +166,7 @@ def test_weights_stay_what_they_were_until_they_are_fetched_anew(
     changed = official_files["schnell"] | {"scheduler/scheduler_config.json": b"{}"}
     new = huggingface["schnell"].commit(changed)
     assert obtain(SCHNELL, "main", settings) == first
-    snapshot.fetch([PinnedRepository(SCHNELL, "main")], settings)
+    snapshot.fetch_snapshots([PinnedRepository(SCHNELL, "main")], settings)
     assert obtain(SCHNELL, "main", settings).name == new
     assert obtain(SCHNELL, old, settings) == first
 

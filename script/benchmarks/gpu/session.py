@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.gpu import card
 from benchmarks.gpu.steps import Results
 from flux.memory.budget import answers
-from flux.request import Inputs, Request, resolve
+from flux.request import Inputs, Request, make_request
 from flux.variants import Key
 from lora.formats.adapter import Adapter
 from predict import Predictor
@@ -99,7 +99,7 @@ class Session:
         """A request; dev's or schnell's steps, unless others are given."""
         model = inputs.setdefault("model", "dev")
         inputs["num_inference_steps"] = steps or (2 if self.rehearse else STEPS[model])
-        found = resolve(
+        found = make_request(
             Inputs(prompt=self.prompt(), seed=0, guidance_scale=GUIDANCE, **inputs), Settings()
         )
         if self.rehearse and not found.image:

@@ -15,7 +15,7 @@ from flux.engine import Engine
 from flux.memory.budget import bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import ORDER, BudgetError
-from flux.request import Inputs, Mode, resolve
+from flux.request import Inputs, Mode, make_request
 from flux.transformers.base_weights import load_skeleton
 from flux.transformers.compile import Compilation, compile_blocks, graphs, to_warm_up
 from miniature import checkpoint
@@ -99,7 +99,7 @@ def start(tmp_path_factory) -> Start:
 
 def generate(engine: Engine, check: CheckCancelled = never_cancelled, **inputs) -> Image.Image:
     quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 1, "seed": 1}
-    request = resolve(Inputs(**quick | inputs), Settings())
+    request = make_request(Inputs(**quick | inputs), Settings())
     (image,) = engine.generate(request, (), Stopwatch(), check)
     return image
 
@@ -136,7 +136,7 @@ def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str)
     before = backend.called
     generate(engine, go_fast=True)
     assert backend.called > before  # the other precision is compiled all the same
-    request = resolve(Inputs("a hat"), Settings())
+    request = make_request(Inputs("a hat"), Settings())
     assert not engine.compiled(request)  # the metric of every prediction
     assert engine.compiled(replace(request, precision="fp8"))
 
