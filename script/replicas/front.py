@@ -137,7 +137,7 @@ class Front:
             del self._predictions[prediction.call.identifier]
         headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
         prediction.answer(Reply.of(status, end, **headers))
-        if tell:
+        if tell and prediction.call.webhook:
             await _send_webhook(prediction.call, end)
 
     async def _run(self, prediction: Prediction) -> None:
@@ -208,8 +208,6 @@ def _running_replicas() -> int:
 
 async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
     """Tell of the end of a prediction as Cog's server would; a few tries."""
-    if not call.webhook:
-        return
     token = os.environ.get("WEBHOOK_AUTH_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     async with aiohttp.ClientSession(headers=headers) as session:

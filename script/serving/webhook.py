@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import chain, repeat
 from typing import Any
 
 
@@ -14,20 +15,19 @@ def webhook(refusals: int = 0) -> Iterator[tuple[str, list[dict[str, Any]], thre
 
     The first `refusals` are answered with 503, and are not among the payloads.
     """
-    left = refusals
+    statuses = chain(repeat(503, refusals), repeat(200))
     payloads: list[dict[str, Any]] = []
     arrived = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            nonlocal left
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            left, refused = max(0, left - 1), left > 0
-            if not refused:
+            status = next(statuses)
+            if status == 200:
                 payloads.append(payload)
-            self.send_response(503 if refused else 200)
+            self.send_response(status)
             self.end_headers()
-            if not refused:
+            if status == 200:
                 arrived.set()
 
         def log_message(self, *args: object) -> None:

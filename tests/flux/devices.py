@@ -5,7 +5,6 @@ meets tensors on two devices raises, as on a card and unlike on a CPU, which has
 Writes each case that went through, with what is offloaded.
 """
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,20 +51,6 @@ def outside(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **options)
 
     return call
-
-
-def faked(value: Any) -> Any:
-    """A fake tensor for a real one; the same for those in an adapter."""
-    if isinstance(value, Tensor):
-        return MODE.from_tensor(value)
-    if isinstance(value, tuple | list):
-        return tuple(faked(each) for each in value)
-    if isinstance(value, dict):
-        return {key: faked(each) for key, each in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return dataclasses.replace(value, **{name: faked(each) for name, each in fields.items()})
-    return value
 
 
 def with_fakes(load: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -169,9 +154,10 @@ def main() -> None:
             )
             engine = Engine(*parts(settings))
             with unset_fake_temporarily():
-                found = adapters(engine, Path(name))
+                read = adapters(engine, Path(name))
+            found = [each.placed(each.parameters, MODE.from_tensor) for each in read]
             every = 1 if offload == "none" else 3
-            chosen = cases([faked(each) for each in found], Path(name))
+            chosen = cases(found, Path(name))
             for inputs, desired in islice(chosen, 0, None, every):
                 quick = {"prompt": "a hat", "megapixels": "0.25", "num_inference_steps": 2}
                 request = make_request(Inputs(**quick | inputs), settings)

@@ -10,6 +10,7 @@ from flux.memory.residency import ORDER
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
+from tests.flux import low_rank
 from tests.support import tiny
 
 CPU = torch.device("cpu")
@@ -21,10 +22,7 @@ def make(base_weights, budget=None, dynamic=False) -> Transformers:
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:
-    return {
-        name: [tensor.view(torch.uint8).clone() for tensor in storage(parameter)]
-        for name, parameter in module.named_parameters()
-    }
+    return low_rank.bits(dict(module.named_parameters()))
 
 
 Bits = dict[str, list[torch.Tensor]]

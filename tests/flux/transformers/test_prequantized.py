@@ -11,8 +11,8 @@ from flux.memory.residency import ORDER
 from flux.transformers.base_weights import BaseWeights, load_skeleton, load_transformer
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Identity, Prequantized, fingerprint_of, write
-from flux.transformers.quantize import storage
 from tests.flux.merging import SIZE
+from tests.flux.pools import assert_bits
 from tests.flux.streams import Streams
 from tests.support import tiny
 
@@ -60,13 +60,8 @@ def make(
     ), opening
 
 
-def bits(transformers: Transformers) -> list[torch.Tensor]:
-    values = transformers.modules[DEV8].parameters()
-    return [t.view(torch.uint8).clone() for value in values for t in storage(value)]
-
-
 def assert_same(one: Transformers, other: Transformers) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
+    assert_bits(one.modules[DEV8], other.modules[DEV8])
 
 
 def test_whatever_follows_the_bits_are_those_of_quantizing_the_base(checkpoint, adapters) -> None:
