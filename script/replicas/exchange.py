@@ -1,18 +1,17 @@
-"""What passes between the front and a replica: HTTP requests and answers, and what is in them."""
+"""What the front sends to a replica: a request for a prediction, and what was read in it."""
 
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lora.sources import parse_reference
 from weights.serving.errors import ReferenceFormatError
 
 HOP_BY_HOP = {"connection", "content-length", "date", "expect", "host", "transfer-encoding"}
-JSON = {"content-type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,6 @@ class Call:
     inputs: Any
     webhook: str
     adapters: str
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer of Cog's server, or one in its form."""
-
-    status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
-    content: bytes = b""
-
-    @classmethod
-    def of(cls, status: int, document: Mapping[str, Any], **headers: str) -> "Reply":
-        """An answer with a JSON document."""
-        return cls(status, {**JSON, **headers}, json.dumps(document).encode())
 
 
 def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:

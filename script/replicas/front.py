@@ -19,10 +19,11 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from replicas.exchange import JSON, Call, Reply, read_call
+from replicas.exchange import Call, read_call
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,11 +34,7 @@ WEBHOOK_DELAYS = (0.0, 1.0, 5.0, 20.0)  # seconds before each try
 LOST = "The replica that ran this prediction was lost. Send the request again."
 FULL = "All replicas are busy and the queue is full. Try again later."
 STARTING = "Setup has not finished yet. Wait until it has finished, or GET /health-check."
-NOT_READY = Reply.of(503, {"error": STARTING, "status": "failed"})
-
-
-class RefusedLateError(Exception):
-    """A server refused a prediction whose caller had been told that it was accepted."""
+NOT_READY = JSONResponse({"error": STARTING, "status": "failed"}, 503)
 
 
 class Prediction:
@@ -48,11 +45,11 @@ class Prediction:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self.reply: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self.began: float | None = None
         self.task: asyncio.Task[None] | None = None
 
-    def answer(self, reply: Reply) -> None:
+    def answer(self, reply: Response) -> None:
         """Answer the caller, unless that was done."""
         if not self.reply.done():
             self.reply.set_result(reply)
@@ -71,14 +68,10 @@ class Front:
     def __init__(self, replicas: DeploymentHandle) -> None:
         self._replicas = replicas
         self._predictions: dict[str, Prediction] = {}
-        self._description: asyncio.Task[dict[str, bytes]] | None = None
+        self._description = asyncio.create_task(self._describe())
 
     async def __call__(self, request: Request) -> Response:
         """Answer an HTTP request."""
-        reply = await self._answer(request)
-        return Response(reply.content, reply.status, dict(reply.headers))
-
-    async def _answer(self, request: Request) -> Reply:
         path = request.url.path
         match request.method, path.removeprefix("/").split("/"):
             case ("POST", ["predictions"]) | ("PUT", ["predictions", _]):
@@ -89,23 +82,23 @@ class Front:
                 return await self._health()
             case "GET" | "HEAD", [""] | ["openapi.json"]:
                 documents = await self._described()
-                return Reply(200, JSON, documents[path]) if documents else NOT_READY
+                return documents[path] if documents else NOT_READY
             case _, ["predictions"] | ["predictions", _, "cancel"]:
-                return Reply(405, {"allow": "POST"})
+                return Response(status_code=405, headers={"allow": "POST"})
             case _, ["predictions", _]:
-                return Reply(405, {"allow": "PUT"})
+                return Response(status_code=405, headers={"allow": "PUT"})
             case _, [""] | ["openapi.json"] | ["health-check"]:
-                return Reply(405, {"allow": "GET,HEAD"})
-        return Reply(404)
+                return Response(status_code=405, headers={"allow": "GET,HEAD"})
+        return Response(status_code=404)
 
-    async def _predict(self, request: Request) -> Reply:
+    async def _predict(self, request: Request) -> Response:
         if not await self._described():
             return NOT_READY
         received = request.method, request.url.path, dict(request.headers), await request.body()
         call = await asyncio.to_thread(read_call, *received)
         if known := self._predictions.get(call.identifier):  # sent once more: how it stands
             status = "starting" if known.began is None else "processing"
-            return Reply.of(202, known.state(status, input=known.call.inputs, metrics={}))
+            return JSONResponse(known.state(status, input=known.call.inputs, metrics={}), 202)
         prediction = self._predictions[call.identifier] = Prediction(call)
         prediction.task = asyncio.create_task(self._follow(prediction), context=Context())
         try:
@@ -113,7 +106,7 @@ class Front:
         except asyncio.CancelledError:  # the caller has gone away
             prediction.task.cancel()
             raise
-        prediction.answer(Reply.of(202, {"id": call.identifier, "status": "starting"}))
+        prediction.answer(JSONResponse({"id": call.identifier, "status": "starting"}, 202))
         return prediction.reply.result()
 
     async def _follow(self, prediction: Prediction) -> None:
@@ -129,14 +122,14 @@ class Front:
         except BackPressureError:
             end["error"] = FULL
             tell = prediction.reply.done()
-        except RefusedLateError as error:
-            end["error"] = str(error)
+        except HTTPException as error:  # refused by the server, after the caller was told 202
+            end["error"] = f"HTTP {error}"
         except Exception as error:  # a replica is lost, or what it has raised
             logger.error("Prediction %s failed: %s", prediction.call.identifier, error)
         finally:
             del self._predictions[prediction.call.identifier]
         headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
-        prediction.answer(Reply.of(status, end, **headers))
+        prediction.answer(JSONResponse(end, status, headers))
         if tell and prediction.call.webhook:
             await _send_webhook(prediction.call, end)
 
@@ -156,8 +149,8 @@ class Front:
                         prediction.began = asyncio.get_running_loop().time()
                         continue
                     answered = True
-                    if prediction.reply.done() and reply.status != 202:
-                        raise RefusedLateError(f"HTTP {reply.status}: {reply.content.decode()}")
+                    if prediction.reply.done() and reply.status_code != 202:
+                        raise HTTPException(reply.status_code, bytes(reply.body).decode())
                     prediction.answer(reply)
                 return
             except asyncio.CancelledError:
@@ -171,29 +164,27 @@ class Front:
                 logger.warning("Prediction %s: a replica was lost; trying another", call.identifier)
                 prediction.began = None
 
-    def _cancel(self, identifier: str) -> Reply:
+    def _cancel(self, identifier: str) -> Response:
         prediction = self._predictions.get(identifier)
         if prediction and prediction.task:
             prediction.task.cancel()
-        return Reply.of(200 if prediction else 404, {})
+        return JSONResponse({}, 200 if prediction else 404)
 
-    async def _health(self) -> Reply:
+    async def _health(self) -> Response:
         documents = await self._described()
         running = await asyncio.to_thread(_running_replicas) if documents else 0
         if not documents or not running:
-            return Reply.of(200, {"status": "STARTING", "replicas": 0})
+            return JSONResponse({"status": "STARTING", "replicas": 0})
         status = "BUSY" if len(self._predictions) >= running else "READY"
         own = {"status": status, "replicas": running}
-        return Reply.of(200, {**json.loads(documents["/health-check"]), **own})
+        return JSONResponse({**json.loads(documents["/health-check"].body), **own})
 
-    async def _described(self) -> dict[str, bytes] | None:
+    async def _described(self) -> dict[str, Response] | None:
         """What the first replica's server said of itself; None if none is ready within a second."""
-        if self._description is None:
-            self._description = asyncio.create_task(self._describe(), context=Context())
         await asyncio.wait({self._description}, timeout=PATIENCE)
         return self._description.result() if self._description.done() else None
 
-    async def _describe(self) -> dict[str, bytes]:
+    async def _describe(self) -> dict[str, Response]:
         while True:
             try:
                 return await self._replicas.describe.remote()
@@ -214,10 +205,10 @@ async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
         for delay in WEBHOOK_DELAYS:
             await asyncio.sleep(delay)
             try:
-                async with session.post(call.webhook, json=state) as answer:
-                    if answer.status < 400:
-                        return
-                    problem = f"HTTP {answer.status}"
+                async with session.post(call.webhook, json=state, raise_for_status=True):
+                    return
+            except aiohttp.ClientResponseError as error:
+                problem = f"HTTP {error.status}"
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 problem = type(error).__name__  # the message has the address: it may be secret
     logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)

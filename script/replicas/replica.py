@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+from starlette.responses import Response
 
-from replicas.exchange import Call, Reply, end_to_end
+from replicas.exchange import Call, end_to_end
 from serving.server import SERVE, Server
 from serving.supervise import BROKEN
 
@@ -40,7 +41,7 @@ class Replica:
         if not self._server.running:
             self._end("its server has ended")
 
-    async def predict(self, call: Call) -> AsyncIterator[Reply | None]:
+    async def predict(self, call: Call) -> AsyncIterator[Response | None]:
         """Yield None when the prediction is about to be sent to the server, then its answer.
 
         It ends when the prediction does, also that of an asynchronous call. If it is closed before,
@@ -52,26 +53,26 @@ class Replica:
         try:
             reply = await self._forward(call)
             yield reply
-            while reply.status == 202 and await self._status() == "BUSY":
+            while reply.status_code == 202 and await self._status() == "BUSY":
                 await asyncio.sleep(POLL_SECONDS)
         except asyncio.CancelledError:
             if call.asynchronous:
                 await self._send("POST", f"/predictions/{call.identifier}/cancel")
             raise
 
-    async def describe(self) -> dict[str, bytes]:
+    async def describe(self) -> dict[str, Response]:
         """The documents that the server describes itself by, by their paths."""
-        return {path: (await self._send("GET", path)).content for path in DOCUMENTS}
+        return {path: await self._send("GET", path) for path in DOCUMENTS}
 
-    async def _forward(self, call: Call) -> Reply:
+    async def _forward(self, call: Call) -> Response:
         """Send a call; again after a 409, which the server gives between two predictions."""
-        while True:
-            reply = await self._send(call.method, call.path, call.headers, call.content)
-            if reply.status == 409 or b'"status":"failed"' in reply.content:
-                await self._health()
-            if reply.status != 409:
-                return reply
+        request = call.method, call.path, call.headers, call.content
+        while (reply := await self._send(*request)).status_code == 409:
+            await self._health()
             await asyncio.sleep(POLL_SECONDS)
+        if b'"status":"failed"' in bytes(reply.body):
+            await self._health()
+        return reply
 
     async def _health(self) -> str:
         """The server's status; it ends this replica if no prediction can succeed."""
@@ -80,18 +81,18 @@ class Replica:
         return status
 
     async def _status(self) -> str:
-        return str(json.loads((await self._send("GET", "/health-check")).content)["status"])
+        return str(json.loads((await self._send("GET", "/health-check")).body)["status"])
 
     async def _send(
         self, method: str, path: str, headers: Any = None, content: Any = None
-    ) -> Reply:
+    ) -> Response:
         """Send an HTTP request to the server; it ends this replica if there is no answer."""
         try:
             async with (
                 aiohttp.ClientSession(self._server.url, timeout=FOREVER) as session,
                 session.request(method, path, headers=headers, data=content) as answer,
             ):
-                return Reply(answer.status, end_to_end(answer.headers), await answer.read())
+                return Response(await answer.read(), answer.status, end_to_end(answer.headers))
         except aiohttp.ClientError as error:
             self._end(f"its server does not answer: {error}")
             raise
