@@ -11,17 +11,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError
 from torch import nn
 
 from weights.serving.errors import sentences
 
 CONFIGURATION = "tokenizer_config.json"
+TRANSFORMER = "transformer"  # as pipelines call it, and a checkpoint its directory
 ADVICE = "Fetch the checkpoint's files again: script/download, or a copy that is whole."
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be loaded; the message says what to do."""
+
+
+def load_transformer(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer of a checkpoint; where its files hold `dtype`, a memory map.
+
+    Raises:
+        CheckpointError: files or weights are missing, damaged, or of another shape.
+    """
+    return load_module(f"{variant} transformer", FluxTransformer2DModel, directory, dtype)
+
+
+def load_skeleton(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
+    """A transformer without memory, as config.json in `directory` describes it.
+
+    Raises:
+        CheckpointError: there is no such file, or not for a transformer of FLUX.1.
+    """
+    with reading(f"{variant} transformer", directory), torch.device("meta"):
+        config = FluxTransformer2DModel.load_config(directory, local_files_only=True)
+        module: nn.Module = FluxTransformer2DModel.from_config(config)
+    return module.to(dtype)
 
 
 def load_module(name: str, kind: type[Any], directory: Path, dtype: torch.dtype) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 
 from flux.autoencoder import Autoencoder
 from flux.canvas import Canvas, prepare
+from flux.components import TRANSFORMER
 from flux.inpaint import soft_alpha
 from flux.memory.budget import with_fallback
 from flux.memory.residency import BudgetError
@@ -22,7 +23,7 @@ from flux.request import Mode, Request
 from flux.transformers.adapters import AdapterLike
 from flux.transformers.compile import Compilation, to_warm_up, warm_up_request, warming_up
 from flux.transformers.merge import WorkingWeights
-from flux.transformers.pool import COMPONENT, Transformers
+from flux.transformers.pool import Transformers
 from flux.variants import Key
 from weights.serving.cancel import CheckCancelled
 from weights.serving.inventory import Entry
@@ -81,7 +82,7 @@ class Engine:
         dev = self._pipelines[Key("dev", "bf16"), Mode.TEXT_TO_IMAGE]
         return {
             name: {key: value.shape for key, value in getattr(dev, name).named_parameters()}
-            for name in (COMPONENT, *ENCODERS)
+            for name in (TRANSFORMER, *ENCODERS)
         }
 
     @property
@@ -114,7 +115,7 @@ class Engine:
         transformer = self._transformers.reconcile(key, adapters, check_cancelled)
         merged = encoders.merged + transformer.merged
         restored = encoders.restored + transformer.restored
-        absent = sum(component == COMPONENT for component, _ in transformer.absent)
+        absent = sum(component == TRANSFORMER for component, _ in transformer.absent)
         if merged or restored:
             logger.info("Adapters: %d weights merged, %d restored", merged, restored)
         if absent:
@@ -258,6 +259,6 @@ def _sibling(
     pipeline: FluxPipeline, kind: type[DiffusionPipeline], transformer: nn.Module
 ) -> DiffusionPipeline:
     """A pipeline of another kind over the same components, but for the transformer."""
-    sibling = kind(**pipeline.components | {"transformer": transformer})
+    sibling = kind(**pipeline.components | {TRANSFORMER: transformer})
     sibling.set_progress_bar_config(mininterval=0)  # a line for every step, however fast
     return sibling

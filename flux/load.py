@@ -11,7 +11,14 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flux.autoencoder import memory_format
-from flux.components import load_component, load_module, load_tokenizer
+from flux.components import (
+    TRANSFORMER,
+    load_component,
+    load_module,
+    load_skeleton,
+    load_tokenizer,
+    load_transformer,
+)
 from flux.deployment import Deployment, sources_of
 from flux.engine import Engine
 from flux.memory.budget import bytes_of, device_budget, host_budget
@@ -20,10 +27,10 @@ from flux.memory.pinned import PinnedBudget, move_parameters
 from flux.memory.residency import BudgetError
 from flux.memory.staging import move
 from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
-from flux.transformers.base_weights import PART, BaseWeights, load_skeleton, load_transformer
+from flux.transformers.base_weights import BaseWeights
 from flux.transformers.compile import compile_blocks
 from flux.transformers.one_pass import one_pass
-from flux.transformers.pool import COMPONENT, Transformers
+from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Prequantized, path_of
 from flux.transformers.quantize import quantizes_activations
 from flux.variants import Precision
@@ -115,7 +122,7 @@ def working_transformers(
     taken = {name: bytes_of(getattr(shared, name)) for name in MODULES}
     on_host = sum(taken[name] for name in MODULES if name in deployment.offloaded)
     budget = device_budget(settings.device_memory_bytes, device, sum(taken.values()) - on_host)
-    placement = OnHost(device) if COMPONENT in deployment.offloaded else None
+    placement = OnHost(device) if TRANSFORMER in deployment.offloaded else None
     adapters = None if placement else one_pass(device, settings.lora_device_bytes)
     if adapters and budget is not None:
         budget = max(0, budget - settings.lora_device_bytes)
@@ -152,7 +159,7 @@ def _base_weights(
     """The base transformers, open but for those whose float8 weights are on disk."""
     base_weights = {}
     for variant, source in sources.items():
-        directory = source / PART
+        directory = source / TRANSFORMER
         model, prequantized = load_skeleton(variant, directory, dtype), None
         if quantized:
             prequantized = Prequantized(path_of(variant, quantized), model, directory)

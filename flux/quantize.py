@@ -57,8 +57,8 @@ def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
         import torch
         import torchao
 
+        from flux.components import TRANSFORMER, load_transformer
         from flux.deployment import chosen_checkpoint, source_of
-        from flux.transformers.base_weights import PART, load_transformer
         from flux.transformers.prequantized import Identity, fingerprint_of, path_of, write
 
     without_progress_bars()
@@ -70,12 +70,12 @@ def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
             variant=variant,
             checkpoint=without_secrets(checkpoint),
             commit=commit_of(variant, source),
-            fingerprint=fingerprint_of(source / PART),
+            fingerprint=fingerprint_of(source / TRANSFORMER),
             torchao=torchao.__version__,
         )
         path = path_of(variant, directory)
         logger.info("Quantizing %s to %s", identity, path)
-        transformer = load_transformer(variant, source / PART, torch.bfloat16)
+        transformer = load_transformer(variant, source / TRANSFORMER, torch.bfloat16)
         size = write(path, transformer, identity)
         seconds = time.perf_counter() - start
         logger.info("%s: %.3f GB, in %.1f s", path, size / 1e9, seconds)

@@ -17,18 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from flux.components import load_module, reading
 from flux.memory.budget import bytes_of
 from flux.transformers.prequantized import Prequantized
 from weights.serving.inventory import Entry
 
 logger = logging.getLogger(__name__)
-
-PART = "transformer"  # the directory of a checkpoint that holds it
 
 
 class BaseWeights:
@@ -131,24 +126,3 @@ def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def load_skeleton(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """A transformer without memory, as config.json in `directory` describes it.
-
-    Raises:
-        CheckpointError: there is no such file, or not for a transformer of FLUX.1.
-    """
-    with reading(f"{variant} transformer", directory), torch.device("meta"):
-        config = FluxTransformer2DModel.load_config(directory, local_files_only=True)
-        module: nn.Module = FluxTransformer2DModel.from_config(config)
-    return module.to(dtype)
-
-
-def load_transformer(variant: str, directory: Path, dtype: torch.dtype) -> nn.Module:
-    """The transformer of a checkpoint; where its files hold `dtype`, a memory map.
-
-    Raises:
-        CheckpointError: files or weights are missing, damaged, or of another shape.
-    """
-    return load_module(f"{variant} transformer", FluxTransformer2DModel, directory, dtype)

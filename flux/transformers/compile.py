@@ -35,11 +35,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from flux.components import TRANSFORMER
 from flux.deployment import Deployment
 from flux.memory.budget import is_out_of_memory, with_fallback
 from flux.memory.residency import ORDER, BudgetError
 from flux.request import Mode, Request
-from flux.transformers.pool import COMPONENT
 from flux.variants import VARIANTS, Key, Precision
 from weights.serving.cancel import Cancelled
 from weights.serving.directories import usable
@@ -68,7 +68,7 @@ def compile_blocks(
     by_itself = deployment.device.type == "cuda" and settings.compile == "auto"
     if not by_itself and settings.compile != "on":
         return None
-    if COMPONENT in deployment.offloaded:
+    if TRANSFORMER in deployment.offloaded:
         logger.info("Transformers that live on the host are not compiled (FLUX_OFFLOAD)")
         return None
     directory = _cache_directory(settings.cache_directory)

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from flux.components import TRANSFORMER
 from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
 from flux.memory.offload import Empty, OnDevice, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
@@ -38,7 +39,6 @@ from weights.serving.inventory import Entry
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-COMPONENT = "transformer"
 
 
 class Transformers:
@@ -190,7 +190,7 @@ class Transformers:
                 str(ready_made.path) if ready_made else f"{key.variant} base weights"
             )
             self._weights[key] = WorkingWeights(
-                {COMPONENT: module},
+                {TRANSFORMER: module},
                 self._base(key.variant),
                 store,
                 self._staging,
@@ -239,7 +239,7 @@ class Transformers:
         host = base.open if variant in self._to_copy else base.at_hand
         try:
             read = self._base(variant, host)
-            sources = {name: read(COMPONENT, name) for name in host()}
+            sources = {name: read(TRANSFORMER, name) for name in host()}
             self._copies.fill(variant, sources, check_cancelled)
         except BaseException as error:
             self._evict(item)

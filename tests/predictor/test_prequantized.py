@@ -11,10 +11,10 @@ from diffusers import FluxPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
+from flux.components import load_skeleton
 from flux.deployment import NANO
 from flux.memory.budget import bytes_of
 from flux.quantize import main
-from flux.transformers.base_weights import load_skeleton
 from flux.transformers.quantize import float8_parameters
 from flux.transformers.skeleton import size
 from tests.support.adapters import adapter

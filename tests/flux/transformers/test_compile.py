@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch._dynamo import register_backend
 
+from flux.components import load_skeleton
 from flux.deployment import Deployment
 from flux.engine import Engine
 from flux.memory.budget import bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import ORDER, BudgetError
 from flux.request import Inputs, Mode, make_request
-from flux.transformers.base_weights import load_skeleton
 from flux.transformers.compile import Compilation, compile_blocks, graphs, to_warm_up
 from miniature import checkpoint
 from tests.flux.engines import parts

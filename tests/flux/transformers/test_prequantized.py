@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from flux.components import load_skeleton, load_transformer
 from flux.memory.offload import OnHost, Placement
 from flux.memory.residency import ORDER
-from flux.transformers.base_weights import BaseWeights, load_skeleton, load_transformer
+from flux.transformers.base_weights import BaseWeights
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Identity, Prequantized, fingerprint_of, write
 from tests.flux.merging import SIZE
