@@ -9,6 +9,8 @@ strides of its input differ from those that the blocks pass to each other.
 - `dynamic=True`: one graph for all numbers of tokens. torch takes two dimensions that are equal
   while tracing for the same dimension ("duck shapes"), and 4096, the tokens of a megapixel, is also
   T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
+- `specialize_float=True`: with `dynamic=True`, torch also takes the norms' epsilons for inputs that
+  vary, learns after tracing that they cannot, and traces the graph again.
 - `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
   it reaches the fallback below, and the log.
 - torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are generated
@@ -33,6 +35,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 
 from flux.components import TRANSFORMER
@@ -51,6 +54,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 INDUCTOR = {"loop_ordering_after_fusion": False}
+DYNAMO = {"specialize_float": True}
 WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
 
 
@@ -131,7 +135,8 @@ class Compilation:
         def compiled() -> T:
             before = graphs()
             try:
-                return work()
+                with dynamo.patch(DYNAMO):  # it holds in this thread alone
+                    return work()
             finally:
                 if made := graphs() - before:
                     logger.info("Compiled %d graphs for %s %s", made, *key)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
 from flux.sampling import ASPECT_RATIOS
 from flux.transformers.compile import graphs
@@ -32,6 +32,7 @@ def cache(tmp_path_factory) -> Path:
 def compiled(cache, tmp_path_factory) -> Iterator[Generate]:
     """A predictor that compiles, after its warm-up with an empty cache."""
     torch._dynamo.reset()
+    clear_compilation_metrics()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back in the end: setup sets it
         outputs = tmp_path_factory.mktemp("outputs")
@@ -52,6 +53,13 @@ def pictures(tmp_path_factory) -> dict[str, Path]:
         colours(*size).save(directory / f"{name}.png")
     Image.linear_gradient("L").save(directory / "mask.png")
     return {path.stem: path for path in directory.iterdir()}
+
+
+def test_setup_traces_each_graph_once(compiled) -> None:
+    """Tracing is what a start with a kept cache still takes."""
+    made = get_compilation_metrics()
+    assert made
+    assert not [each.co_name for each in made if each.restart_reasons]
 
 
 def sizes() -> Iterator[dict[str, object]]:
