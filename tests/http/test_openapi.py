@@ -4,6 +4,7 @@ Every answer must have a status and a form that the document has. References are
 made-up address may be asked for anything, and the pictures are made small.
 """
 
+import time
 from typing import Any
 
 import pytest
@@ -62,12 +63,22 @@ def test_answers_are_those_of_the_document(server, document, method, path, mode)
     )
     def answers(case: Case) -> None:
         made_small(case)
-        response = case.call(base_url=server.server.url, timeout=60)
+        response = answer(case, server.server.url)
         if not is_missing_in_the_document(path, response):
             case.validate_response(response, checks=CHECKS)
 
     answers()
     assert server.generate(**SMALL).image.size == (256, 256)
+
+
+def answer(case: Case, url: str) -> Response:
+    """Send a request; again after a 409, which the server gives between two predictions."""
+    for _ in range(40):
+        response = case.call(base_url=url, timeout=60)
+        if response.status_code != 409:
+            break
+        time.sleep(0.25)
+    return response
 
 
 def is_missing_in_the_document(path: str, response: Response) -> bool:
