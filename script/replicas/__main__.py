@@ -26,10 +26,8 @@ def main() -> int:
         try:
             gpus = int(ray.cluster_resources().get("GPU", 0))
             if 0 < gpus < chosen.replicas:
-                sys.exit(
-                    f"script/fleet: --replicas {chosen.replicas}: expected at most {gpus}, the "
-                    "number of this machine's GPUs, because each replica takes one"
-                )
+                wrong = f"--replicas {chosen.replicas}: expected at most {gpus}, one for each GPU"
+                sys.exit(f"script/fleet: {wrong}")
             serve.start(http_options={"host": chosen.host, "port": chosen.port})
             settings = Settings(replicas=chosen.replicas, queue=chosen.queue, gpus=min(gpus, 1))
             serve.run(build(settings), name="flux")

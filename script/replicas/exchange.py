@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from lora.sources import parse_reference
 from weights.serving.errors import ReferenceFormatError
 
@@ -16,16 +18,14 @@ HOP_BY_HOP = {"connection", "content-length", "date", "expect", "host", "transfe
 
 @dataclass(frozen=True)
 class Call:
-    """A request for a prediction, as it is sent to Cog's server.
+    """A request for a prediction.
 
+    request: the method, path, headers and content that are sent to Cog's server.
     identifier: of the prediction. inputs: as the caller sent them. webhook: where its end is told.
     adapters: what the weights must contain; empty for none, or where a reference cannot be read.
     """
 
-    method: str
-    path: str
-    headers: Mapping[str, str]
-    content: bytes
+    request: tuple[str, str, dict[str, str], bytes]
     identifier: str
     asynchronous: bool
     inputs: Any
@@ -47,7 +47,7 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     """
     asynchronous = "respond-async" in headers.get("prefer", "")
     try:
-        sent = json.loads(content)
+        sent = from_json(content, allow_inf_nan=False)
     except ValueError:
         sent = None
     body = sent if isinstance(sent, dict) else {}
@@ -61,11 +61,9 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     identifier = named[0] if named else body.setdefault("id", f"pred_{secrets.token_hex(8)}")
     events = body.get("webhook_events_filter")
     told = not isinstance(events, list) or "completed" in events
+    content = content if sent is not body else json.dumps(body).encode()
     return Call(
-        method=method,
-        path=path,
-        headers=end_to_end(headers),
-        content=content if sent is not body else json.dumps(body).encode(),
+        request=(method, path, end_to_end(headers), content),
         identifier=str(identifier),
         asynchronous=asynchronous,
         inputs=inputs,
@@ -80,10 +78,9 @@ def adapters_of(inputs: Mapping[str, Any]) -> str:
     It is a hash: links may hold secrets, and Ray writes the identifier to its logs. Empty if there
     is no adapter, and if a reference cannot be read, for which any replica has the message.
     """
-    main, extra = inputs.get("replicate_weights"), inputs.get("extra_lora")
-    if not (isinstance(main, str) and main.strip()):
-        main = os.environ.get("COG_WEIGHTS")
-    texts = {text for text in (main, extra) if isinstance(text, str) and text.strip()}
+    names = "replicate_weights", "extra_lora"
+    main, extra = (str(inputs.get(name) or "").strip() for name in names)
+    texts = {main or os.environ.get("COG_WEIGHTS", ""), extra} - {""}
     try:
         keys = {parse_reference(text, allow_local_paths=True).key for text in texts}
     except ReferenceFormatError:

@@ -27,7 +27,6 @@ from replicas.exchange import Call, read_call
 
 logger = logging.getLogger("ray.serve")
 
-TRIES = 2
 PATIENCE = 1.0  # seconds that an asynchronous request waits for the answer of a replica's server
 RETRY_AFTER = "5"  # seconds
 WEBHOOK_DELAYS = (0.0, 1.0, 5.0, 20.0)  # seconds before each try
@@ -41,13 +40,14 @@ class Prediction:
     """A call, from its arrival until a replica has dealt with it.
 
     reply: the answer to the caller. began: when a replica's server got it, in the loop's seconds.
+    task: what has it done; set when it is made.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.reply: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
         self.began: float | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None]
 
     def answer(self, reply: Response) -> None:
         """Answer the caller, unless that was done."""
@@ -58,8 +58,8 @@ class Prediction:
         """The prediction as a document in Cog's form."""
         now = asyncio.get_running_loop().time()
         metrics = {} if self.began is None else {"predict_time": now - self.began}
-        known = {"id": self.call.identifier, "logs": "", "metrics": metrics, "status": status}
-        return {**known, **fields}
+        identifier = self.call.identifier
+        return {"id": identifier, "logs": "", "metrics": metrics, "status": status, **fields}
 
 
 class Front:
@@ -140,7 +140,7 @@ class Front:
         """
         call = prediction.call
         method = self._replicas.options(stream=True, multiplexed_model_id=call.adapters).predict
-        for attempt in range(1, TRIES + 1):
+        for last in (False, True):
             answered = False
             stream = method.remote(call)
             try:
@@ -159,21 +159,19 @@ class Front:
             except RayActorError:
                 if answered and not call.asynchronous:
                     return
-                if answered or attempt == TRIES:
+                if answered or last:
                     raise
                 logger.warning("Prediction %s: a replica was lost; trying another", call.identifier)
                 prediction.began = None
 
     def _cancel(self, identifier: str) -> Response:
-        prediction = self._predictions.get(identifier)
-        if prediction and prediction.task:
+        if prediction := self._predictions.get(identifier):
             prediction.task.cancel()
         return JSONResponse({}, 200 if prediction else 404)
 
     async def _health(self) -> Response:
         documents = await self._described()
-        running = await asyncio.to_thread(_running_replicas) if documents else 0
-        if not documents or not running:
+        if not documents or not (running := await asyncio.to_thread(_running_replicas)):
             return JSONResponse({"status": "STARTING", "replicas": 0})
         status = "BUSY" if len(self._predictions) >= running else "READY"
         own = {"status": status, "replicas": running}
@@ -201,14 +199,13 @@ async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
     """Tell of the end of a prediction as Cog's server would; a few tries."""
     token = os.environ.get("WEBHOOK_AUTH_TOKEN")
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    async with aiohttp.ClientSession(headers=headers) as session:
-        for delay in WEBHOOK_DELAYS:
-            await asyncio.sleep(delay)
-            try:
-                async with session.post(call.webhook, json=state, raise_for_status=True):
-                    return
-            except aiohttp.ClientResponseError as error:
-                problem = f"HTTP {error.status}"
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                problem = type(error).__name__  # the message has the address: it may be secret
+    sent = {"json": state, "headers": headers, "raise_for_status": True}
+    for delay in WEBHOOK_DELAYS:
+        await asyncio.sleep(delay)
+        try:
+            async with aiohttp.request("POST", call.webhook, **sent):
+                return
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            # not the message: it has the address, which may be secret
+            problem = f"{type(error).__name__} {getattr(error, 'status', '')}".strip()
     logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import aiohttp
 from starlette.responses import Response
@@ -17,8 +17,6 @@ from serving.supervise import BROKEN
 logger = logging.getLogger("ray.serve")
 
 POLL_SECONDS = 0.02
-FOREVER = aiohttp.ClientTimeout()
-DOCUMENTS = ("/", "/openapi.json", "/health-check")
 TIED_TO_THIS_PROCESS = ("setpriv", "--pdeathsig", "TERM")  # ends the child after a kill -9
 
 
@@ -62,12 +60,12 @@ class Replica:
 
     async def describe(self) -> dict[str, Response]:
         """The documents that the server describes itself by, by their paths."""
-        return {path: await self._send("GET", path) for path in DOCUMENTS}
+        paths = "/", "/openapi.json", "/health-check"
+        return {path: await self._send("GET", path) for path in paths}
 
     async def _forward(self, call: Call) -> Response:
         """Send a call; again after a 409, which the server gives between two predictions."""
-        request = call.method, call.path, call.headers, call.content
-        while (reply := await self._send(*request)).status_code == 409:
+        while (reply := await self._send(*call.request)).status_code == 409:
             await self._health()
             await asyncio.sleep(POLL_SECONDS)
         if b'"status":"failed"' in bytes(reply.body):
@@ -87,17 +85,14 @@ class Replica:
         self, method: str, path: str, headers: Any = None, content: Any = None
     ) -> Response:
         """Send an HTTP request to the server; it ends this replica if there is no answer."""
+        sent = {"headers": headers, "data": content, "timeout": aiohttp.ClientTimeout(total=None)}
         try:
-            async with (
-                aiohttp.ClientSession(self._server.url, timeout=FOREVER) as session,
-                session.request(method, path, headers=headers, data=content) as answer,
-            ):
+            async with aiohttp.request(method, self._server.url + path, **sent) as answer:
                 return Response(await answer.read(), answer.status, end_to_end(answer.headers))
         except aiohttp.ClientError as error:
             self._end(f"its server does not answer: {error}")
-            raise
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str) -> NoReturn:
         logger.error("This replica ends: %s", reason)
         self._server.kill()
         os._exit(1)
