@@ -8,6 +8,7 @@ import requests
 from tests.fleet.running import ASYNC, SMALL
 
 PREDICTIONS = "/predictions"
+JSON = {"headers": {"Content-Type": "application/json"}}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prediction": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "num_outputs": 2}}}),
     "with an id": ("POST", PREDICTIONS, {"json": {"input": SMALL, "id": "mine"}}),
@@ -21,6 +22,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "text input": ("POST", PREDICTIONS, {"json": {"input": "x"}}),
     "a list": ("POST", PREDICTIONS, {"json": [1]}),
     "no JSON": ("POST", PREDICTIONS, {"data": "{", "headers": {"Content-Type": "text/plain"}}),
+    "no number": ("POST", PREDICTIONS, {"data": '{"input": {"prompt": "x", "seed": NaN}}', **JSON}),
     "bad event": ("POST", PREDICTIONS, {"json": {"input": SMALL, "webhook_events_filter": ["x"]}}),
     "fails": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "width": None}, "id": "mine"}}),
     "no adapter": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "extra_lora": "no link"}}}),
