@@ -40,7 +40,7 @@ class Prediction:
     """A call, from its arrival until a replica has dealt with it.
 
     reply: the answer to the caller. began: when a replica's server got it, in the loop's seconds.
-    task: what has it done; set when it is made.
+    task: runs it; set right after it is made.
     """
 
     def __init__(self, call: Call) -> None:
@@ -207,5 +207,5 @@ async def _send_webhook(call: Call, state: dict[str, Any]) -> None:
                 return
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             # not the message: it has the address, which may be secret
-            problem = f"{type(error).__name__} {getattr(error, 'status', '')}".strip()
+            problem = f"HTTP {error.status}" if hasattr(error, "status") else type(error).__name__
     logger.error("Prediction %s: its webhook was not delivered: %s", call.identifier, problem)
