@@ -6,17 +6,18 @@ import signal
 import sys
 import tempfile
 
-import ray
-from ray import serve
-
-from replicas.app import Settings, build
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main() -> int:
     """Serve until a signal ends it; the exit status is 1 if no fleet could be started."""
     chosen = arguments()
+    # Imported here: it takes seconds, which a wrong option need not wait for.
+    import ray
+    from ray import serve
+
+    from replicas.app import Settings, build
+
     threads = max(1, len(os.sched_getaffinity(0)) // chosen.replicas)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory(prefix="fleet-", ignore_cleanup_errors=True) as directory:

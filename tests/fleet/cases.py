@@ -8,6 +8,7 @@ import requests
 from tests.fleet.running import ASYNC, SMALL
 
 PREDICTIONS = "/predictions"
+NO_WIDTH = {name: value for name, value in SMALL.items() if name != "width"}
 JSON = {"headers": {"Content-Type": "application/json"}}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prediction": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "num_outputs": 2}}}),
@@ -24,7 +25,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "no JSON": ("POST", PREDICTIONS, {"data": "{", "headers": {"Content-Type": "text/plain"}}),
     "no number": ("POST", PREDICTIONS, {"data": '{"input": {"prompt": "x", "seed": NaN}}', **JSON}),
     "bad event": ("POST", PREDICTIONS, {"json": {"input": SMALL, "webhook_events_filter": ["x"]}}),
-    "fails": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "width": None}, "id": "mine"}}),
+    "fails": ("POST", PREDICTIONS, {"json": {"input": NO_WIDTH, "id": "mine"}}),
     "no adapter": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "extra_lora": "no link"}}}),
     "no picture": ("POST", PREDICTIONS, {"json": {"input": {**SMALL, "image": "/etc/hostname"}}}),
     "asynchronous, out of range": (

@@ -1,32 +1,43 @@
-"""A fleet of two replicas, one for all tests."""
+"""A fleet of two replicas, one for all tests, and a single server to compare it with."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
 from serving.server import Server
-from tests.fleet.running import (
-    MARK,
-    QUEUE,
-    ROOT,
-    Fleet,
-    hang_up_until,
-)
+from tests.fleet.running import MARK, QUEUE, ROOT, Fleet, hang_up_until
+from tests.support.server import LoggedServer, logged_server
+
+THREADS = {"OMP_NUM_THREADS": "1"}  # the same for all: pictures are compared to the bit
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory) -> Iterator[Fleet]:
+def starting(tmp_path_factory) -> Iterator["Future[LoggedServer]"]:
+    """The single server, which starts beside the fleet."""
+    single = logged_server(tmp_path_factory.mktemp("single"), **THREADS)
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        yield pool.submit(stack.enter_context, single)
+
+
+@pytest.fixture(scope="module")
+def server(starting) -> LoggedServer:
+    return starting.result()
+
+
+@pytest.fixture(scope="module")
+def running(starting, tmp_path_factory) -> Iterator[Fleet]:
+    """The fleet as it is; a replica may have been lost and its successor still be starting."""
     directory = tmp_path_factory.mktemp("fleet")
     settings = {
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": "cpu",
         "FLUX_OUTPUT_DIRECTORY": str(directory),
-        # as many as the single server has: pictures are compared to the bit
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+        **THREADS,
         "LORA_ALLOW_LOCAL_PATHS": "true",
         "FLUX_CACHE_DIRECTORY": str(directory / "cache"),
         MARK: str(directory),
@@ -49,6 +60,7 @@ def running(tmp_path_factory) -> Iterator[Fleet]:
 
 @pytest.fixture
 def fleet(running) -> Fleet:
+    """The fleet with all its replicas."""
     running.wait_until_whole()
     return running
 

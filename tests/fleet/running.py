@@ -1,6 +1,9 @@
 """A running fleet, asked as a caller does."""
 
+import os
+import signal
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,14 @@ class Fleet:
         document: dict[str, Any] = self.ask("GET", "/health-check").json()
         return document
 
+    def cancel(self, name: int | str) -> int:
+        """Cancel a prediction by its id; returns the status of the answer."""
+        return self.ask("POST", f"/predictions/{name}/cancel").status_code
+
+    def kill(self, command: bytes) -> None:
+        """Kill -9 of one process with this in its command."""
+        os.kill(min(self.pids(command)), signal.SIGKILL)
+
     def pids(self, command: bytes) -> set[int]:
         """Of the processes with this in their command that belong to this fleet."""
         return processes(command, f"{MARK}={self.directory}")
@@ -60,3 +71,17 @@ def hang_up_until(started: threading.Event, server: Server) -> None:
     while not started.wait(0.2):
         with suppress(AttributeError, requests.RequestException):  # it has no address at first
             ask(server.url, "GET", "/health-check", timeout=0.05)
+
+
+def fill(fleet: Fleet, pool: ThreadPoolExecutor, *adapters: str, **fields: Any) -> None:
+    """Have both replicas busy, with predictions 0 and 1, until these are cancelled."""
+    inputs = [{**LONG, "replicate_weights": adapter} for adapter in adapters] or [LONG, LONG]
+    asked = [start_long(fleet, pool, n, input=each, **fields) for n, each in enumerate(inputs)]
+    assert [future.result().status_code for future in asked] == [202, 202]
+
+
+def start_long(
+    fleet: Fleet, pool: ThreadPoolExecutor, number: int, **fields: Any
+) -> "Future[requests.Response]":
+    path, body = f"/predictions/{number}", {"input": LONG, **fields}
+    return pool.submit(fleet.ask, "PUT", path, json=body, headers=ASYNC)

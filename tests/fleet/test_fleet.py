@@ -5,9 +5,8 @@ import re
 import signal
 import time
 import uuid
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import pytest
 import requests
@@ -25,29 +24,50 @@ from tests.fleet.running import (
     WORKER,
     Fleet,
     ask,
+    fill,
+    start_long,
 )
 from tests.support.adapters import adapter
 from tests.support.server import wait_for
+
+# --- losing a replica; the tests that use `running` come while its successor starts
+
+
+def test_another_replica_answers_when_a_server_dies(fleet, several) -> None:
+    lose(fleet, several, WORKER)
+
+
+def lose(fleet: Fleet, pool: ThreadPoolExecutor, command: bytes) -> None:
+    """Lose a replica in a prediction: the caller gets the picture of the same seed all the same."""
+    workers = fleet.pids(WORKER)
+    inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 20}
+    with webhook() as (hook, payloads, _):
+        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["logs"]}
+        calls = [pool.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]
+        wait_for(lambda: len({payload["id"] for payload in payloads}) == 2)
+        fleet.kill(command)
+        answers = [call.result().json() for call in calls]
+    assert [answer["status"] for answer in answers] == ["succeeded"] * 2, answers
+    for answer in answers:
+        logs = [p["logs"] for p in payloads if p["id"] == answer["id"]]
+        seeds = re.findall(r"seed: \d+", "".join([*logs, answer["logs"]]))
+        assert len(set(seeds)) == 1
+    wait_for(lambda: len(fleet.pids(WORKER) & workers) == 1)
+
 
 # --- the same answers as one server's
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_fleet_answers_as_one_server(fleet, server, case: str) -> None:
+def test_a_fleet_answers_as_one_server(running, server, case: str) -> None:
     method, path, options = CASES[case]
-    options = dict(options)
-    if "json" in options and isinstance(options["json"], dict):
-        body = dict(options["json"])
-        if case == "fails":
-            body["input"] = {k: v for k, v in body["input"].items() if k != "width"}
-        options["json"] = body
     one = comparable(server.server.request(method, path, **options))
-    assert comparable(fleet.ask(method, path, **options)) == one
+    assert comparable(running.ask(method, path, **options)) == one
 
 
-def test_webhooks_are_those_of_one_server(fleet, server) -> None:
+def test_webhooks_are_those_of_one_server(running, server) -> None:
     told = []
-    for url in (server.server.url, fleet.url):
+    for url in (server.server.url, running.url):
         with webhook() as (hook, payloads, _):
             body = {"input": SMALL, "webhook": hook}
             assert ask(url, "PUT", "/predictions/w", json=body, headers=ASYNC).status_code == 202
@@ -82,7 +102,7 @@ def test_a_request_goes_to_where_its_adapter_is(fleet, adapters, several) -> Non
 
 def hold_both(fleet: Fleet, several: ThreadPoolExecutor, *paths: str) -> None:
     """Have each replica generate with an adapter of its own, at the same time."""
-    inputs = [{"replicate_weights": path, "num_inference_steps": 8} for path in paths]
+    inputs = [{"replicate_weights": path, "num_inference_steps": 4} for path in paths]
     list(several.map(lambda each: fleet.predict(**each), inputs))
 
 
@@ -96,7 +116,7 @@ def test_one_that_needs_no_merge_overtakes_one_that_does(fleet, adapters, severa
         for path in (third, first, second):
             waiting.append(several.submit(fleet.predict, replicate_weights=path))
             time.sleep(0.2)  # so that they wait in this order
-        assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+        assert [fleet.cancel(number) for number in range(2)] == [200, 200]
         cold, *warm = [prediction.result() for prediction in waiting]
         wait_for(lambda: len(long) == 2)
     assert not any("weights merged" in prediction["logs"] for prediction in long)
@@ -111,14 +131,14 @@ def test_nobody_is_overtaken_for_ever(fleet, adapters, several) -> None:
     ends: list[str] = []
 
     def generate(path: str) -> None:
-        fleet.predict(replicate_weights=path, num_inference_steps=8)
+        fleet.predict(replicate_weights=path)
         ends.append(path)
 
     waiting = [several.submit(generate, third)]
     time.sleep(0.2)  # so that the others come after it
     waiting += [several.submit(generate, path) for path in (first, second) * 6]
     time.sleep(0.5)
-    assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+    assert [fleet.cancel(number) for number in range(2)] == [200, 200]
     for each in waiting:
         each.result()
     assert ends.index(third) < 10, ends  # without a bound it is the last
@@ -136,8 +156,8 @@ def test_callers_wait_and_beyond_the_queue_hear_503(fleet, several) -> None:
     assert full.status_code == 503
     assert int(full.headers["Retry-After"]) > 0
     assert "the queue is full" in full.json()["error"]
-    assert [cancel(fleet, number) for number in range(2 + QUEUE)] == [200] * (2 + QUEUE)
-    assert cancel(fleet, 99) == 404
+    assert [fleet.cancel(number) for number in range(2 + QUEUE)] == [200] * (2 + QUEUE)
+    assert fleet.cancel(99) == 404
     fleet.predict()
 
 
@@ -146,36 +166,56 @@ def test_a_refusal_after_the_answer_is_told_by_the_webhook(fleet, several) -> No
     with webhook() as (hook, payloads, told):
         body = {"input": {**SMALL, "width": 5000}, "webhook": hook}
         assert fleet.ask("PUT", "/predictions/late", json=body, headers=ASYNC).status_code == 202
-        assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+        assert [fleet.cancel(number) for number in range(2)] == [200, 200]
         assert told.wait(10)
         (payload,) = payloads
         assert (payload["id"], payload["status"]) == ("late", "failed")
         assert "5000 is greater than the maximum of 1440" in payload["error"]
 
 
-def fill(fleet: Fleet, pool: ThreadPoolExecutor, *adapters: str, **fields: Any) -> None:
-    """Have both replicas busy, with predictions 0 and 1, until these are cancelled."""
-    inputs = [{**LONG, "replicate_weights": adapter} for adapter in adapters] or [LONG, LONG]
-    asked = [start_long(fleet, pool, n, input=each, **fields) for n, each in enumerate(inputs)]
-    assert [future.result().status_code for future in asked] == [202, 202]
+# --- losing another replica
 
 
-def start_long(
-    fleet: Fleet, pool: ThreadPoolExecutor, number: int, **fields: Any
-) -> "Future[requests.Response]":
-    path, body = f"/predictions/{number}", {"input": LONG, **fields}
-    return pool.submit(fleet.ask, "PUT", path, json=body, headers=ASYNC)
+def test_another_replica_answers_when_an_actor_dies(fleet, several) -> None:
+    lose(fleet, several, REPLICA)
 
 
-def cancel(fleet: Fleet, name: int | str) -> int:
-    return fleet.ask("POST", f"/predictions/{name}/cancel").status_code
-
-
-def test_more_callers_than_replicas_are_all_answered(fleet, several) -> None:
-    calls = [several.submit(fleet.predict, seed=seed % 2) for seed in range(QUEUE)]
+def test_more_callers_than_replicas_are_all_answered(running, several) -> None:
+    calls = [
+        several.submit(running.predict, seed=seed % 2, num_inference_steps=1)
+        for seed in range(QUEUE)
+    ]
     outputs = [call.result()["output"] for call in calls]
     assert outputs == outputs[:2] * (QUEUE // 2)
     assert outputs[0] != outputs[1]
+
+
+def test_a_synchronous_prediction_is_cancelled_as_by_one_server(running, server, several) -> None:
+    answers = []
+    for url in (server.server.url, running.url):
+        path = f"/predictions/{uuid.uuid4().hex}"
+        with webhook() as (hook, _, started):
+            # not "start": one server loses a cancel that comes before the work has begun
+            body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["logs"]}
+            call = several.submit(ask, url, "PUT", path, json=body)
+            assert started.wait(10)
+            assert ask(url, "POST", f"{path}/cancel").status_code == 200
+            status, document, headers = comparable(call.result())
+        assert document.pop("id") == path.split("/")[2]
+        answers.append((status, document, headers))
+    assert answers[0] == answers[1]
+    assert answers[0][1]["status"] == "canceled"
+
+
+def test_a_client_that_hangs_up_cancels(running, several) -> None:
+    def hang_up() -> None:
+        with pytest.raises(requests.ReadTimeout):
+            running.ask("POST", "/predictions", json={"input": LONG}, timeout=0.5)
+
+    for call in [several.submit(hang_up) for _ in range(4)]:  # two of them have to wait
+        call.result()
+    wait_for(lambda: running.health()["status"] == "READY", 5)
+    running.predict()
 
 
 # --- cancelling
@@ -191,7 +231,7 @@ def test_a_cancel_finds_a_prediction_wherever_it_is(fleet, several) -> None:
             assert fleet.ask("PUT", path, json=body, headers=ASYNC).status_code == 202
         again = fleet.ask("PUT", path, json=body, headers=ASYNC)
         assert (again.status_code, again.json()["status"]) == (202, "starting")
-        assert [cancel(fleet, name) for name in reversed(names)] == [200, 200, 200]
+        assert [fleet.cancel(name) for name in reversed(names)] == [200, 200, 200]
         wait_for(lambda: len(payloads) == 3, 10)
         assert {payload["id"] for payload in payloads} == set(names)
         assert {payload["status"] for payload in payloads} == {"canceled"}
@@ -203,67 +243,13 @@ def test_a_webhook_that_is_refused_is_sent_again(fleet, several) -> None:
     with webhook(refusals=1) as (hook, payloads, told):
         body = {"input": LONG, "webhook": hook}
         assert fleet.ask("PUT", "/predictions/waits", json=body, headers=ASYNC).status_code == 202
-        assert cancel(fleet, "waits") == 200
+        assert fleet.cancel("waits") == 200
         assert told.wait(10)
     assert [(payload["id"], payload["status"]) for payload in payloads] == [("waits", "canceled")]
-    assert [cancel(fleet, number) for number in range(2)] == [200, 200]
+    assert [fleet.cancel(number) for number in range(2)] == [200, 200]
 
 
-def test_a_synchronous_prediction_is_cancelled_as_by_one_server(fleet, server, several) -> None:
-    answers = []
-    for url in (server.server.url, fleet.url):
-        path = f"/predictions/{uuid.uuid4().hex}"
-        with webhook() as (hook, _, started):
-            body = {"input": LONG, "webhook": hook, "webhook_events_filter": ["start"]}
-            call = several.submit(ask, url, "PUT", path, json=body)
-            assert started.wait(10)
-            assert ask(url, "POST", f"{path}/cancel").status_code == 200
-            status, document, headers = comparable(call.result())
-        assert document.pop("id") == path.split("/")[2]
-        answers.append((status, document, headers))
-    assert answers[0] == answers[1]
-    assert answers[0][1]["status"] == "canceled"
-
-
-def test_a_client_that_hangs_up_cancels(fleet, several) -> None:
-    def hang_up() -> None:
-        with pytest.raises(requests.ReadTimeout):
-            fleet.ask("POST", "/predictions", json={"input": LONG}, timeout=0.5)
-
-    for call in [several.submit(hang_up) for _ in range(4)]:  # two of them have to wait
-        call.result()
-    wait_for(lambda: fleet.health()["status"] == "READY", 5)
-    fleet.predict()
-
-
-# --- losing a replica
-
-
-def kill(fleet: Fleet, command: bytes) -> int:
-    """Kill -9 of one process; returns its id."""
-    victim = min(fleet.pids(command))
-    os.kill(victim, signal.SIGKILL)
-    return victim
-
-
-@pytest.mark.parametrize("command", [WORKER, REPLICA], ids=["the child", "the actor"])
-def test_another_replica_answers_for_one_that_dies(fleet, several, command: bytes) -> None:
-    """With the picture of the same seed, though nobody has named one."""
-    workers = fleet.pids(WORKER)
-    inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 50}
-    with webhook() as (hook, payloads, _):
-        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["logs"]}
-        calls = [several.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]
-        wait_for(lambda: len({payload["id"] for payload in payloads}) == 2)
-        kill(fleet, command)
-        answers = [call.result().json() for call in calls]
-        assert [answer["status"] for answer in answers] == ["succeeded"] * 2, answers
-        for answer in answers:
-            logs = [p["logs"] for p in payloads if p["id"] == answer["id"]]
-            seeds = re.findall(r"seed: \d+", "".join([*logs, answer["logs"]]))
-            assert len(set(seeds)) == 1
-    fleet.wait_until_whole()
-    assert len(fleet.pids(WORKER) & workers) == 1  # the lost one is replaced
+# --- losing a prediction
 
 
 def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
@@ -274,14 +260,14 @@ def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
             accepted = partial(fleet.ask, "PUT", path, json=body, headers=ASYNC)
             assert accepted().status_code == 202
             wait_for(lambda ask=accepted: ask().json()["status"] == "processing")
-        kill(fleet, SERVER)
+        fleet.kill(SERVER)
         wait_for(lambda: payloads)
         (lost,) = payloads
         assert lost["status"] == "failed"
         assert "was lost. Send the request again" in lost["error"]
-        assert cancel(fleet, lost["id"]) == 404
+        assert fleet.cancel(lost["id"]) == 404
         (other,) = {"one", "two"} - {lost["id"]}
-        assert cancel(fleet, other) == 200
+        assert fleet.cancel(other) == 200
         wait_for(lambda: len(payloads) == 2)
         assert payloads[1]["status"] == "canceled"
 
