@@ -171,10 +171,9 @@ class Front:
 
     async def _health(self) -> Response:
         documents = await self._described()
-        if not documents or not (running := await asyncio.to_thread(_running_replicas)):
+        if not documents or not (count := await asyncio.to_thread(_running_replicas)):
             return JSONResponse({"status": "STARTING", "replicas": 0})
-        status = "BUSY" if len(self._predictions) >= running else "READY"
-        own = {"status": status, "replicas": running}
+        own = {"status": "BUSY" if len(self._predictions) >= count else "READY", "replicas": count}
         return JSONResponse({**json.loads(documents["/health-check"].body), **own})
 
     async def _described(self) -> dict[str, Response] | None:

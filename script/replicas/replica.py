@@ -30,6 +30,7 @@ class Replica:
     def __init__(self) -> None:
         self._server = Server(on_log=print, command=(*TIED_TO_THIS_PROCESS, SERVE))
         self._server.__enter__()
+        self._turn = asyncio.Lock()  # Serve sends the next call while a cancelled one still ends
 
     def __del__(self) -> None:
         self._server.stop()
@@ -43,49 +44,47 @@ class Replica:
         """Yield None when the prediction is about to be sent to the server, then its answer.
 
         It ends when the prediction does, also that of an asynchronous call. If it is closed before,
-        the prediction is cancelled: the server does so itself when a connection is closed.
+        the prediction is cancelled, and it ends when the server is free again.
         """
-        while await self._health() == "BUSY":  # with a step of a prediction that was cancelled
-            await asyncio.sleep(POLL_SECONDS)
-        yield None
-        try:
-            reply = await self._forward(call)
-            yield reply
-            while reply.status_code == 202 and await self._status() == "BUSY":
-                await asyncio.sleep(POLL_SECONDS)
-        except asyncio.CancelledError:
-            if call.asynchronous:
-                await self._send("POST", f"/predictions/{call.identifier}/cancel")
-            raise
+        async with self._turn:
+            await self._check_server()
+            yield None
+            try:
+                reply = await self._forward(call)
+                yield reply
+                while reply.status_code == 202 and await self._status() == "BUSY":
+                    await asyncio.sleep(POLL_SECONDS)
+            except (asyncio.CancelledError, GeneratorExit):
+                while await self._status() == "BUSY":  # Cog loses a cancel that comes very early
+                    await self._ask("POST", f"/predictions/{call.identifier}/cancel")
+                    await asyncio.sleep(POLL_SECONDS)
+                raise
 
     async def describe(self) -> dict[str, Response]:
         """The documents that the server describes itself by, by their paths."""
         paths = "/", "/openapi.json", "/health-check"
-        return {path: await self._send("GET", path) for path in paths}
+        return {path: await self._ask("GET", path) for path in paths}
 
     async def _forward(self, call: Call) -> Response:
         """Send a call; again after a 409, which the server gives between two predictions."""
-        while (reply := await self._send(*call.request)).status_code == 409:
-            await self._health()
+        while (reply := await self._ask(*call.request)).status_code == 409:
+            await self._check_server()
             await asyncio.sleep(POLL_SECONDS)
         if b'"status":"failed"' in bytes(reply.body):
-            await self._health()
+            await self._check_server()
         return reply
 
-    async def _health(self) -> str:
-        """The server's status; it ends this replica if no prediction can succeed."""
+    async def _check_server(self) -> None:
+        """End this replica if no prediction can succeed."""
         if (status := await self._status()) in BROKEN:
             self._end(f"its server is {status}")
-        return status
 
     async def _status(self) -> str:
-        return str(json.loads((await self._send("GET", "/health-check")).body)["status"])
+        return str(json.loads((await self._ask("GET", "/health-check")).body)["status"])
 
-    async def _send(
-        self, method: str, path: str, headers: Any = None, content: Any = None
-    ) -> Response:
+    async def _ask(self, method: str, path: str, headers: Any = None, body: Any = None) -> Response:
         """Send an HTTP request to the server; it ends this replica if there is no answer."""
-        sent = {"headers": headers, "data": content, "timeout": aiohttp.ClientTimeout(total=None)}
+        sent = {"headers": headers, "data": body, "timeout": aiohttp.ClientTimeout(total=None)}
         try:
             async with aiohttp.request(method, self._server.url + path, **sent) as answer:
                 return Response(await answer.read(), answer.status, end_to_end(answer.headers))

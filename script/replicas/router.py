@@ -60,6 +60,14 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         passes = any(p.created_at < began and not p.future.done() for p in self._waiting)
         self._overtaken = self._overtaken + 1 if passes else 0
 
+    def on_request_completed(self, replica_id: ReplicaID, *_: Any) -> None:
+        """Have the replica asked how busy it is before it gets the next request.
+
+        Serve counts a request from when it is sent. One that is cancelled before the replica has
+        accepted it stays in the count, and the replica would get no other for ten seconds.
+        """
+        self.on_replica_actor_unavailable(replica_id)
+
 
 def _order(adapters: str, replica: ReplicaID) -> bytes:
     return hashlib.sha256(f"{adapters} {replica.unique_id}".encode()).digest()

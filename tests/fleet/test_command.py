@@ -1,7 +1,9 @@
-"""script/fleet as a command, and the config file for a cluster."""
+"""script/fleet as a command, the config file for a cluster, and a replica by itself."""
 
 import os
 import subprocess
+
+import pytest
 
 from tests.fleet.running import ROOT
 
@@ -24,9 +26,63 @@ config = ServeDeploySchema.model_validate(yaml.safe_load(open("script/replicas/s
 assert application.import_path == "replicas.app:build"
 serve_calls(build, application.args)
 """
-    subprocess.run(
+    run(program)
+
+
+ASYNCHRONOUS = "{'prefer': 'respond-async'}"
+CANCEL = """
+    sent = asyncio.create_task(follow(stream))
+    while not await busy(replica):
+        await asyncio.sleep(0.01)
+    sent.cancel()
+    await asyncio.wait({sent}, timeout=20)
+"""
+CLOSE = """
+    await anext(stream)  # the answer
+    await stream.aclose()
+"""
+
+
+@pytest.mark.parametrize(
+    ("headers", "end"),
+    [("{}", CANCEL), (ASYNCHRONOUS, CANCEL), (ASYNCHRONOUS, CLOSE)],
+    ids=["synchronous", "asynchronous", "closed"],
+)
+def test_a_replica_repeats_a_cancel_until_its_server_is_free(headers: str, end: str) -> None:
+    program = f"""
+import asyncio
+import replicas.replica
+from replicas.exchange import read_call
+
+async def main():
+    replicas.replica.SERVE = "tests/fleet/forgetful.py"
+    replica = replicas.replica.Replica()
+    stream = replica.predict(read_call("PUT", "/predictions/one", {headers}, b"{{}}"))
+    await anext(stream)  # it is about to be sent
+    {end.strip()}
+    print(await busy(replica))
+    replica.__del__()  # as Serve ends it
+
+async def follow(stream):
+    async for _ in stream:
+        pass
+
+async def busy(replica):
+    return b"BUSY" in (await replica.describe())["/health-check"].body
+
+asyncio.run(main())
+"""
+    assert run(program) == "False"
+
+
+def run(program: str) -> str:
+    """Run Python with Ray installed; return what it prints."""
+    result = subprocess.run(
         [ROOT / ".cog" / "fleet" / "bin" / "python", "-c", program],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": "script:.", "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
         check=True,
     )
+    return result.stdout.strip()

@@ -237,6 +237,21 @@ def test_a_cancel_finds_a_prediction_wherever_it_is(fleet, several) -> None:
         assert {payload["status"] for payload in payloads} == {"canceled"}
 
 
+def test_a_cancel_at_any_moment_frees_the_replica(fleet, several) -> None:
+    """Also while the prediction is on its way to the replica, or to the server's worker."""
+    for moment in range(20):
+        call = start_long(fleet, several, moment)
+        time.sleep(0.012 + 0.002 * moment)
+        while fleet.cancel(moment) == 404 and not call.done():  # the front has not read it yet
+            time.sleep(0.001)
+        call.result()
+    fill(fleet, several)
+    for number in range(2):
+        again = partial(start_long, fleet, several, number)
+        wait_for(lambda ask=again: ask().result().json()["status"] == "processing", 5)
+        assert fleet.cancel(number) == 200
+
+
 def test_a_webhook_that_is_refused_is_sent_again(fleet, several) -> None:
     """One that the front sends, of a prediction that no server has seen."""
     fill(fleet, several)
