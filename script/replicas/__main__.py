@@ -13,8 +13,7 @@ def main() -> int:
     """Serve until a signal ends it; the exit status is 1 if no fleet could be started."""
     chosen = arguments()
     # Imported here: it takes seconds, which a wrong option need not wait for.
-    import ray
-    from ray import serve
+    import ray.serve
 
     from replicas.app import Settings, build
 
@@ -29,9 +28,9 @@ def main() -> int:
             if 0 < gpus < chosen.replicas:
                 wrong = f"--replicas {chosen.replicas}: expected at most {gpus}, one for each GPU"
                 sys.exit(f"script/fleet: {wrong}")
-            serve.start(http_options={"host": chosen.host, "port": chosen.port})
+            ray.serve.start(http_options={"host": chosen.host, "port": chosen.port})
             settings = Settings(replicas=chosen.replicas, queue=chosen.queue, gpus=min(gpus, 1))
-            serve.run(build(settings), name="flux")
+            ray.serve.run(build(settings), name="flux")
             print(f"script/fleet: ready at port {chosen.port}", flush=True)
             while True:
                 signal.pause()
@@ -40,7 +39,7 @@ def main() -> int:
         finally:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
-            serve.shutdown()
+            ray.serve.shutdown()
             ray.shutdown()
 
 

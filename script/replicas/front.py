@@ -57,9 +57,8 @@ class Prediction:
     def state(self, status: str, **fields: Any) -> dict[str, Any]:
         """The prediction as a document in Cog's form."""
         now = asyncio.get_running_loop().time()
-        metrics = {} if self.began is None else {"predict_time": now - self.began}
-        identifier = self.call.identifier
-        return {"id": identifier, "logs": "", "metrics": metrics, "status": status, **fields}
+        took = {} if self.began is None else {"predict_time": now - self.began}
+        return {"id": self.call.identifier, "logs": "", "metrics": took, "status": status, **fields}
 
 
 class Front:
@@ -111,14 +110,12 @@ class Front:
 
     async def _follow(self, prediction: Prediction) -> None:
         """Have a prediction done; tell the caller of an end that no server tells of."""
-        status, end = 503, prediction.state("failed", error=LOST)
-        tell = True  # the webhook
+        status, end, tell = 503, prediction.state("failed", error=LOST), True  # tell: the webhook
         try:
             await self._run(prediction)
             return
         except asyncio.CancelledError:
-            status, end = 200, prediction.state("canceled")
-            tell = prediction.began is None
+            status, end, tell = 200, prediction.state("canceled"), prediction.began is None
         except BackPressureError:
             end["error"] = FULL
             tell = prediction.reply.done()

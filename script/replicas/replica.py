@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import aiohttp
 from starlette.responses import Response
@@ -16,6 +17,7 @@ from serving.supervise import BROKEN
 
 logger = logging.getLogger("ray.serve")
 
+DOCUMENTS = ("/", "/openapi.json", "/health-check")
 POLL_SECONDS = 0.02
 TIED_TO_THIS_PROCESS = ("setpriv", "--pdeathsig", "TERM")  # ends the child after a kill -9
 
@@ -49,26 +51,26 @@ class Replica:
         async with self._turn:
             await self._check_server()
             yield None
+            sent = asyncio.create_task(self._forward(call))
             try:
-                reply = await self._forward(call)
+                reply = await asyncio.shield(sent)  # a cancel must not race with what is being sent
                 yield reply
                 while reply.status_code == 202 and await self._status() == "BUSY":
                     await asyncio.sleep(POLL_SECONDS)
             except (asyncio.CancelledError, GeneratorExit):
-                while await self._status() == "BUSY":  # Cog loses a cancel that comes very early
-                    await self._ask("POST", f"/predictions/{call.identifier}/cancel")
+                # Again and again, because Cog loses a cancel that comes very early.
+                while not sent.done() or await self._status() == "BUSY":
+                    await self._ask("POST", f"/predictions/{quote(call.identifier, '')}/cancel")
                     await asyncio.sleep(POLL_SECONDS)
                 raise
 
     async def describe(self) -> dict[str, Response]:
         """The documents that the server describes itself by, by their paths."""
-        paths = "/", "/openapi.json", "/health-check"
-        return {path: await self._ask("GET", path) for path in paths}
+        return {path: await self._ask("GET", path) for path in DOCUMENTS}
 
     async def _forward(self, call: Call) -> Response:
         """Send a call; again after a 409, which the server gives between two predictions."""
         while (reply := await self._ask(*call.request)).status_code == 409:
-            await self._check_server()
             await asyncio.sleep(POLL_SECONDS)
         if b'"status":"failed"' in bytes(reply.body):
             await self._check_server()

@@ -27,6 +27,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         self._holds: dict[ReplicaID, str] = {}
         self._waiting: list[PendingRequest] = []  # the first one is next
         self._overtaken = 0  # times since it became the first
+        self._accepted: dict[ReplicaID, str] = {}  # the id of the request that came last
 
     async def choose_replicas(
         self,
@@ -56,17 +57,19 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Remember what a replica holds from now on."""
         self._holds[replica_id] = pending_request.metadata.multiplexed_model_id
+        self._accepted[replica_id] = pending_request.metadata.internal_request_id
         began = pending_request.created_at
         passes = any(p.created_at < began and not p.future.done() for p in self._waiting)
         self._overtaken = self._overtaken + 1 if passes else 0
 
-    def on_request_completed(self, replica_id: ReplicaID, *_: Any) -> None:
-        """Have the replica asked how busy it is before it gets the next request.
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Have a replica asked how busy it is if it has not accepted the request.
 
-        Serve counts a request from when it is sent. One that is cancelled before the replica has
-        accepted it stays in the count, and the replica would get no other for ten seconds.
+        Serve counts a request from when it is sent, until it ends if it was accepted. One that is
+        cancelled on its way stays in the count, and the replica would get no other for ten seconds.
         """
-        self.on_replica_actor_unavailable(replica_id)
+        if self._accepted.get(replica_id) != internal_request_id:
+            self.replica_queue_len_cache.invalidate_key(replica_id)
 
 
 def _order(adapters: str, replica: ReplicaID) -> bytes:

@@ -42,12 +42,14 @@ def lose(fleet: Fleet, pool: ThreadPoolExecutor, command: bytes) -> None:
     workers = fleet.pids(WORKER)
     inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 20}
     with webhook() as (hook, payloads, _):
-        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["logs"]}
+        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["start", "logs"]}
         calls = [pool.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]
-        wait_for(lambda: len({payload["id"] for payload in payloads}) == 2)
+        wait_for(lambda: len({payload["id"] for payload in payloads if payload["logs"]}) == 2)
         fleet.kill(command)
         answers = [call.result().json() for call in calls]
     assert [answer["status"] for answer in answers] == ["succeeded"] * 2, answers
+    starts = [payload["id"] for payload in payloads if not payload["logs"]]
+    assert sorted(starts.count(answer["id"]) for answer in answers) == [1, 2]
     for answer in answers:
         logs = [p["logs"] for p in payloads if p["id"] == answer["id"]]
         seeds = re.findall(r"seed: \d+", "".join([*logs, answer["logs"]]))
@@ -212,7 +214,7 @@ def test_a_client_that_hangs_up_cancels(running, several) -> None:
         with pytest.raises(requests.ReadTimeout):
             running.ask("POST", "/predictions", json={"input": LONG}, timeout=0.5)
 
-    for call in [several.submit(hang_up) for _ in range(4)]:  # two of them have to wait
+    for call in [several.submit(hang_up) for _ in range(4)]:  # two or three have to wait
         call.result()
     wait_for(lambda: running.health()["status"] == "READY", 5)
     running.predict()
@@ -239,17 +241,16 @@ def test_a_cancel_finds_a_prediction_wherever_it_is(fleet, several) -> None:
 
 def test_a_cancel_at_any_moment_frees_the_replica(fleet, several) -> None:
     """Also while the prediction is on its way to the replica, or to the server's worker."""
-    for moment in range(20):
-        call = start_long(fleet, several, moment)
-        time.sleep(0.012 + 0.002 * moment)
-        while fleet.cancel(moment) == 404 and not call.done():  # the front has not read it yet
+    for number in range(2, 22):
+        call = start_long(fleet, several, number)
+        time.sleep(0.002 * number)
+        while fleet.cancel(number) == 404 and not call.done():  # the front has not read it yet
             time.sleep(0.001)
         call.result()
-    fill(fleet, several)
-    for number in range(2):
-        again = partial(start_long, fleet, several, number)
-        wait_for(lambda ask=again: ask().result().json()["status"] == "processing", 5)
-        assert fleet.cancel(number) == 200
+    with webhook() as (hook, payloads, _):
+        fill(fleet, several, webhook=hook, webhook_events_filter=["logs"])
+        wait_for(lambda: {payload["id"] for payload in payloads} == {"0", "1"}, 5)
+        assert [fleet.cancel(number) for number in range(2)] == [200, 200]
 
 
 def test_a_webhook_that_is_refused_is_sent_again(fleet, several) -> None:
