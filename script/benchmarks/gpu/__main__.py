@@ -31,11 +31,11 @@ from weights.serving.settings import Settings
 STEPS = (
     Step("machine", 45, begin.machine),
     Step("gpu_tests", 100, begin.gpu_tests),
-    Step("checkpoint", 120, begin.checkpoint, base=True),
+    Step("checkpoint", 240, begin.checkpoint, base=True),
     Step("setup", 240, begin.setup, base=True, again={"FLUX_COMPILE": "off"}),
     Step("images", 90, ours.images),
     Step("kernels", 40, ours.kernels),
-    Step("swaps", 60, ours.swaps),
+    Step("swaps", 90, ours.swaps),
     Step("ratios", 60, ours.ratios),
     Step("plain", 120, plain.plain),
     Step("schnell", 60, ours.schnell),

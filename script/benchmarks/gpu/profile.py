@@ -10,10 +10,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {  # of kernels, by what their names contain; the first that matches
+    "compiled (norms, rotations, quantizing, activations)": r"^triton",  # named after operators
     "copies": r"memcpy|memset",
     "attention": r"flash|fmha|attention|sdpa|mha_",
     "matrix products": r"gemm|nvjet|cutlass|xmma|wgmma|cublas|splitk|gemv|mm",
-    "compiled (norms, rotations, quantizing, activations)": r"^triton",
 }
 OTHER = "other"
 SHOWN = 25

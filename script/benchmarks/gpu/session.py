@@ -151,6 +151,7 @@ class Session:
             runs=[round(run.seconds, 4) for run in runs],
             stages=median.stages,
             first_step_ms=round(first.step_ms, 2),
+            compiled=not eager and self.engine.compiled(self.request(**inputs)),
         )
         return median
 

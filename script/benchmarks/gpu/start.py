@@ -1,6 +1,8 @@
 """The first steps of script/bench gpu: the machine, the tests marked gpu, weights, and setup."""
 
+import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,16 +52,14 @@ def gpu_tests(session: Session) -> None:
         "-m",
         "gpu",
     ]
-    command += ["-o", "addopts=", "-p", "no:cacheprovider", "-rfE", "--tb=short", "-W", "default"]
-    with file.open("w") as sink:
-        status = subprocess.run(
-            command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, check=False
-        )
-    lines = file.read_text().splitlines()
-    bad = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    session.record(
-        "gpu_tests", {"pytest": lines[-1].strip("= ")}, status=status.returncode, bad=bad
-    )
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-W", "default"]
+    try:
+        with file.open("w") as sink:
+            subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, check=False)
+    finally:  # also when its time is over
+        lines = file.read_text().splitlines() or [""]
+        bad = [line for line in lines if re.search(r"^tests/.* (FAILED|ERROR)|^ERROR tests", line)]
+        session.record("gpu_tests", {"pytest": lines[-1].strip("= "), "bad": bad})
 
 
 def checkpoint(session: Session) -> None:
@@ -75,6 +75,7 @@ def checkpoint(session: Session) -> None:
         seconds = round(time.perf_counter() - start, 1)
         session.record("checkpoint", {"made in, s": seconds, "it stays in": str(directory)})
     if session.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
     session.checkpoint = str(directory)
 
