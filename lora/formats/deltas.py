@@ -156,18 +156,17 @@ class LoKr:
     scaling: float
 
     def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
-        """See `Delta.add_to`; row block i of the product is `w1[i] (x) w2`, added by itself."""
+        """See `Delta.add_to`; row r of the product is `w1[r // h] (x) w2[r % h]`, of h rows of w2.
+
+        It is one operator: on a card, one for each row of w1 would take longer to send than to do.
+        """
         w1, w2 = self.w1.matrix(out), self.w2.matrix(out)
-        height = w2.shape[0]
-        for index in range(rows.start // height, -(-rows.stop // height)):
-            start = index * height
-            first, last = max(rows.start, start), min(rows.stop, start + height)
-            block = out[first - rows.start : last - rows.start]
-            block.view(last - first, w1.shape[1], w2.shape[1]).addcmul_(
-                w1[index].view(1, -1, 1),
-                w2[first - start : last - start].unsqueeze(1),
-                value=scale * self.scaling,
-            )
+        row = torch.arange(rows.start, rows.stop, device=out.device)
+        out.view(len(row), w1.shape[1], w2.shape[1]).addcmul_(
+            w1[row // w2.shape[0]].unsqueeze(2),
+            w2[row % w2.shape[0]].unsqueeze(1),
+            value=scale * self.scaling,
+        )
 
 
 @dataclass(frozen=True, slots=True)
