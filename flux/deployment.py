@@ -106,4 +106,6 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"FLUX_DEVICE={name}: no such device here ({error})") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # of this thread: Triton launches there, wherever tensors are
     return device

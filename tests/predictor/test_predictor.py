@@ -9,8 +9,9 @@ import torch
 from diffusers import FluxImg2ImgPipeline
 from PIL import Image
 from safetensors.torch import save
+from torch._subclasses import FakeTensorMode
 
-from flux.deployment import NANO
+from flux.deployment import NANO, Deployment
 from predict import Predictor
 from safety.checker import Verdict
 from tests.support.adapters import adapter
@@ -19,6 +20,7 @@ from tests.support.inputs import QUICK, SMALL
 from tests.support.pictures import colours, data_uri, difference, pixels, same
 from tests.support.planted import plant_flags
 from weights.serving.errors import DirectoryError, DiskSpaceError
+from weights.serving.settings import Settings
 
 
 def largest_difference(a: Image.Image, b: Image.Image) -> int:
@@ -113,6 +115,15 @@ def test_an_unknown_device_fails_setup_and_names_the_setting(start, device: str)
         pytest.skip("this machine has that device")
     with pytest.raises(ValueError, match=f"FLUX_DEVICE={device}: no such device here"):
         start(FLUX_DEVICE=device)
+
+
+def test_a_card_by_its_number_is_the_one_that_kernels_are_launched_on(monkeypatch) -> None:
+    """Triton launches on the thread's current device, whichever card the tensors are on."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with FakeTensorMode():  # which has every card
+        deployment = Deployment.choose(Settings(device="cuda:1", checkpoint="nano"))
+    assert current == [deployment.device] == [torch.device("cuda", 1)]
 
 
 def test_float8_activations(start) -> None:
