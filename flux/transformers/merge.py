@@ -205,18 +205,19 @@ class WorkingWeights:
         """Write one parameter from its base value; its record is unknown afterwards."""
         working = self._parameters[key]
         self._records[key] = UNKNOWN
-        if record and near and self._one_pass:
-            if factors := near.factors.get(key):
-                if self._one_pass.write(working, base, factors):
-                    return
-            else:
-                adapters = near.adapters
+        factors = near.factors.get(key) if near and record else None
+        if factors and self._one_pass and self._one_pass.write(working, base, factors):
+            return
         exact = base
         if record:
             here = base.to(working.device)  # before it is widened: half to carry
             exact = self._scratch_like(working).copy_(here)
+        if factors:
+            up, down, scales = factors
+            exact[: up.shape[0]].addmm_(up.float() * scales, down.float())
+        else:
             for digest, scale in record:
-                adapters[digest].add_to(exact, *key, self._base, scale)
+                (near.adapters if near else adapters)[digest].add_to(exact, *key, self._base, scale)
         self._store(working, exact)
 
     def _scratch_like(self, working: Tensor) -> Tensor:

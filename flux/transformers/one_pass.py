@@ -212,7 +212,11 @@ def one_pass(device: torch.device, limit: int) -> OnePass | None:
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, through page-locked memory, so that the host does not wait.
 
-    torch gives that memory to nobody else until the copy is made.
+    torch gives that memory to nobody else until the copy is made. Where the system locks no more,
+    the host waits.
     """
-    locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    return locked.to(device, non_blocking=True)
+    try:
+        locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:
+        return tensor.to(device)
+    return locked.copy_(tensor).to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.transformers.adapters import BaseValues
 from flux.transformers.merge import WorkingWeights
-from flux.transformers.one_pass import OnePass, one_pass
+from flux.transformers.one_pass import OnePass, _sent, one_pass
 from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
 from tests.support import tiny
@@ -141,6 +141,28 @@ def test_a_lack_of_memory_is_no_failure_of_the_kernel(values) -> None:
     kernel.error = None
     weights.reconcile([(lora("a"), 1.0)])
     assert kernel.written == len(values)
+
+
+def test_what_the_kernel_refuses_is_merged_from_the_device(values) -> None:
+    """Float8 weights on cards before Hopper: the kernel leaves them to torch's operators."""
+    deltas = {name: factors(ROWS, COLUMNS, 4, torch.bfloat16, ord(name)) for name in "qkv"}
+    weights, found = working(values, OnePass(lambda *_: False, ROOM, Bus()), float8=True)
+    reference, expected = working(values, float8=True)
+    for each in (weights, reference):
+        each.reconcile([(whole("a", **deltas), 0.5)])
+        each.reconcile([])
+    reference.reconcile([(whole("a", **deltas), 1.0)])
+    for delta in deltas.values():
+        delta.up.fill_(torch.nan)  # on the host
+    weights.reconcile([(whole("a", **deltas), 1.0)])
+    for name, weight in found.items():
+        exact = expected[name].dequantize(torch.float32)
+        torch.testing.assert_close(weight.dequantize(torch.float32), exact, rtol=2**-3, atol=1e-6)
+
+
+def test_without_page_locked_memory_factors_come_all_the_same() -> None:
+    tensor = torch.randn(3, 4)
+    assert torch.equal(_sent(tensor, CPU), tensor)  # nothing can be page-locked without a card
 
 
 @pytest.mark.parametrize("last", ["d", "e"])
