@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +18,16 @@ T = TypeVar("T")
 
 DEVICE_RESERVE = 6_500_000_000  # activations, scratch of a merge, and the allocator's rounding
 HOST_RESERVE = 17 * GB  # parsed adapters, Python, libraries, images
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is none
+CGROUP_LIMITS = (  # of a container, by version; the second has "max" where there is no limit
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    Path("/sys/fs/cgroup/memory.max"),
+)
+OUT_OF_MEMORY = (  # of the driver, cuBLAS and cuDNN; the last one says so if no workspace fits
+    "out of memory",
+    "ALLOC_FAILED",
+    "ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
+)
 
 
 def device_budget(setting: int | None, device: torch.device, loaded: int) -> int | None:
@@ -41,13 +50,14 @@ def device_budget(setting: int | None, device: torch.device, loaded: int) -> int
     return max(0, int(free) - DEVICE_RESERVE)
 
 
-def host_budget(setting: int | None, limit_file: Path = CGROUP_LIMIT) -> int:
+def host_budget(setting: int | None, limit_files: Sequence[Path] = CGROUP_LIMITS) -> int:
     """Bytes of host memory that base weights may take, beside the memory map."""
     if setting is not None:
         return setting
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
-    return max(0, (min(total, int(limit)) if limit.isdecimal() else total) - HOST_RESERVE)
+    limits = [file.read_text().strip() for file in limit_files if file.is_file()]
+    least = min([total, *(int(limit) for limit in limits if limit.isdecimal())])
+    return max(0, least - HOST_RESERVE)
 
 
 def answers(device: torch.device) -> bool:
@@ -80,13 +90,15 @@ def bytes_of(module: nn.Module) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device lacked memory.
 
-    This includes failed allocations of cuBLAS and cuDNN, which have no exception class of their
-    own, and all of these inside a compiler's exception.
+    This includes failed allocations of the driver, cuBLAS and cuDNN, which have no exception class
+    of their own, and all of these inside a compiler's exception.
     """
     inner = getattr(error, "inner_exception", None)
     if isinstance(inner, BaseException):
         return is_out_of_memory(inner)
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in OUT_OF_MEMORY)
 
 
 def with_fallback(

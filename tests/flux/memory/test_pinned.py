@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
+from flux.memory.budget import (
+    DEVICE_RESERVE,
+    HOST_RESERVE,
+    bytes_of,
+    device_budget,
+    host_budget,
+    is_out_of_memory,
+)
 from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
 from tests.support import tiny
 from weights.serving.inventory import PAGE_LOCKED, place_of
@@ -183,10 +191,35 @@ def test_budgets_as_set_and_as_measured(tmp_path) -> None:
     assert device_budget(100, CPU, loaded=5) == 95
     limit = tmp_path / "memory.max"
     limit.write_text(f"{HOST_RESERVE + 7}\n")
-    assert host_budget(3, limit) == 3
-    assert host_budget(None, limit) == 7
+    assert host_budget(3, [limit]) == 3
+    assert host_budget(None, [limit]) == 7
+    older = tmp_path / "memory.limit_in_bytes"
+    older.write_text(f"{HOST_RESERVE + 5}\n")
+    assert host_budget(None, [older, limit]) == 5
     limit.write_text("max\n")
-    assert host_budget(None, limit) == host_budget(None, tmp_path / "absent")
+    older.write_text(f"{2**63 - 4096}\n")  # there is no limit
+    assert host_budget(None, [older, limit]) == host_budget(None, [tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_messages_of_a_device_without_memory(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+    assert is_out_of_memory(BackendCompilerFailed(print, RuntimeError(message), None))
+
+
+def test_messages_of_other_failures() -> None:
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000"))
+    assert not is_out_of_memory(ValueError("out of memory"))
 
 
 @pytest.mark.gpu
