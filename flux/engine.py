@@ -124,9 +124,12 @@ class Engine:
             )
 
     def warm_up(self, check_cancelled: CheckCancelled) -> None:
-        """Compile the transformers by running one step of each."""
-        if self._compilation is None:
-            return
+        """Compile the transformers by running one step of each, and what merges adapters."""
+        if self._compilation is not None:
+            self._compile(check_cancelled)
+        self._transformers.warm_up()
+
+    def _compile(self, check_cancelled: CheckCancelled) -> None:
         with warming_up():
             for key in to_warm_up(self.at_start, self._transformers.precisions):
                 try:

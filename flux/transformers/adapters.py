@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 ParameterName = tuple[str, str]
@@ -78,4 +79,12 @@ class OnePassLike(Protocol):
 
     def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
         """Write a weight from its base value; return whether it is written."""
+        ...
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what writes weights of this dtype, and float8 ones."""
+        ...
+
+    def forget(self) -> None:
+        """Give back the memory of adapters on the device; they come again where they are wanted."""
         ...

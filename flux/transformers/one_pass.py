@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from flux.transformers.adapters import (
     MergeRecord,
     ParameterName,
 )
+from flux.transformers.quantize import empty_float8
 from weights.serving.settings import GB
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ Send = Callable[[Tensor], Tensor]
 MAX_RANK = 512  # of all adapters together; above, products take longer than the passes they save
 SCALES = 4  # of each set of adapters, whose vectors are kept
 SETS = 64  # whose size is remembered as too large
+RANKS = (16, 32)  # the kernel has a form for ranks up to 16, and one for all above
+SIDE = 64  # of a weight to compile for: a multiple of 16, as those of FLUX.1 are
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +120,30 @@ class OnePass:
             if is_out_of_memory(error):
                 raise
             self.failed = True
-            self._held = Recent(self._limit)  # nothing there is used any more
+            self.forget()  # nothing there is used any more
             logger.warning(
                 "Adapters are merged by torch's operators until a restart", exc_info=error
             )
             return False
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Have the kernel compiled for the usual factors; the first requests would wait for it.
+
+        Args:
+            dtype: of weights that are not float8.
+        """
+        base = self._send(torch.zeros(SIDE, SIDE, dtype=dtype))
+        float8 = empty_float8(base.shape, dtype, base.device, dynamic=False)
+        for rank, working in product(RANKS, (torch.empty_like(base), float8)):
+            up, down = (
+                torch.zeros(size, dtype=torch.bfloat16) for size in ((SIDE, rank), (rank, SIDE))
+            )
+            scales = torch.zeros(rank, dtype=torch.float32)
+            self.write(working, base, (self._send(up), self._send(down), self._send(scales)))
+
+    def forget(self) -> None:
+        """Give back the memory of adapters on the device; they come again where they are wanted."""
+        self._held = Recent(self._limit)
 
     def _upload(
         self, digests: tuple[str, ...], adapters: Mapping[str, AdapterLike]

@@ -98,6 +98,11 @@ class Transformers:
         """The transformers on the device, the least recently used first."""
         return tuple(k for k in self._residency.resident if isinstance(k, Key))
 
+    def warm_up(self) -> None:
+        """Compile what merges adapters, so that no request waits for it."""
+        if self._one_pass:
+            self._one_pass.warm_up(next(self.modules[ORDER[0]].parameters()).dtype)
+
     def reconcile(
         self,
         key: Key,
@@ -137,8 +142,7 @@ class Transformers:
 
         def recoverable(error: Exception) -> bool:
             if is_out_of_memory(error):
-                logger.warning("Out of memory on %s, trying again with less there", self._device)
-                logger.warning("%s", error)
+                logger.warning("Out of memory on %s, trying with less: %s", self._device, error)
                 return True
             return False
 
@@ -149,6 +153,8 @@ class Transformers:
         for other in self._residency.resident:
             if other != key and self._placement.shares_device:
                 self._evict(other)
+        if self._one_pass:
+            self._one_pass.forget()
         empty_cache(self._device)
         try:
             return work()

@@ -17,8 +17,9 @@ CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 
 
-def make(base_weights, budget=None, dynamic=False) -> Transformers:
-    return Transformers(tiny.opened(base_weights), CPU, dynamic=dynamic, budget=budget)
+def make(base_weights, budget=None, dynamic=False, one_pass=None) -> Transformers:
+    opened = tiny.opened(base_weights)
+    return Transformers(opened, CPU, dynamic=dynamic, budget=budget, one_pass=one_pass)
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:

@@ -12,6 +12,8 @@ from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass, _sent, one_pass
 from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
+from tests.flux.pools import DEV, assert_same, make
+from tests.flux.pools import bits as bits_of
 from tests.support import tiny
 
 ROWS, COLUMNS = 32, 48
@@ -131,6 +133,34 @@ def test_a_kernel_that_fails_is_left_alone_and_no_request_fails(values, caplog, 
     assert caplog.text.count("PTXAS error: injected") == 1
     assert "Traceback" in caplog.text
     assert "until" in caplog.text
+
+
+def test_a_kernel_that_fails_while_it_is_compiled_in_setup_fails_no_request(values, caplog) -> None:
+    merging = OnePass(Kernel(RuntimeError("PTXAS error: injected")), ROOM, Bus())
+    merging.warm_up(torch.bfloat16)
+    assert "PTXAS error: injected" in caplog.text
+    weights, found = working(values, merging)
+    reference, expected = working(values)
+    for each in (weights, reference):
+        each.reconcile([(lora("a"), 1.0)])
+    assert same(bits(found), bits(expected))
+
+
+def test_adapters_leave_where_memory_is_short_and_come_again(base_weights, pair) -> None:
+    bus, times = Bus(), iter(range(1))
+    transformers = make(base_weights, one_pass=OnePass(Kernel(), ROOM, bus))
+    transformers.reconcile(DEV, [(pair[0], 1.0)])
+    before, merged = bus.sent, bits_of(transformers.modules[DEV])
+
+    def work() -> None:
+        if next(times, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    transformers.with_room(DEV, work)
+    transformers.reconcile(DEV, [])
+    transformers.reconcile(DEV, [(pair[0], 1.0)])
+    assert bus.sent == 2 * before
+    assert_same(bits_of(transformers.modules[DEV]), merged)
 
 
 def test_a_lack_of_memory_is_no_failure_of_the_kernel(values) -> None:
