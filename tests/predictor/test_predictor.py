@@ -32,7 +32,8 @@ def largest_difference(a: Image.Image, b: Image.Image) -> int:
 
 @pytest.mark.parametrize(("model", "steps"), [("dev", 5), ("schnell", 4)])
 def test_text_to_image_is_diffusers_own(start, model: str, steps: int) -> None:
-    (ours,) = start()(model=model, num_inference_steps=steps, guidance_scale=2.5, seed=3)
+    inputs = {"model": model, "num_inference_steps": steps, "guidance_scale": 2.5, "seed": 3}
+    (ours,) = start()(**inputs, megapixels="0.25")
     theirs = diffusers()[model](
         QUICK["prompt"],
         width=512,
@@ -75,7 +76,7 @@ def test_a_checkpoint_of_other_dimensions(start, other_checkpoint, tmp_path) -> 
     path, mask = tmp_path / "picture.png", tmp_path / "mask.png"
     colours(80, 112).save(path)
     Image.linear_gradient("L").save(mask)
-    assert generate()[0].size == (512, 512)
+    assert generate(megapixels="0.25")[0].size == (512, 512)
     assert generate(aspect_ratio="custom", width=272, height=304)[0].size == (272, 304)
     assert generate(image=path)[0].size == (80, 112)
     assert generate(image=path, mask=mask, model="schnell")[0].size == (80, 112)
@@ -128,7 +129,8 @@ def test_a_card_by_its_number_is_the_one_that_kernels_are_launched_on(monkeypatc
 
 def test_float8_activations(start) -> None:
     """The form that cards use, computed on a CPU: a little further from bf16."""
-    (exact,), (weights,) = (start()(go_fast=go_fast) for go_fast in (False, True))
+    size = {"megapixels": "0.25"}
+    (exact,), (weights,) = (start()(go_fast=fast, **size) for fast in (False, True))
     (dynamic,) = start(FLUX_FP8_ACTIVATIONS="fp8")(go_fast=True)
     assert 0 < difference(dynamic, exact) < 4
     assert not same(dynamic, weights)

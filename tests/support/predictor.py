@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from predict import Predictor
-from tests.support.inputs import QUICK
+from tests.support.inputs import QUICK, SMALL
+
+SIZES = {"aspect_ratio", "megapixels"}
 
 Generate = Callable[..., list[Image.Image]]
 """A predictor's `run`, with the images in place of their files."""
@@ -19,7 +21,10 @@ Generate = Callable[..., list[Image.Image]]
 def set_up_predictor(
     monkeypatch: pytest.MonkeyPatch, outputs: Path, **environment: str
 ) -> Generate:
-    """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images."""
+    """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images.
+
+    Without go_fast, images are as small as they may be, unless their size is given.
+    """
     settings = {
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": "cpu",
@@ -34,7 +39,8 @@ def set_up_predictor(
     predictor.setup()
 
     def generate(**inputs: Any) -> list[Image.Image]:
-        options = {**defaults(predictor.run), **QUICK, "output_format": "png", **inputs}
+        small = {} if inputs.get("go_fast") or inputs.keys() & SIZES else SMALL
+        options = {**defaults(predictor.run), **QUICK, **small, "output_format": "png", **inputs}
         return [_load(path) for path in predictor.run(**options)]
 
     return generate
