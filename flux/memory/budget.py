@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from flux.memory.residency import BudgetError
 from weights.serving.inventory import size_of
 from weights.serving.settings import GB
 
@@ -22,7 +23,7 @@ CGROUP_LIMITS = (  # of a container, by version; the second has "max" where ther
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
     Path("/sys/fs/cgroup/memory.max"),
 )
-OUT_OF_MEMORY = (  # of the driver, cuBLAS and cuDNN; the last one says so if no workspace fits
+OUT_OF_MEMORY = (  # of the driver, cuBLAS and cuDNN; the last is cuDNN's where no workspace fits
     "out of memory",
     "ALLOC_FAILED",
     "ALLOCATION_FAILED",
@@ -98,7 +99,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return is_out_of_memory(inner)
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in OUT_OF_MEMORY)
+    if isinstance(error, BudgetError) or not isinstance(error, RuntimeError):
+        return False  # a budget's message may quote a lack of page-locked memory
+    return any(message in str(error) for message in OUT_OF_MEMORY)
 
 
 def with_fallback(

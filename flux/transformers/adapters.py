@@ -60,7 +60,7 @@ class DeviceAdapters:
     """Adapters on the device.
 
     Attributes:
-        factors: for weights that `OnePassLike.write` can write, what it takes.
+        factors: for weights that get LoRA deltas only, what `OnePassLike.write` takes.
         adapters: by digest, for all others.
     """
 

@@ -4,8 +4,10 @@ A merge that sends factors from the host does so for each weight, twice, from me
 page-locked, and each of these copies holds the host up. So all that adapters hold is brought to the
 device when they are first merged there, and the least recently used leave. For each weight that
 gets plain LoRA deltas only, the factors of all adapters are one `up` and one `down`, side by side,
-for `flux/transformers/lora_kernel.py`. Other differences are brought as they are, and take the path
-of torch's operators in flux/transformers/merge.py, which is also the reference for the kernel.
+for `flux/transformers/lora_kernel.py`. Where that leaves a weight alone (float8 on cards before
+Hopper), torch's operators add the same factors. Other differences are brought as they are, and take
+the path of torch's operators in flux/transformers/merge.py, which is also the reference for the
+kernel.
 
 The factors are kept by the set of adapters, without their scales, so that another scale brings
 only a vector. Two sets that share an adapter hold it twice, which the limit counts.
@@ -44,7 +46,7 @@ Send = Callable[[Tensor], Tensor]
 MAX_RANK = 512  # of all adapters together; above, products take longer than the passes they save
 SCALES = 4  # of each set of adapters, whose vectors are kept
 SETS = 64  # whose size is remembered as too large
-RANKS = (16, 32)  # the kernel has a form for ranks up to 16, and one for all above
+RANKS = (16, 32)  # one for each of `lora_kernel.DEPTHS`, by which the kernel's form is chosen
 SIDE = 64  # of a weight to compile for: a multiple of 16, as those of FLUX.1 are
 
 
@@ -66,7 +68,7 @@ class DeviceAdapterSet:
     """A set of adapters on the device.
 
     Attributes:
-        factors: for each weight that the kernel can write.
+        factors: for each weight that gets LoRA deltas only.
         adapters: by digest, with the differences to all others.
         scaled: the same with scales of the adapters.
     """
@@ -129,9 +131,19 @@ class OnePass:
     def warm_up(self, dtype: torch.dtype) -> None:
         """Have the kernel compiled for the usual factors; the first requests would wait for it.
 
+        Where there is no memory for it, they do.
+
         Args:
             dtype: of weights that are not float8.
         """
+        try:
+            self._warm_up(dtype)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.info("The first adapters wait for their kernel: %s", error)
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
         base = self._send(torch.zeros(SIDE, SIDE, dtype=dtype))
         float8 = empty_float8(base.shape, dtype, base.device, dynamic=False)
         for rank, working in product(RANKS, (torch.empty_like(base), float8)):
@@ -211,6 +223,30 @@ def _packed(parts: Sequence[Sequence[LowRank] | None]) -> Factors | None:
     return Factors(ups, downs, scalings)
 
 
+class PageLockedWay:
+    """The way to a device through page-locked memory, so that the host does not wait.
+
+    torch gives that memory to nobody else until the copy is made. Where the system locks no more,
+    the host waits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._locks = True
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor."""
+        if self._locks:
+            try:
+                locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError as error:
+                logger.warning("Adapters are sent from memory that is not page-locked: %s", error)
+                self._locks = False
+            else:
+                return locked.copy_(tensor).to(self._device, non_blocking=True)
+        return tensor.to(self._device)
+
+
 def one_pass(device: torch.device, limit: int) -> OnePass | None:
     """What writes weights on a device; None where torch's operators do.
 
@@ -229,17 +265,4 @@ def one_pass(device: torch.device, limit: int) -> OnePass | None:
         logger.warning("Adapters are merged by torch's operators", exc_info=error)
         return None
     float8 = torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
-    return OnePass(partial(write, float8=float8), limit, lambda tensor: _sent(tensor, device))
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, through page-locked memory, so that the host does not wait.
-
-    torch gives that memory to nobody else until the copy is made. Where the system locks no more,
-    the host waits.
-    """
-    try:
-        locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError:
-        return tensor.to(device)
-    return locked.copy_(tensor).to(device, non_blocking=True)
+    return OnePass(partial(write, float8=float8), limit, PageLockedWay(device))

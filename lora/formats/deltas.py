@@ -156,7 +156,7 @@ class LoKr:
     scaling: float
 
     def add_to(self, out: Tensor, rows: slice, scale: float, _weight: Weight, /) -> None:
-        """See `Delta.add_to`; row r of the product is `w1[r // h] (x) w2[r % h]`, of h rows of w2.
+        """See `Delta.add_to`; with h rows in w2, row r of it is `w1[r // h] (x) w2[r % h]`.
 
         It is one operator: on a card, one for each row of w1 would take longer to send than to do.
         """

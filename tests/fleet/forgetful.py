@@ -29,7 +29,7 @@ class Forgetful(BaseHTTPRequestHandler):
         self._answer(202, "starting")
 
     def do_POST(self) -> None:
-        if known.is_set():
+        if known.is_set() and not over.is_set():
             cancels.append(self.path)
         if len(cancels) == 2:
             over.set()

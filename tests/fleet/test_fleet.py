@@ -40,7 +40,7 @@ def test_another_replica_answers_when_a_server_dies(fleet, several) -> None:
 def lose(fleet: Fleet, pool: ThreadPoolExecutor, command: bytes) -> None:
     """Lose a replica in a prediction: the caller gets the picture of the same seed all the same."""
     workers = fleet.pids(WORKER)
-    inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 20}
+    inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 50}
     with webhook() as (hook, payloads, _):
         body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["start", "logs"]}
         calls = [pool.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]

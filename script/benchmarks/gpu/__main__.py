@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,9 @@ def main() -> int:
     until = time.time() + 60 * arguments.minutes
     before = len(results.rows())
     steps = chosen(STEPS, arguments.only)
-    supervise(
-        steps, lambda names, extra: _worker(arguments, until, names, extra), results, until, pace
-    )
+    start = partial(_worker, arguments, until)
+    with suppress(KeyboardInterrupt):  # what was measured is worth a table
+        supervise(steps, start, results, until, pace)
     rows = results.rows()[before:]
     print("\n".join(table(rows)))
     print(f"\n{arguments.out}/results.jsonl has all of it, {arguments.out}/log.txt the log")

@@ -19,6 +19,7 @@ from flux.memory.budget import (
     is_out_of_memory,
 )
 from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
+from flux.memory.residency import BudgetError
 from tests.support import tiny
 from weights.serving.inventory import PAGE_LOCKED, place_of
 
@@ -220,6 +221,7 @@ def test_messages_of_other_failures() -> None:
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
     assert not is_out_of_memory(RuntimeError("out of resource: shared memory, Required: 300000"))
     assert not is_out_of_memory(ValueError("out of memory"))
+    assert not is_out_of_memory(BudgetError("no page-locked memory (CUDA error: out of memory)"))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.transformers.adapters import BaseValues
 from flux.transformers.merge import WorkingWeights
-from flux.transformers.one_pass import OnePass, _sent, one_pass
+from flux.transformers.one_pass import OnePass, PageLockedWay, one_pass
 from tests.flux.low_rank import Kernel, base, bits, factors, same, whole, working
 from tests.flux.merging import SIZE, assert_bits, state
 from tests.flux.pools import DEV, assert_same, make
@@ -146,6 +146,16 @@ def test_a_kernel_that_fails_while_it_is_compiled_in_setup_fails_no_request(valu
     assert same(bits(found), bits(expected))
 
 
+def test_a_lack_of_memory_in_setup_leaves_the_kernel_to_the_first_request(values) -> None:
+    kernel = Kernel(torch.OutOfMemoryError("CUDA out of memory (pretended)"))
+    merging = OnePass(kernel, ROOM, Bus())
+    merging.warm_up(torch.bfloat16)
+    kernel.error = None
+    weights, _ = working(values, merging)
+    weights.reconcile([(lora("a"), 1.0)])
+    assert kernel.written == len(values)
+
+
 def test_adapters_leave_where_memory_is_short_and_come_again(base_weights, pair) -> None:
     bus, times = Bus(), iter(range(1))
     transformers = make(base_weights, one_pass=OnePass(Kernel(), ROOM, bus))
@@ -190,9 +200,11 @@ def test_what_the_kernel_refuses_is_merged_from_the_device(values) -> None:
         torch.testing.assert_close(weight.dequantize(torch.float32), exact, rtol=2**-3, atol=1e-6)
 
 
-def test_without_page_locked_memory_factors_come_all_the_same() -> None:
-    tensor = torch.randn(3, 4)
-    assert torch.equal(_sent(tensor, CPU), tensor)  # nothing can be page-locked without a card
+def test_without_page_locked_memory_factors_come_all_the_same(caplog) -> None:
+    tensor, send = torch.randn(3, 4), PageLockedWay(CPU)
+    for _ in range(2):
+        assert torch.equal(send(tensor), tensor)  # nothing can be page-locked without a card
+    assert caplog.text.count("memory that is not page-locked") == 1
 
 
 @pytest.mark.parametrize("last", ["d", "e"])
