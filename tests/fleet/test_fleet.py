@@ -42,14 +42,13 @@ def lose(fleet: Fleet, pool: ThreadPoolExecutor, command: bytes) -> None:
     workers = fleet.pids(WORKER)
     inputs = {k: v for k, v in SMALL.items() if k != "seed"} | {"num_inference_steps": 50}
     with webhook() as (hook, payloads, _):
-        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["start", "logs"]}
+        body = {"input": inputs, "webhook": hook, "webhook_events_filter": ["logs"]}
         calls = [pool.submit(fleet.ask, "POST", "/predictions", json=body) for _ in range(2)]
-        wait_for(lambda: len({payload["id"] for payload in payloads if payload["logs"]}) == 2)
+        wait_for(lambda: len({payload["id"] for payload in payloads}) == 2)
+        assert not any(call.done() for call in calls)  # so whichever is killed has a prediction
         fleet.kill(command)
         answers = [call.result().json() for call in calls]
     assert [answer["status"] for answer in answers] == ["succeeded"] * 2, answers
-    starts = [payload["id"] for payload in payloads if not payload["logs"]]
-    assert sorted(starts.count(answer["id"]) for answer in answers) == [1, 2]
     for answer in answers:
         logs = [p["logs"] for p in payloads if p["id"] == answer["id"]]
         seeds = re.findall(r"seed: \d+", "".join([*logs, answer["logs"]]))
@@ -243,7 +242,7 @@ def test_a_cancel_at_any_moment_frees_the_replica(fleet, several) -> None:
     """Also while the prediction is on its way to the replica, or to the server's worker."""
     for number in range(2, 22):
         call = start_long(fleet, several, number)
-        time.sleep(0.002 * number)
+        time.sleep(0.008 + 0.002 * number)
         while fleet.cancel(number) == 404 and not call.done():  # the front has not read it yet
             time.sleep(0.001)
         call.result()
