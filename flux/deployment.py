@@ -34,7 +34,10 @@ class Deployment:
 
     @classmethod
     def choose(cls, settings: Settings) -> "Deployment":
-        """Resolve every `auto`, and log the result."""
+        """Resolve every `auto`, and log the result.
+
+        A CUDA device that is named by its number becomes the calling thread's current one.
+        """
         device = _device(_unless_auto(settings.device, "cuda" if _has_cuda() else "cpu"))
         checkpoint = chosen_checkpoint(settings)
         on_cpu = device.type == "cpu"

@@ -138,7 +138,8 @@ class Session:
         **inputs: Any,
     ) -> Generated:
         """Generate some images after a short one; record the median, and return that image."""
-        first = self.generate(self.request(**{**inputs, "steps": 2}), adapters, eager=eager)
+        short = self.request(**{**inputs, "steps": 2})
+        first = self.generate(short, adapters, eager=eager)
         runs = [self.generate(self.request(**inputs), adapters, eager=eager) for _ in range(rounds)]
         median = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
         self.record(
@@ -151,7 +152,7 @@ class Session:
             runs=[round(run.seconds, 4) for run in runs],
             stages=median.stages,
             first_step_ms=round(first.step_ms, 2),
-            compiled=not eager and self.engine.compiled(self.request(**inputs)),
+            compiled=not eager and self.engine.compiled(short),
         )
         return median
 
