@@ -3,14 +3,16 @@
 Compilation is regional (diffusers' `compile_repeated_blocks`): FLUX.1's 57 blocks are of two
 classes, so each class is compiled once. The graphs are shared by all blocks, by dev and schnell,
 and by all adapters, because weights are inputs of the graphs. There are separate graphs for each
-precision (float8 weights are another class of tensor), and for the first block of each class: the
-strides of its input differ from those that the blocks pass to each other.
+precision (float8 weights are another class of tensor), and for the first single block: the strides
+of its inputs differ from those that single blocks pass to each other.
 
 - `dynamic=True`: one graph for all numbers of tokens. torch takes two dimensions that are equal
   while tracing for the same dimension ("duck shapes"), and 4096, the tokens of a megapixel, is also
   T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
 - `specialize_float=True`: with `dynamic=True`, torch also takes the norms' epsilons for inputs that
   vary, learns after tracing that they cannot, and traces the graph again.
+- The embedders' outputs are detached, which copies nothing. They are views of matrix products, and
+  torch traces a block again when its input is a view for the first time, or is none.
 - `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
   it reaches the fallback below, and the log.
 - torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are generated
@@ -106,6 +108,8 @@ class Compilation:
     def __init__(self, modules: Mapping[Key, nn.Module], backend: str = "inductor") -> None:
         self._eager: set[Key] = set()
         for module in modules.values():
+            for embedder in (module.x_embedder, module.context_embedder):
+                embedder.register_forward_hook(_detached)  # type: ignore[union-attr]
             module.compile_repeated_blocks(  # type: ignore[operator]
                 dynamic=True,
                 fullgraph=True,
@@ -212,6 +216,11 @@ def warming_up() -> Iterator[None]:
 def graphs() -> int:
     """How many graphs this process has compiled."""
     return int(counters["stats"]["unique_graphs"])
+
+
+def _detached(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    """The output of a linear layer as a tensor of its own, no view of another; of the same data."""
+    return output.detach()
 
 
 def _eagerly(work: Callable[[], T]) -> T:
