@@ -4,11 +4,13 @@ Filled by whoever loads, shown once, as a table at the end of setup. Sizes and p
 the tensors themselves, by protocol, so that this package needs no torch.
 """
 
+import bisect
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,15 +146,20 @@ def place_of(tensors: Iterable[TensorLike]) -> str:
     for tensor in tensors:
         place = str(tensor.device)
         if place == "cpu":
-            address = tensor.data_ptr()
-            in_map = any(start <= address < end for start, end in mapped)
+            in_map = _is_within(tensor.data_ptr(), mapped)
             place = PAGE_LOCKED if tensor.is_pinned() else MAPPED if in_map else HOST
         sizes[place] = sizes.get(place, 0) + size_of([tensor])
     return max(sizes, key=sizes.__getitem__, default=HOST)
 
 
+def _is_within(address: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether one of these ranges, which are in the order of their starts, has the address."""
+    count = bisect.bisect_right(ranges, address, key=itemgetter(0))
+    return count > 0 and address < ranges[count - 1][1]
+
+
 def _mapped_files() -> list[tuple[int, int]]:
-    """Address ranges of this process that are backed by files."""
+    """Address ranges of this process that are backed by files, in order, as Linux lists them."""
     if not MAPS.is_file():
         return []
     found = []
