@@ -19,6 +19,7 @@ import requests
 SERVE = Path(__file__).resolve().parents[1] / "serve"
 SILENT_SECONDS = 600  # a first start downloads for an hour, but says so in its log
 STOP_SECONDS = 5
+INTERRUPTED_SECONDS = 1  # nobody waits for what it may still be generating or loading
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
 LATE_LOG = "coglet::user"  # and what it had logged of setup when the server was ready already
 
@@ -66,7 +67,7 @@ class Server:
         try:
             self._wait_until_ready()
         except BaseException:
-            self.stop()
+            self.stop(INTERRUPTED_SECONDS)
             raise
         return self
 
@@ -76,7 +77,7 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.stop(STOP_SECONDS if error is None else INTERRUPTED_SECONDS)
 
     @property
     def pid(self) -> int:
@@ -109,12 +110,16 @@ class Server:
         """Whether the server's process is there."""
         return self._process.poll() is None
 
-    def stop(self) -> None:
-        """Ask the server to end, then make it; returns when it and its worker are gone."""
+    def stop(self, patience: float = STOP_SECONDS) -> None:
+        """Ask the server to end, then make it; returns when it and its worker are gone.
+
+        Args:
+            patience: seconds that it has to end by itself.
+        """
         self._session.close()
         if self.running:
             self._process.terminate()
-        self._reader.join(STOP_SECONDS)  # the pipe closes when the worker, too, has ended
+        self._reader.join(patience)  # the pipe closes when the worker, too, has ended
         self.kill()
 
     def kill(self) -> None:

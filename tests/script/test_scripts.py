@@ -93,7 +93,6 @@ def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypat
     stand_in.chmod(0o755)
     monkeypatch.setattr("serving.server.SERVE", stand_in)
     monkeypatch.setattr("serving.server.SILENT_SECONDS", 0.6)
-    monkeypatch.setattr("serving.server.STOP_SECONDS", 0.5)
     with pytest.raises(ServerError, match=r"silent for 0.6 s:\n(.*\n)*line 5"), Server():
         pass
 
