@@ -25,10 +25,19 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""
-    from tests.support.server import logged_server
+    from tests.support.server import THREADS, logged_server
 
-    with logged_server(tmp_path_factory.mktemp("outputs")) as running:
+    with logged_server(tmp_path_factory.mktemp("outputs"), **THREADS) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def usual(tmp_path_factory) -> "Generate":
+    """The `run` of a predictor under the default settings, one for all tests; gives images."""
+    from tests.support.predictor import set_up_predictor
+
+    with pytest.MonkeyPatch.context() as patch:
+        return set_up_predictor(patch, tmp_path_factory.mktemp("outputs"))
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,20 @@
-"""A fleet of two replicas, one for all tests, and a single server to compare it with."""
+"""A fleet of two replicas, one for all tests."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from serving.server import Server
 from tests.fleet.running import MARK, QUEUE, ROOT, Fleet, hang_up_until
-from tests.support.server import LoggedServer, logged_server
-
-THREADS = {"OMP_NUM_THREADS": "1"}  # the same for all: pictures are compared to the bit
+from tests.support.server import THREADS
 
 
 @pytest.fixture(scope="module")
-def starting(tmp_path_factory) -> Iterator["Future[LoggedServer]"]:
-    """The single server, which starts beside the fleet."""
-    single = logged_server(tmp_path_factory.mktemp("single"), **THREADS)
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        yield pool.submit(stack.enter_context, single)
-
-
-@pytest.fixture(scope="module")
-def server(starting) -> LoggedServer:
-    return starting.result()
-
-
-@pytest.fixture(scope="module")
-def running(starting, tmp_path_factory) -> Iterator[Fleet]:
+def running(tmp_path_factory) -> Iterator[Fleet]:
     """The fleet as it is; a replica may have been lost and its successor still be starting."""
     directory = tmp_path_factory.mktemp("fleet")
     settings = {

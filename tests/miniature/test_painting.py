@@ -20,7 +20,7 @@ from miniature.training.world import Object, Scene
 from tests.support.pictures import data_uri, difference, pixels, same
 from tests.support.server import LoggedServer
 
-STEPS = {"dev": 10, "schnell": 4}
+STEPS = {"dev": 8, "schnell": 4}
 RED_ON_BLUE = "a red circle on a blue background"
 BLACK_ON_WHITE = "a black circle on a white background"
 

@@ -15,7 +15,7 @@ from flux.sampling import ASPECT_RATIOS
 from flux.transformers.compile import graphs
 from tests.support.adapters import adapter
 from tests.support.pictures import colours, data_uri, difference, same
-from tests.support.predictor import Generate, set_up_predictor
+from tests.support.predictor import Generate, set_up_predictor, without_decoding
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
@@ -82,8 +82,9 @@ def modes(pictures: dict[str, Path]) -> Iterator[dict[str, object]]:
     yield {"image": pictures["other"], "replicate_weights": one, "num_outputs": 4}
 
 
-def test_no_request_makes_a_graph(compiled, pictures) -> None:
+def test_no_request_makes_a_graph(compiled, pictures, monkeypatch) -> None:
     """Each size with one of the four transformers in turn, each mode and adapter with all."""
+    without_decoding(monkeypatch)
     before, transformers = graphs(), list(product(["dev", "schnell"], [False, True]))
     requests = list(zip(sizes(), cycle(transformers), strict=False))
     requests += product(modes(pictures), transformers)
@@ -93,20 +94,17 @@ def test_no_request_makes_a_graph(compiled, pictures) -> None:
 
 
 @pytest.mark.parametrize("go_fast", [False, True])
-def test_a_compiled_image_is_close_to_the_eager_one(
-    compiled, monkeypatch, tmp_path, go_fast: bool
-) -> None:
+def test_a_compiled_image_is_close_to_the_eager_one(compiled, usual, go_fast: bool) -> None:
     """A mean of half a step of 255 in bf16 requests; float8 rounds at places of its own."""
-    eager = set_up_predictor(monkeypatch, tmp_path, FLUX_COMPILE="off")
     inputs = {"go_fast": go_fast, "num_inference_steps": 4}
-    expected, generated = eager(**inputs)[0], compiled(**inputs)[0]
+    expected, generated = usual(**inputs)[0], compiled(**inputs)[0]
     assert difference(generated, expected) < (2 if go_fast else 0.5)
     assert (
-        difference(generated, eager(**inputs, prompt="a black star on a yellow background")[0]) > 10
+        difference(generated, usual(**inputs, prompt="a black star on a yellow background")[0]) > 10
     )
     style = data_uri(save(adapter(1)))
     adapted = {**inputs, "replicate_weights": style}
-    assert difference(compiled(**adapted)[0], eager(**adapted)[0]) < (2 if go_fast else 0.5)
+    assert difference(compiled(**adapted)[0], usual(**adapted)[0]) < (2 if go_fast else 0.5)
     assert same(compiled(**inputs)[0], generated)
 
 

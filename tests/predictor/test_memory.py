@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from tests.support.embedded import diffusers
 from tests.support.pictures import data_uri, difference, same
 
 
+@cache
 def gigabytes(name: str) -> float:
     """What FLUX_DEVICE_MEMORY_GB must be for dev or schnell to fit in bf16, and no more."""
     pipeline = diffusers()[name]
@@ -29,12 +30,12 @@ def gigabytes(name: str) -> float:
     return sum(bytes_of(module) for module in (*shared, pipeline.transformer)) / 1e9 + 1e-6
 
 
-def test_a_device_with_room_for_one_serves_all_to_the_bit(start, caplog) -> None:
-    roomy, quick = start(), {"num_inference_steps": 1}
+def test_a_device_with_room_for_one_serves_all_to_the_bit(start, usual, caplog) -> None:
+    quick = {"num_inference_steps": 1}
     narrow = start(FLUX_DEVICE_MEMORY_GB=str(gigabytes("dev")))
     for model, go_fast in [("schnell", False), ("dev", True), ("dev", False), ("schnell", True)]:
         request = {"model": model, "go_fast": go_fast, **quick}
-        assert same(narrow(**request)[0], roomy(**request)[0])
+        assert same(narrow(**request)[0], usual(**request)[0])
     assert "dev bf16 leaves cpu" in caplog.text
 
 
@@ -70,8 +71,8 @@ def test_out_of_memory_in_a_step(start, monkeypatch, caplog, times) -> None:
     assert same(generate(go_fast=True)[0], fast)
 
 
-def test_out_of_memory_in_the_text_encoders(start, monkeypatch, caplog) -> None:
-    expected = start()(prompt="a heart")[0]
+def test_out_of_memory_in_the_text_encoders(start, usual, monkeypatch, caplog) -> None:
+    expected = usual(prompt="a heart")[0]
     forward, remaining = T5EncoderModel.forward, iter(range(1))
 
     def runs_out(*args: object, **options: object) -> object:
@@ -120,9 +121,9 @@ def test_no_step_reads_from_the_device(start, monkeypatch, go_fast) -> None:
     assert reads.found == []
 
 
-def test_all_copies_are_made_before_a_step_is_generated(start, monkeypatch) -> None:
+def test_all_copies_are_made_before_a_step_is_generated(start, usual, monkeypatch) -> None:
     """Also those that a stream makes as late as it may, of transformers that take turns."""
-    expected = [start()(model=model)[0] for model in ("schnell", "dev")]
+    expected = [usual(model=model)[0] for model in ("schnell", "dev")]
     stream, forward = Late(), FluxTransformer2DModel.forward
 
     def check(*args: object, **options: object) -> object:
@@ -144,9 +145,11 @@ class FromFiles(Late):
         return isinstance(source, nn.Parameter)
 
 
-def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeypatch) -> None:
+def test_setup_reads_every_weight_that_it_needs_once_and_no_other(
+    start, usual, monkeypatch
+) -> None:
     """As on a card of 80 GB: dev in both precisions, and its base weights."""
-    expected = start()()[0]
+    expected = usual()[0]
     shared, weights = Late(pageable=True), FromFiles(pageable=True)
     monkeypatch.setattr("flux.memory.staging.copy_stream", lambda _: shared)
     monkeypatch.setattr("flux.memory.offload.copy_stream", lambda _: weights)
@@ -164,11 +167,10 @@ def test_setup_reads_every_weight_that_it_needs_once_and_no_other(start, monkeyp
 
 
 @pytest.mark.parametrize("go_fast", [False, True])
-def test_adapters_on_the_device_generate_the_same(start, monkeypatch, go_fast) -> None:
+def test_adapters_on_the_device_generate_the_same(start, usual, monkeypatch, go_fast) -> None:
     """As on a card, with a stand-in for its kernel."""
     style, kernel = data_uri(save(adapter(1))), Kernel()
     request = {"go_fast": go_fast, "num_inference_steps": 1}
-    here = start()
     monkeypatch.setattr(
         "flux.load.one_pass", lambda _, limit: OnePass(kernel, limit, torch.Tensor.clone)
     )
@@ -176,7 +178,7 @@ def test_adapters_on_the_device_generate_the_same(start, monkeypatch, go_fast) -
     compiled, kernel.written = kernel.written, 0
     assert compiled == 4  # in setup: two forms for bf16 and for float8 weights
     for weights in (style, None, style):
-        images = [generate(replicate_weights=weights, **request)[0] for generate in (here, there)]
+        images = [generate(replicate_weights=weights, **request)[0] for generate in (usual, there)]
         assert difference(*images) < 1
         assert weights or same(*images)
     assert kernel.written == len(adapter(1))  # two factors for each weight, and two merges

@@ -31,9 +31,9 @@ def largest_difference(a: Image.Image, b: Image.Image) -> int:
 
 
 @pytest.mark.parametrize(("model", "steps"), [("dev", 5), ("schnell", 4)])
-def test_text_to_image_is_diffusers_own(start, model: str, steps: int) -> None:
+def test_text_to_image_is_diffusers_own(usual, model: str, steps: int) -> None:
     inputs = {"model": model, "num_inference_steps": steps, "guidance_scale": 2.5, "seed": 3}
-    (ours,) = start()(**inputs, megapixels="0.25")
+    (ours,) = usual(**inputs, megapixels="0.25")
     theirs = diffusers()[model](
         QUICK["prompt"],
         width=512,
@@ -46,11 +46,11 @@ def test_text_to_image_is_diffusers_own(start, model: str, steps: int) -> None:
     assert largest_difference(ours, theirs) <= 1  # our VAE's convolutions run in another order
 
 
-def test_image_to_image_is_diffusers_own_where_its_whole_steps_meet_ours(start, tmp_path) -> None:
+def test_image_to_image_is_diffusers_own_where_its_whole_steps_meet_ours(usual, tmp_path) -> None:
     """With ten steps at 0.5, diffusers starts at the sixth of its sigmas, which is 0.5."""
     picture, path = colours(128, 96), tmp_path / "picture.png"
     picture.save(path)
-    (ours,) = start()(image=path, num_inference_steps=10, prompt_strength=0.5)
+    (ours,) = usual(image=path, num_inference_steps=10, prompt_strength=0.5)
     pipeline = FluxImg2ImgPipeline(**diffusers()["dev"].components)
     vae = pipeline.vae
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_a_directory_without_pipelines_fails_setup_and_says_what_is_expected(
         start(FLUX_CHECKPOINT=str(tmp_path))
 
 
-def test_true_bfloat16(start) -> None:
+def test_true_bfloat16(start, usual) -> None:
     (ours,) = start(FLUX_DTYPE="bfloat16")(**SMALL)
     theirs = diffusers(torch.bfloat16)["dev"](
         QUICK["prompt"],
@@ -100,7 +100,7 @@ def test_true_bfloat16(start) -> None:
         generator=torch.Generator().manual_seed(QUICK["seed"]),
     ).images[0]
     assert difference(ours, theirs) < 0.5
-    (full,) = start()(**SMALL)
+    (full,) = usual(**SMALL)
     assert not same(ours, full)
 
 
@@ -127,10 +127,10 @@ def test_a_card_by_its_number_is_the_one_that_kernels_are_launched_on(monkeypatc
     assert current == [deployment.device] == [torch.device("cuda", 1)]
 
 
-def test_float8_activations(start) -> None:
+def test_float8_activations(start, usual) -> None:
     """The form that cards use, computed on a CPU: a little further from bf16."""
     size = {"megapixels": "0.25"}
-    (exact,), (weights,) = (start()(go_fast=fast, **size) for fast in (False, True))
+    (exact,), (weights,) = (usual(go_fast=fast, **size) for fast in (False, True))
     (dynamic,) = start(FLUX_FP8_ACTIVATIONS="fp8")(go_fast=True)
     assert 0 < difference(dynamic, exact) < 4
     assert not same(dynamic, weights)
@@ -176,9 +176,9 @@ def test_the_operator_may_forbid_to_disable_the_checker(start, caplog) -> None:
 
 
 def test_the_official_pair_decides_what_is_delivered(
-    start, official_files, tmp_path, caplog
+    start, usual, official_files, tmp_path, caplog
 ) -> None:
-    everything = start()(num_outputs=4, **SMALL)
+    everything = usual(num_outputs=4, **SMALL)
     for variant in ("dev", "schnell"):
         (tmp_path / "brought").mkdir(exist_ok=True)
         (tmp_path / "brought" / variant).symlink_to(NANO / variant)

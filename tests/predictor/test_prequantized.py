@@ -57,8 +57,8 @@ def fast(start, quantized) -> Callable:
     return set_up
 
 
-def test_every_image_is_the_same_to_the_bit(start, fast, small, style) -> None:
-    usual, quick = start(), fast()
+def test_every_image_is_the_same_to_the_bit(usual, fast, small, style) -> None:
+    quick = fast()
     requests = [
         {**FAST, "model": "dev"},
         {**FAST, "model": "schnell"},
@@ -87,11 +87,11 @@ def spoil(transformer: Path) -> None:
 
 @pytest.mark.parametrize("opens", ["bf16", "adapter"])
 def test_the_bf16_weights_are_not_read_before_they_are_needed(
-    start, fast, copied, small, style, caplog, opens: str
+    usual, fast, copied, small, style, caplog, opens: str
 ) -> None:
-    expected = start()(**small, **FAST)[0]
+    expected = usual(**small, **FAST)[0]
     request = {**FAST, "replicate_weights": style} if opens == "adapter" else {}
-    right = start()(**small, **request)[0]
+    right = usual(**small, **request)[0]
     for variant in ("dev", "schnell"):
         spoil(copied / variant / "transformer")
     caplog.clear()
@@ -114,12 +114,11 @@ def test_a_default_adapter_opens_what_it_changes(
     assert "Loading dev base weights" in caplog.messages
 
 
-def test_transformers_that_take_turns_come_from_the_files(start, fast, small, caplog) -> None:
+def test_transformers_that_take_turns_come_from_the_files(usual, fast, small, caplog) -> None:
     shared = FluxPipeline.from_pretrained(NANO / "dev", dtype=torch.float32, transformer=None)
     model = load_skeleton("dev", NANO / "dev" / "transformer", torch.float32)
     needed = sum(map(bytes_of, (shared.vae, shared.text_encoder, shared.text_encoder_2)))
     room = str((needed + size(model, float8_parameters(model))) / 1e9 + 1e-6)
-    usual = start()
     caplog.clear()
     narrow = fast(FLUX_DEVICE_MEMORY_GB=room)
     for model in ("dev", "schnell", "dev"):

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from flux.autoencoder import Autoencoder
 from predict import Predictor
 from tests.support.inputs import QUICK, SMALL
 
@@ -44,6 +46,17 @@ def set_up_predictor(
         return [_load(path) for path in predictor.run(**options)]
 
     return generate
+
+
+def without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every image be black, without the VAE: for tests of transformers alone."""
+
+    def decode(
+        _: Autoencoder, latents: torch.Tensor, width: int, height: int, **__: object
+    ) -> Image.Image:
+        return Image.new("RGB", (width, height))
+
+    monkeypatch.setattr(Autoencoder, "decode", decode)
 
 
 def _load(path: Path) -> Image.Image:

@@ -17,6 +17,9 @@ from serving.server import Server
 from serving.webhook import webhook
 from tests.support.inputs import QUICK
 
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""Of servers whose pictures are compared to the bit; Ray gives its replicas one."""
+
 
 @dataclass
 class Answer:

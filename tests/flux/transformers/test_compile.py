@@ -21,6 +21,7 @@ from flux.transformers.compile import Compilation, compile_blocks, graphs, to_wa
 from miniature import checkpoint
 from tests.flux.engines import parts
 from tests.support.pictures import colours, same
+from tests.support.predictor import without_decoding
 from weights.serving.cancel import Cancelled, CheckCancelled, never_cancelled
 from weights.serving.settings import Settings, SettingsError
 from weights.serving.timing import Stopwatch
@@ -88,7 +89,6 @@ def start(tmp_path_factory) -> Start:
     shared = sum(map(bytes_of, (dev.vae, dev.text_encoder, dev.text_encoder_2)))
 
     def make(backend: str | None = None, share: float | None = None) -> Engine:
-        torch._dynamo.reset()
         room = None if share is None else shared + int(share * whole)
         pipelines, transformers = parts(replace(settings, device_memory_bytes=room))
         compilation = Compilation(transformers.modules, backend) if backend else None
@@ -115,7 +115,7 @@ def expected(start: Start) -> Image.Image:
 def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
     backend, name = register()
     backend.compile_failure = ValueError("no such instruction")
-    engine = start(name)
+    engine = start(name, share=1.01)
     engine.warm_up(lambda: None)
     assert "dev bf16 failed compiled; trying it eagerly" in caplog.text
     assert "no such instruction" in caplog.text
@@ -123,10 +123,20 @@ def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
     assert same(generate(engine), expected)
 
 
-@pytest.mark.parametrize("where", ["compile_failure", "call_failure"])
-def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str) -> None:
-    """When it compiles, or in a kernel that cannot be launched."""
+@pytest.fixture(scope="module")
+def compiled(start: Start) -> tuple[Engine, Backend, str]:
+    """An engine that has compiled in setup, and its backend; it stays so whatever the tests do."""
+    torch._dynamo.reset()
     backend, name = register()
+    engine = start(name, share=1.01)
+    engine.warm_up(lambda: None)
+    return engine, backend, name
+
+
+@pytest.mark.parametrize("where", ["compile_failure", "call_failure"])
+def test_a_compiler_that_fails_in_a_request(start, expected, compiled, caplog, where: str) -> None:
+    """When it compiles, or in a kernel that cannot be launched."""
+    backend, name = register() if where == "compile_failure" else compiled[1:]
     engine = start(name)
     setattr(backend, where, RuntimeError("out of resource: shared memory"))
     for _ in range(2):
@@ -144,19 +154,10 @@ def test_a_compiler_that_fails_in_a_request(start, expected, caplog, where: str)
 # --- failures that are not a compiler's
 
 
-@pytest.fixture(scope="module")
-def compiled(start: Start) -> tuple[Engine, Backend]:
-    """An engine that has generated compiled, and its backend; it stays so whatever the tests do."""
-    backend, name = register()
-    engine = start(name)
-    generate(engine)
-    return engine, backend
-
-
 @pytest.fixture
 def stays_compiled(compiled, expected, caplog) -> Iterator[tuple[Engine, Backend]]:
-    yield compiled
-    engine, backend = compiled
+    engine, backend, _ = compiled
+    yield engine, backend
     before = backend.called
     assert same(generate(engine), expected)
     assert backend.called > before
@@ -219,11 +220,10 @@ def test_out_of_memory_while_it_compiles(start, expected, caplog) -> None:
 # --- graphs
 
 
-def test_transformers_that_leave_and_return_need_no_graph(start, caplog) -> None:
+def test_transformers_that_leave_and_return_need_no_graph(compiled, monkeypatch, caplog) -> None:
+    without_decoding(monkeypatch)
     caplog.set_level("INFO")
-    engine = start(register()[1], share=1.01)
-    engine.warm_up(lambda: None)
-    before = graphs()
+    engine, before = compiled[0], graphs()
     for model, go_fast in [("schnell", True), ("dev", True), ("schnell", False), ("dev", False)]:
         for megapixels in ("0.25", "1"):
             size = {"megapixels": megapixels, "num_inference_steps": 1}
