@@ -11,8 +11,9 @@ of its inputs differ from those that single blocks pass to each other.
   T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
 - `specialize_float=True`: with `dynamic=True`, torch also takes the norms' epsilons for inputs that
   vary, learns after tracing that they cannot, and traces the graph again.
-- The embedders' outputs are detached, which copies nothing. They are views of matrix products, and
-  torch traces a block again when its input is a view for the first time, or is none.
+- The embedders' outputs are detached, which copies nothing. They are views of matrix products.
+  torch guards what a view is of, so a graph that was traced with views does not serve the later
+  blocks, whose inputs are not views.
 - `fullgraph=True`: a graph break would silently cost time in every block of every step. As an error
   it reaches the fallback below, and the log.
 - torch compiles dimensions of 1 separately, so images of one token (16 x 16 pixels) are generated

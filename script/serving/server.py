@@ -19,7 +19,7 @@ import requests
 SERVE = Path(__file__).resolve().parents[1] / "serve"
 SILENT_SECONDS = 600  # a first start downloads for an hour, but says so in its log
 STOP_SECONDS = 5
-INTERRUPTED_SECONDS = 1  # nobody waits for what it may still be generating or loading
+INTERRUPTED_SECONDS = 1  # after an error or an interrupt: nobody waits for what it still does
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
 LATE_LOG = "coglet::user"  # and what it had logged of setup when the server was ready already
 

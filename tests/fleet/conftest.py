@@ -10,7 +10,15 @@ import pytest
 
 from serving.server import Server
 from tests.fleet.running import MARK, QUEUE, ROOT, Fleet, hang_up_until
-from tests.support.server import THREADS
+from tests.support.inputs import SMALL
+from tests.support.server import THREADS, LoggedServer
+
+
+@pytest.fixture(scope="module")
+def server(server: LoggedServer) -> LoggedServer:
+    """The single server that is compared with, as after a start: without an adapter."""
+    server.generate(**SMALL)
+    return server
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tests.fleet.running import (
 from tests.support.adapters import adapter
 from tests.support.server import wait_for
 
-# --- losing a replica; the tests that use `running` come while its successor starts
+# --- losing a replica; tests that use `running` do not wait for its successor
 
 
 def test_another_replica_answers_when_a_server_dies(fleet, several) -> None:

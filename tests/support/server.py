@@ -18,7 +18,7 @@ from serving.webhook import webhook
 from tests.support.inputs import QUICK
 
 THREADS = {"OMP_NUM_THREADS": "1"}
-"""Of servers whose pictures are compared to the bit; Ray gives its replicas one."""
+"""For servers whose pictures are compared to the bit: all compute with one thread."""
 
 
 @dataclass

@@ -76,11 +76,15 @@ def register() -> tuple[Backend, str]:
 
 
 Start = Callable[..., Engine]
+GRAPHS = 4  # two blocks in two precisions
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Start:
-    """Makes an engine of one block of each kind; `share` of dev's bytes is room on the device."""
+    """Makes an engine of one block of each kind; `share` of dev's bytes is room on the device.
+
+    Graphs of all backends are kept: torch allows eight of a block in all (`recompile_limit`).
+    """
     directory = tmp_path_factory.mktemp("shallow")
     checkpoint.build(directory, SHALLOW)
     settings = Settings(checkpoint=str(directory), device="cpu")
@@ -125,24 +129,30 @@ def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(start: Start) -> tuple[Engine, Backend, str]:
-    """An engine that has compiled in setup, and its backend; it stays so whatever the tests do."""
+    """An engine that has compiled in setup, its backend, and the backend's name.
+
+    It stays compiled whatever the tests do.
+    """
     torch._dynamo.reset()
     backend, name = register()
     engine = start(name, share=1.01)
     engine.warm_up(lambda: None)
+    assert backend.compiled == GRAPHS
     return engine, backend, name
 
 
 @pytest.mark.parametrize("where", ["compile_failure", "call_failure"])
-def test_a_compiler_that_fails_in_a_request(start, expected, compiled, caplog, where: str) -> None:
+def test_a_compiler_that_fails_in_a_request(
+    start, expected, compiled, monkeypatch, caplog, where: str
+) -> None:
     """When it compiles, or in a kernel that cannot be launched."""
     backend, name = register() if where == "compile_failure" else compiled[1:]
     engine = start(name)
-    setattr(backend, where, RuntimeError("out of resource: shared memory"))
-    for _ in range(2):
-        assert same(generate(engine), expected)
-    assert caplog.text.count("failed compiled; trying it eagerly") == 1  # not tried again
-    setattr(backend, where, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, where, RuntimeError("out of resource: shared memory"))
+        for _ in range(2):
+            assert same(generate(engine), expected)
+        assert caplog.text.count("failed compiled; trying it eagerly") == 1  # not tried again
     before = backend.called
     generate(engine, go_fast=True)
     assert backend.called > before  # the other precision is compiled all the same
@@ -176,12 +186,13 @@ def test_a_cancel(stays_compiled) -> None:
         generate(engine, cancel)
 
 
-def test_out_of_memory_in_a_kernel(stays_compiled) -> None:
+def test_out_of_memory_in_a_kernel(stays_compiled, monkeypatch) -> None:
     engine, backend = stays_compiled
-    backend.call_failure = torch.OutOfMemoryError("CUDA out of memory (pretended)")
-    with pytest.raises(BudgetError, match="Out of memory on cpu, also with dev bf16 alone"):
-        generate(engine)
-    backend.call_failure = None
+    lacking = torch.OutOfMemoryError("CUDA out of memory (pretended)")
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "call_failure", lacking)
+        with pytest.raises(BudgetError, match="Out of memory on cpu, also with dev bf16 alone"):
+            generate(engine)
 
 
 def test_what_fails_eagerly_too_is_raised(stays_compiled, monkeypatch) -> None:
@@ -223,12 +234,12 @@ def test_out_of_memory_while_it_compiles(start, expected, caplog) -> None:
 def test_transformers_that_leave_and_return_need_no_graph(compiled, monkeypatch, caplog) -> None:
     without_decoding(monkeypatch)
     caplog.set_level("INFO")
-    engine, before = compiled[0], graphs()
+    engine, backend, _ = compiled
     for model, go_fast in [("schnell", True), ("dev", True), ("schnell", False), ("dev", False)]:
         for megapixels in ("0.25", "1"):
             size = {"megapixels": megapixels, "num_inference_steps": 1}
             generate(engine, model=model, go_fast=go_fast, **size)
-    assert graphs() == before
+    assert backend.compiled == GRAPHS  # those of the warm-up serve the tests before this, too
     assert "schnell fp8 leaves cpu" in caplog.text
 
 
