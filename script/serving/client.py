@@ -15,6 +15,7 @@ from typing import Any
 from serving.server import Server, ServerError
 
 SCHEMA = Path(__file__).resolve().parents[1] / "schema"
+STOP_SECONDS = 1  # of the server when it has answered, or when nobody waits for its answer
 TRUTHS = {"true": True, "false": False}
 
 
@@ -30,7 +31,7 @@ def main() -> int:
     try:
         inputs = _inputs(arguments.input)
         arguments.output.mkdir(parents=True, exist_ok=True)
-        with Server(on_log=_show) as server:
+        with Server(on_log=_show, patience=STOP_SECONDS) as server:
             answer = server.predict(inputs)
         if answer["status"] != "succeeded" or not answer["output"]:
             raise ServerError(f"{answer['status']}: {answer.get('error', 'no output')}")

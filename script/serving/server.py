@@ -19,7 +19,6 @@ import requests
 SERVE = Path(__file__).resolve().parents[1] / "serve"
 SILENT_SECONDS = 600  # a first start downloads for an hour, but says so in its log
 STOP_SECONDS = 5
-INTERRUPTED_SECONDS = 1  # after an error or an interrupt: nobody waits for what it still does
 LOGS = {"coglet::setup", "coglet::prediction"}  # what the predictor itself has logged
 LATE_LOG = "coglet::user"  # and what it had logged of setup when the server was ready already
 
@@ -35,6 +34,7 @@ class Server:
         environment: added to this process's; the deployment settings go here.
         on_log: called with every line that the predictor logs, in a thread of its own.
         command: what starts the server; takes `--port PORT` like script/serve, the default.
+        patience: seconds that the server has to end by itself when it is stopped.
     """
 
     def __init__(
@@ -42,10 +42,12 @@ class Server:
         environment: Mapping[str, str] | None = None,
         on_log: Callable[[str], None] | None = None,
         command: Sequence[str | Path] = (),
+        patience: float = STOP_SECONDS,
     ) -> None:
         self._command = command or (SERVE,)
         self._environment = {**os.environ, **(environment or {})}
         self._on_log = on_log
+        self._patience = patience
         self._tail: deque[str] = deque(maxlen=20)
         self._heard = 0.0  # when the log last had a line; monotonic
         self._session = requests.Session()
@@ -67,7 +69,7 @@ class Server:
         try:
             self._wait_until_ready()
         except BaseException:
-            self.stop(INTERRUPTED_SECONDS)
+            self.stop()
             raise
         return self
 
@@ -77,7 +79,7 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.stop(STOP_SECONDS if error is None else INTERRUPTED_SECONDS)
+        self.stop()
 
     @property
     def pid(self) -> int:
@@ -110,16 +112,12 @@ class Server:
         """Whether the server's process is there."""
         return self._process.poll() is None
 
-    def stop(self, patience: float = STOP_SECONDS) -> None:
-        """Ask the server to end, then make it; returns when it and its worker are gone.
-
-        Args:
-            patience: seconds that it has to end by itself.
-        """
+    def stop(self) -> None:
+        """Ask the server to end, then make it; returns when it and its worker are gone."""
         self._session.close()
         if self.running:
             self._process.terminate()
-        self._reader.join(patience)  # the pipe closes when the worker, too, has ended
+        self._reader.join(self._patience)  # the pipe closes when the worker, too, has ended
         self.kill()
 
     def kill(self) -> None:

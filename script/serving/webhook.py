@@ -4,7 +4,6 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import chain, repeat
 from typing import Any
@@ -37,8 +36,7 @@ def webhook(refusals: int = 0) -> Iterator[tuple[str, list[dict[str, Any]], thre
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as receiver:
-        serve = partial(receiver.serve_forever, POLL_SECONDS)
-        thread = threading.Thread(target=serve, daemon=True)
+        thread = threading.Thread(target=receiver.serve_forever, args=(POLL_SECONDS,), daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{receiver.server_port}/", payloads, arrived

@@ -93,8 +93,10 @@ def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypat
     stand_in.chmod(0o755)
     monkeypatch.setattr("serving.server.SERVE", stand_in)
     monkeypatch.setattr("serving.server.SILENT_SECONDS", 0.6)
-    monkeypatch.setattr("serving.server.INTERRUPTED_SECONDS", 0.1)
-    with pytest.raises(ServerError, match=r"silent for 0.6 s:\n(.*\n)*line 5"), Server():
+    with (
+        pytest.raises(ServerError, match=r"silent for 0.6 s:\n(.*\n)*line 5"),
+        Server(patience=0.1),
+    ):
         pass
 
 

@@ -39,9 +39,15 @@ SHALLOW = checkpoint.Dimensions(
 
 
 class Backend:
-    """Compiles to what it is given, and counts; fails when it is told to."""
+    """Compiles to what it is given, and counts; fails when it is told to.
+
+    Attributes:
+        name: that torch knows it by.
+    """
 
     def __init__(self) -> None:
+        self.name = f"counting{id(self)}"
+        register_backend(self, name=self.name)
         self.compiled = self.called = 0
         self.compile_failure: Exception | None = None
         self.call_failure: Exception | None = None
@@ -67,14 +73,6 @@ def without_gradients() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def register() -> tuple[Backend, str]:
-    """A new backend, and the name that torch knows it by."""
-    backend = Backend()
-    name = f"counting{id(backend)}"
-    register_backend(backend, name=name)
-    return backend, name
-
-
 Start = Callable[..., Engine]
 GRAPHS = 4  # two blocks in two precisions
 
@@ -92,10 +90,10 @@ def start(tmp_path_factory) -> Start:
     dev, _ = parts(settings)[0].values()
     shared = sum(map(bytes_of, (dev.vae, dev.text_encoder, dev.text_encoder_2)))
 
-    def make(backend: str | None = None, share: float | None = None) -> Engine:
+    def make(backend: Backend | None = None, share: float | None = None) -> Engine:
         room = None if share is None else shared + int(share * whole)
         pipelines, transformers = parts(replace(settings, device_memory_bytes=room))
-        compilation = Compilation(transformers.modules, backend) if backend else None
+        compilation = Compilation(transformers.modules, backend.name) if backend else None
         return Engine(pipelines, transformers, compilation)
 
     return make
@@ -117,9 +115,9 @@ def expected(start: Start) -> Image.Image:
 
 
 def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
-    backend, name = register()
+    backend = Backend()
     backend.compile_failure = ValueError("no such instruction")
-    engine = start(name, share=1.01)
+    engine = start(backend, share=1.01)
     engine.warm_up(lambda: None)
     assert "dev bf16 failed compiled; trying it eagerly" in caplog.text
     assert "no such instruction" in caplog.text
@@ -128,17 +126,14 @@ def test_a_compiler_that_fails_in_the_warm_up(start, expected, caplog) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(start: Start) -> tuple[Engine, Backend, str]:
-    """An engine that has compiled in setup, its backend, and the backend's name.
-
-    It stays compiled whatever the tests do.
-    """
+def compiled(start: Start) -> tuple[Engine, Backend]:
+    """An engine that has compiled in setup, and its backend; it stays so whatever the tests do."""
     torch._dynamo.reset()
-    backend, name = register()
-    engine = start(name, share=1.01)
+    backend = Backend()
+    engine = start(backend, share=1.01)
     engine.warm_up(lambda: None)
     assert backend.compiled == GRAPHS
-    return engine, backend, name
+    return engine, backend
 
 
 @pytest.mark.parametrize("where", ["compile_failure", "call_failure"])
@@ -146,8 +141,8 @@ def test_a_compiler_that_fails_in_a_request(
     start, expected, compiled, monkeypatch, caplog, where: str
 ) -> None:
     """When it compiles, or in a kernel that cannot be launched."""
-    backend, name = register() if where == "compile_failure" else compiled[1:]
-    engine = start(name)
+    backend = Backend() if where == "compile_failure" else compiled[1]
+    engine = start(backend)
     with monkeypatch.context() as patch:
         patch.setattr(backend, where, RuntimeError("out of resource: shared memory"))
         for _ in range(2):
@@ -166,8 +161,8 @@ def test_a_compiler_that_fails_in_a_request(
 
 @pytest.fixture
 def stays_compiled(compiled, expected, caplog) -> Iterator[tuple[Engine, Backend]]:
-    engine, backend, _ = compiled
-    yield engine, backend
+    yield compiled
+    engine, backend = compiled
     before = backend.called
     assert same(generate(engine), expected)
     assert backend.called > before
@@ -217,9 +212,9 @@ def test_one_token_is_generated_eagerly(stays_compiled, tmp_path) -> None:
 
 
 def test_out_of_memory_while_it_compiles(start, expected, caplog) -> None:
-    backend, name = register()
+    backend = Backend()
     backend.compile_failure = torch.OutOfMemoryError("CUDA out of memory (pretended)")
-    engine = start(name)
+    engine = start(backend)
     with pytest.raises(BudgetError, match="Out of memory on cpu, also with dev bf16 alone"):
         generate(engine)
     backend.compile_failure = None
@@ -234,7 +229,7 @@ def test_out_of_memory_while_it_compiles(start, expected, caplog) -> None:
 def test_transformers_that_leave_and_return_need_no_graph(compiled, monkeypatch, caplog) -> None:
     without_decoding(monkeypatch)
     caplog.set_level("INFO")
-    engine, backend, _ = compiled
+    engine, backend = compiled
     for model, go_fast in [("schnell", True), ("dev", True), ("schnell", False), ("dev", False)]:
         for megapixels in ("0.25", "1"):
             size = {"megapixels": megapixels, "num_inference_steps": 1}
@@ -245,7 +240,7 @@ def test_transformers_that_leave_and_return_need_no_graph(compiled, monkeypatch,
 
 def test_what_has_no_room_is_not_compiled(start, caplog) -> None:
     caplog.set_level("INFO")
-    start(register()[1], share=0.99).warm_up(lambda: None)
+    start(Backend(), share=0.99).warm_up(lambda: None)
     assert "dev bf16 is not compiled: dev bf16 takes" in caplog.text
     assert "Compiled 2 graphs for schnell fp8" in caplog.text
     assert "Warm-up: 2 graphs" in caplog.text  # dev needs none of its own
