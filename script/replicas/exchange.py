@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import from_json
@@ -23,6 +23,7 @@ class Call:
     request: the method, path, headers and content that are sent to Cog's server.
     identifier: of the prediction. inputs: as the caller sent them. webhook: where its end is told.
     adapters: what the weights must contain; empty for none, or where a reference cannot be read.
+    ticket: tells this call from others, also from those for a prediction of the same id.
     """
 
     request: tuple[str, str, dict[str, str], bytes]
@@ -31,6 +32,7 @@ class Call:
     inputs: Any
     webhook: str
     adapters: str
+    ticket: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:

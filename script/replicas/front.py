@@ -39,13 +39,15 @@ NOT_READY = JSONResponse({"error": STARTING, "status": "failed"}, 503)
 class Prediction:
     """A call, from its arrival until a replica has dealt with it.
 
-    reply: the answer to the caller. began: when a replica's server got it, in the loop's seconds.
-    task: runs it; set right after it is made.
+    reply: the answer to the caller. connected: the front has heard from its replica, or that is
+    lost, or the prediction has ended. began: when a replica was told to send it to its server, in
+    the loop's seconds. task: runs it; set right after it is made.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.reply: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self.connected = asyncio.Event()
         self.began: float | None = None
         self.task: asyncio.Task[None]
 
@@ -125,6 +127,7 @@ class Front:
             logger.error("Prediction %s failed: %s", prediction.call.identifier, error)
         finally:
             del self._predictions[prediction.call.identifier]
+            prediction.connected.set()
         headers = {"retry-after": RETRY_AFTER} if status == 503 else {}
         prediction.answer(JSONResponse(end, status, headers))
         if tell and prediction.call.webhook:
@@ -142,8 +145,8 @@ class Front:
             stream = method.remote(call)
             try:
                 async for reply in stream:
+                    prediction.connected.set()
                     if reply is None:
-                        prediction.began = asyncio.get_running_loop().time()
                         continue
                     answered = True
                     if prediction.reply.done() and reply.status_code != 202:
@@ -159,11 +162,30 @@ class Front:
                 if answered or last:
                     raise
                 logger.warning("Prediction %s: a replica was lost; trying another", call.identifier)
+                prediction.connected.set()
+                prediction.connected = asyncio.Event()
                 prediction.began = None
+
+    async def wants(self, identifier: str, ticket: str) -> bool:
+        """Whether a replica shall send a call to its server; it asks because Serve loses cancels.
+
+        One that comes while Serve sends the call to a replica may be lost. So the answer waits
+        until the front hears of that replica; a cancel that comes later reaches it. If the answer
+        is yes, the server tells the webhook of the end; if no, the front does.
+        """
+        prediction = self._predictions.get(identifier)
+        if prediction and prediction.call.ticket == ticket:
+            heard = prediction.connected
+            await heard.wait()
+            if self._predictions.get(identifier) is prediction and heard is prediction.connected:
+                prediction.began = asyncio.get_running_loop().time()
+                return True
+        return False
 
     def _cancel(self, identifier: str) -> Response:
         if prediction := self._predictions.get(identifier):
-            prediction.task.cancel()
+            # Soon, because a task that is cancelled before its first step does not take any.
+            asyncio.get_running_loop().call_soon(prediction.task.cancel)
         return JSONResponse({}, 200 if prediction else 404)
 
     async def _health(self) -> Response:

@@ -5,10 +5,12 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator
+from contextvars import Context
 from typing import Any, NoReturn
 from urllib.parse import quote
 
 import aiohttp
+from ray import serve
 from starlette.responses import Response
 
 from replicas.exchange import Call, end_to_end
@@ -19,6 +21,7 @@ logger = logging.getLogger("ray.serve")
 
 DOCUMENTS = ("/", "/openapi.json", "/health-check")
 POLL_SECONDS = 0.02
+CANCEL_SECONDS = 0.2  # for a cancel to have its effect
 TIED_TO_THIS_PROCESS = ("setpriv", "--pdeathsig", "TERM")  # ends the child after a kill -9
 
 
@@ -32,6 +35,7 @@ class Replica:
     def __init__(self) -> None:
         self._server = Server(on_log=print, command=(*TIED_TO_THIS_PROCESS, SERVE))
         self._server.__enter__()
+        self._front = serve.get_deployment_handle("Front")
         self._turn = asyncio.Lock()  # Serve sends the next call while a cancelled one still ends
 
     def __del__(self) -> None:
@@ -43,25 +47,28 @@ class Replica:
             self._end("its server has ended")
 
     async def predict(self, call: Call) -> AsyncIterator[Response | None]:
-        """Yield None when the prediction is about to be sent to the server, then its answer.
+        """Yield None, so that the front hears of this replica, then the answer of the server.
 
         It ends when the prediction does, also that of an asynchronous call. If it is closed before,
         the prediction is cancelled, and it ends when the server is free again.
         """
         async with self._turn:
             await self._check_server()
-            yield None
-            sent = asyncio.create_task(self._forward(call))
+            # In a context of its own, or its question to the front is cancelled with this call.
+            sent = asyncio.create_task(self._forward(call), context=Context())
             try:
+                yield None
                 reply = await asyncio.shield(sent)  # a cancel must not race with what is being sent
                 yield reply
                 while reply.status_code == 202 and await self._status() == "BUSY":
                     await asyncio.sleep(POLL_SECONDS)
             except (asyncio.CancelledError, GeneratorExit):
-                # Again and again, because Cog loses a cancel that comes very early.
+                # Again, because Cog loses a cancel that comes very early; and not soon, because a
+                # late cancel seems to end the next prediction now and then (docs/fleet.md).
+                cancel = f"/predictions/{quote(call.identifier, '')}/cancel"
                 while not sent.done() or await self._status() == "BUSY":
-                    await self._ask("POST", f"/predictions/{quote(call.identifier, '')}/cancel")
-                    await asyncio.sleep(POLL_SECONDS)
+                    known = (await self._ask("POST", cancel)).status_code != 404
+                    await asyncio.sleep(CANCEL_SECONDS if known else POLL_SECONDS)
                 raise
 
     async def describe(self) -> dict[str, Response]:
@@ -70,6 +77,8 @@ class Replica:
 
     async def _forward(self, call: Call) -> Response:
         """Send a call; again after a 409, which the server gives between two predictions."""
+        if not await self._front.wants.remote(call.identifier, call.ticket):
+            return Response()  # which nobody reads
         while (reply := await self._ask(*call.request)).status_code == 409:
             await asyncio.sleep(POLL_SECONDS)
         if b'"status":"failed"' in bytes(reply.body):

@@ -5,6 +5,7 @@ second later. Here it is known from what was sent there last.
 """
 
 import hashlib
+from collections import Counter
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -27,7 +28,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         self._holds: dict[ReplicaID, str] = {}
         self._waiting: list[PendingRequest] = []  # the first one is next
         self._overtaken = 0  # times since it became the first
-        self._accepted: dict[ReplicaID, str] = {}  # the id of the request that came last
+        self._open: Counter[ReplicaID] = Counter()  # requests that were sent and have not ended
 
     async def choose_replicas(
         self,
@@ -35,7 +36,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """The replicas that may take a request now, the best first; none: it waits."""
-        free = self.select_available_replicas(candidate_replicas)
+        # Serve's count of a replica's requests can be too high for up to ten seconds: one stays in
+        # it that was cancelled on its way, or that ended just after the replica was asked. So one
+        # with no open request may be free, whatever the count; Serve asks again before it sends.
+        counted = self.select_available_replicas(candidate_replicas)
+        free = [r for r in candidate_replicas if r in counted or not self._open[r.replica_id]]
         if pending_request is None:
             return [free]
         pending_request.routing_context.should_backoff = True
@@ -57,19 +62,18 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Remember what a replica holds from now on."""
         self._holds[replica_id] = pending_request.metadata.multiplexed_model_id
-        self._accepted[replica_id] = pending_request.metadata.internal_request_id
         began = pending_request.created_at
         passes = any(p.created_at < began and not p.future.done() for p in self._waiting)
         self._overtaken = self._overtaken + 1 if passes else 0
 
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Have a replica asked how busy it is if it has not accepted the request.
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Count a request that was sent, which the replica may still reject."""
+        super().on_send_request(replica_id)
+        self._open[replica_id] += 1
 
-        Serve counts a request from when it is sent, until it ends if it was accepted. One that is
-        cancelled on its way stays in the count, and the replica would get no other for ten seconds.
-        """
-        if self._accepted.get(replica_id) != internal_request_id:
-            self.replica_queue_len_cache.invalidate_key(replica_id)
+    def on_request_completed(self, replica_id: ReplicaID, _: str) -> None:
+        """Count one less; Serve calls this for one that could not be sent, too."""
+        self._open[replica_id] = max(0, self._open[replica_id] - 1)
 
 
 def _order(adapters: str, replica: ReplicaID) -> bytes:

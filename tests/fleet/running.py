@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -80,8 +81,28 @@ def fill(fleet: Fleet, pool: ThreadPoolExecutor, *adapters: str, **fields: Any) 
     assert [future.result().status_code for future in asked] == [202, 202]
 
 
+def hold_both(fleet: Fleet, pool: ThreadPoolExecutor, *paths: str) -> None:
+    """Have each replica generate with an adapter of its own, at the same time."""
+    inputs = [{"replicate_weights": path, "num_inference_steps": 4} for path in paths]
+    list(pool.map(lambda each: fleet.predict(**each), inputs))
+
+
 def start_long(
     fleet: Fleet, pool: ThreadPoolExecutor, number: int, **fields: Any
 ) -> "Future[requests.Response]":
     path, body = f"/predictions/{number}", {"input": LONG, **fields}
     return pool.submit(fleet.ask, "PUT", path, json=body, headers=ASYNC)
+
+
+def run(program: str) -> str:
+    """Run a program in the environment of Ray; return what it prints."""
+    result = subprocess.run(
+        [ROOT / ".cog" / "fleet" / "bin" / "python", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": "script:.", "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return result.stdout.strip()

@@ -1,0 +1,207 @@
+"""The fleet's parts by themselves, where what they are for is rare in a whole one.
+
+They run in a process of their own, because Ray is in another environment than the tests.
+"""
+
+import pytest
+
+from tests.fleet.running import run
+
+# --- a replica
+
+ASYNCHRONOUS = "{'prefer': 'respond-async'}"
+CANCEL = """
+    sent = asyncio.create_task(follow(stream))
+    while (await health(replica))["status"] != "BUSY":
+        await asyncio.sleep(0.01)
+    start = time.monotonic()
+    sent.cancel()
+"""
+CANCEL_EARLY = """
+    sent = asyncio.create_task(follow(stream))
+    await asyncio.sleep(0.1)  # the server has it, and says that it is free
+    start = time.monotonic()
+    sent.cancel()
+"""
+CLOSE = """
+    await anext(stream)  # the answer
+    start = time.monotonic()
+    await stream.aclose()
+"""
+UNWANTED = """
+    start = time.monotonic()
+    await follow(stream)
+"""
+REPLICA = """
+import asyncio, json, time, types
+import replicas.replica
+from replicas.exchange import read_call
+
+class Wants:
+    async def remote(self, identifier, ticket):
+        return WANTED
+
+async def main():
+    front = types.SimpleNamespace(wants=Wants())
+    replicas.replica.serve = types.SimpleNamespace(get_deployment_handle=lambda name: front)
+    replicas.replica.SERVE = "tests/fleet/forgetful.py"
+    replica = replicas.replica.Replica()
+    call = read_call("PUT", "/predictions/one", HEADERS, b"{}")
+    stream = replica.predict(call)
+    await anext(stream)  # it is about to be sent
+    END
+    await anext(replica.predict(call))  # the next one is about to be sent
+    print(await health(replica), time.monotonic() - start >= PAUSE)
+    replica.__del__()  # as Serve ends it
+
+async def follow(stream):
+    async for _ in stream:
+        pass
+
+async def health(replica):
+    return json.loads((await replica.describe())["/health-check"].body)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("headers", "end"),
+    [("{}", CANCEL), (ASYNCHRONOUS, CANCEL), (ASYNCHRONOUS, CANCEL_EARLY), (ASYNCHRONOUS, CLOSE)],
+    ids=["synchronous", "asynchronous", "early", "closed"],
+)
+def test_a_replica_cancels_until_its_server_is_free_for_the_next(headers: str, end: str) -> None:
+    """A cancel that it knows of has 0.2 s to end it, and not the next; here there are two."""
+    program = replica_program(headers, end, pause=0.4)
+    assert run(program) == "{'status': 'READY', 'cancels': 2} True"
+
+
+def replica_program(headers: str, end: str, *, wanted: bool = True, pause: float = 0.0) -> str:
+    program = REPLICA.replace("HEADERS", headers).replace("END", end.strip())
+    return program.replace("WANTED", str(wanted)).replace("PAUSE", str(pause))
+
+
+def test_a_replica_does_not_send_what_the_front_does_not_want() -> None:
+    program = replica_program(ASYNCHRONOUS, UNWANTED, wanted=False)
+    assert run(program) == "{'status': 'READY', 'cancels': 0} True"
+
+
+# --- the front
+
+LOST_CANCEL = """
+import asyncio, json, types
+from starlette.requests import Request
+from replicas.front import Front
+
+class Stream:
+    '''Serve's answer to a call: a cancel of it is lost, because the call is being sent.'''
+    def __init__(self):
+        self.heard = asyncio.Event()
+    def __aiter__(self):
+        return self
+    async def __anext__(self):
+        await self.heard.wait()
+        self.heard.clear()
+    def cancel(self):
+        pass
+
+class Replicas:
+    def __init__(self):
+        self.calls, self.streams = [], []
+        self.predict = types.SimpleNamespace(remote=self.send)
+        self.describe = types.SimpleNamespace(remote=self.document)
+    def options(self, **_):
+        return self
+    def send(self, call):
+        self.calls.append(call)
+        self.streams.append(Stream())
+        return self.streams[-1]
+    async def document(self):
+        return {"/": None}
+
+async def main():
+    replicas = Replicas()
+    front = Front(replicas)
+
+    async def ask(method, path):
+        async def receive():
+            return {"type": "http.request", "body": b"{}"}
+        headers = [(b"prefer", b"respond-async")]
+        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        scope |= {"query_string": b"", "scheme": "http", "server": ("127.0.0.1", 80)}
+        return (await front(Request(scope, receive))).status_code
+
+    sent = asyncio.create_task(ask("PUT", "/predictions/one"))
+    while not replicas.calls:
+        await asyncio.sleep(0.01)
+    early = asyncio.create_task(front.wants("one", replicas.calls[0].ticket))
+    await asyncio.sleep(0.1)
+    print(early.done(), await ask("POST", "/predictions/one/cancel"), await early, await sent)
+    again = asyncio.create_task(ask("PUT", "/predictions/one"))
+    while len(replicas.calls) < 2:
+        await asyncio.sleep(0.01)
+    print(await front.wants("one", replicas.calls[0].ticket))
+    replicas.streams[1].heard.set()
+    print(await front.wants("one", replicas.calls[1].ticket))
+
+asyncio.run(main())
+"""
+
+
+def test_a_replica_hears_of_a_cancel_that_serve_loses() -> None:
+    """Also when there is another prediction of the same id by then."""
+    first, *after = run(LOST_CANCEL).splitlines()
+    assert first == "False 200 False 200"  # it waits, and is then told
+    assert after == ["False", "True"]
+
+
+# --- the router
+
+ROUTER = """
+import asyncio
+from ray.serve._private.common import (
+    DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+)
+from ray.serve.request_router import PendingRequest
+from replicas.router import AdapterRouter
+
+DEPLOYMENT = DeploymentID("Replica", "flux")
+
+class Replica:
+    max_ongoing_requests = 1
+    replica_id = ReplicaID("one", DEPLOYMENT)
+    ongoing = 1
+    async def get_queue_len(self, *, deadline_s):
+        return self.ongoing
+
+def request(name):
+    return PendingRequest([], {}, RequestMetadata(name, name, is_streaming=True))
+
+async def main():
+    router = AdapterRouter(
+        DEPLOYMENT, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True,
+        initial_backoff_s=0.01, max_backoff_s=0.1,
+    )
+    replica = Replica()
+    router.update_replicas([replica])
+    await asyncio.sleep(0.1)  # it is asked, and says that it has a request
+    BODY
+
+asyncio.run(main())
+"""
+FREE_AGAIN = """
+    router.on_send_request(replica.replica_id)
+    router.on_new_queue_len_info(replica.replica_id, 1)
+    waits = asyncio.create_task(router._choose_replica_for_request(request("one")))
+    await asyncio.sleep(0.3)
+    before = waits.done()
+    replica.ongoing = 0
+    router.on_request_completed(replica.replica_id, "zero")  # and the count remains
+    await asyncio.wait_for(waits, 5)
+    print(before, "routed")
+"""
+
+
+def test_a_free_replica_that_is_counted_as_busy_gets_the_next_request() -> None:
+    """Serve itself would believe the count for ten seconds."""
+    assert run(ROUTER.replace("BODY", FREE_AGAIN.strip())) == "False routed"
