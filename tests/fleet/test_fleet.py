@@ -240,8 +240,8 @@ def test_a_cancel_at_any_moment_frees_the_replica(fleet, several) -> None:
             events = {"webhook": hook, "webhook_events_filter": ["completed"]}
             call = start_long(fleet, several, number, **events)
             time.sleep(0.008 + 0.002 * number)
-            while fleet.cancel(number) == 404 and not call.done():  # the front has not read it yet
-                time.sleep(0.001)
+            # 404: the front has not read it yet
+            wait_for(lambda number=number: fleet.cancel(number) == 200, pause=0.001)
             call.result()
         wait_for(lambda: len(payloads) >= 20, 10)
         fill(fleet, several, webhook=hook, webhook_events_filter=["logs"])

@@ -116,9 +116,9 @@ def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
         yield LoggedServer(server, outputs, lines)
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Insist that something comes true in so many seconds."""
+def wait_for(condition: Callable[[], object], seconds: float = 60, pause: float = 0.05) -> None:
+    """Insist that something comes true in so many seconds; it is looked at after each pause."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(pause)
