@@ -3,56 +3,60 @@
 They run in a process of their own, because Ray is in another environment than the tests.
 """
 
+import json
+from typing import Any
+
 import pytest
 
 from tests.fleet.running import run
 
 # --- a replica
 
-ASYNCHRONOUS = "{'prefer': 'respond-async'}"
-CANCEL = """
-    sent = asyncio.create_task(follow(stream))
-    while (await health(replica))["status"] != "BUSY":
-        await asyncio.sleep(0.01)
-    start = time.monotonic()
-    sent.cancel()
-"""
-CANCEL_EARLY = """
-    sent = asyncio.create_task(follow(stream))
-    await asyncio.sleep(0.1)  # the server has it, and says that it is free
-    start = time.monotonic()
-    sent.cancel()
-"""
-CLOSE = """
-    await anext(stream)  # the answer
-    start = time.monotonic()
-    await stream.aclose()
-"""
-UNWANTED = """
-    start = time.monotonic()
-    await follow(stream)
-"""
 REPLICA = """
 import asyncio, json, time, types
 import replicas.replica
 from replicas.exchange import read_call
 
-class Wants:
-    async def remote(self, identifier, ticket):
-        return WANTED
+async def synchronous(replica, stream):
+    sent = asyncio.create_task(follow(stream))
+    while (await health(replica))["status"] != "BUSY":
+        await asyncio.sleep(0.01)
+    sent.cancel()
 
-async def main():
-    front = types.SimpleNamespace(wants=Wants())
-    replicas.replica.serve = types.SimpleNamespace(get_deployment_handle=lambda name: front)
-    replicas.replica.SERVE = "tests/fleet/forgetful.py"
+asynchronous = synchronous
+
+async def early(replica, stream):
+    sent = asyncio.create_task(follow(stream))
+    await asyncio.sleep(0.1)  # the server has it, and says that it is free
+    sent.cancel()
+
+async def closed(replica, stream):
+    await anext(stream)  # the answer
+    await stream.aclose()
+
+async def unwanted(replica, stream):
+    await follow(stream)
+
+async def end(name):
+    async def wants(identifier, ticket):
+        return name != "unwanted"
+
+    front = types.SimpleNamespace(wants=types.SimpleNamespace(remote=wants))
+    replicas.replica.serve = types.SimpleNamespace(get_deployment_handle=lambda _: front)
     replica = replicas.replica.Replica()
-    call = read_call("PUT", "/predictions/one", HEADERS, b"{}")
+    headers = {} if name == "synchronous" else {"prefer": "respond-async"}
+    call = read_call("PUT", "/predictions/one", headers, b"{}")
     stream = replica.predict(call)
     await anext(stream)  # it is about to be sent
-    END
-    await anext(replica.predict(call))  # the next one is about to be sent
-    print(await health(replica), time.monotonic() - start >= PAUSE)
+    await globals()[name](replica, stream)
+    start = time.monotonic()
+    following = replica.predict(call)
+    await anext(following)  # it is about to be sent
+    waited = time.monotonic() - start
+    found = await health(replica)
+    await following.aclose()
     replica.__del__()  # as Serve ends it
+    return name, {**found, "waited": waited}
 
 async def follow(stream):
     async for _ in stream:
@@ -61,29 +65,35 @@ async def follow(stream):
 async def health(replica):
     return json.loads((await replica.describe())["/health-check"].body)
 
+async def main():
+    replicas.replica.SERVE = "tests/fleet/forgetful.py"
+    print(json.dumps(dict(await asyncio.gather(*map(end, NAMES)))))
+
 asyncio.run(main())
 """
+CANCELLED = ["synchronous", "asynchronous", "early"]
 
 
-@pytest.mark.parametrize(
-    ("headers", "end"),
-    [("{}", CANCEL), (ASYNCHRONOUS, CANCEL), (ASYNCHRONOUS, CANCEL_EARLY), (ASYNCHRONOUS, CLOSE)],
-    ids=["synchronous", "asynchronous", "early", "closed"],
-)
-def test_a_replica_cancels_until_its_server_is_free_for_the_next(headers: str, end: str) -> None:
-    """A cancel that it knows of has 0.2 s to end it, and not the next; here there are two."""
-    program = replica_program(headers, end, pause=0.4)
-    assert run(program) == "{'status': 'READY', 'cancels': 2} True"
+@pytest.fixture(scope="module")
+def ends() -> dict[str, dict[str, Any]]:
+    """What is found after each way that a call to a replica can end, all at the same time."""
+    names = [*CANCELLED, "closed", "unwanted"]
+    found: dict[str, dict[str, Any]] = json.loads(run(REPLICA.replace("NAMES", str(names))))
+    return found
 
 
-def replica_program(headers: str, end: str, *, wanted: bool = True, pause: float = 0.0) -> str:
-    program = REPLICA.replace("HEADERS", headers).replace("END", end.strip())
-    return program.replace("WANTED", str(wanted)).replace("PAUSE", str(pause))
+@pytest.mark.parametrize("name", [*CANCELLED, "closed"])
+def test_a_replica_cancels_until_its_server_is_free_for_the_next(ends, name: str) -> None:
+    assert (ends[name]["status"], ends[name]["cancels"]) == ("READY", 2)
 
 
-def test_a_replica_does_not_send_what_the_front_does_not_want() -> None:
-    program = replica_program(ASYNCHRONOUS, UNWANTED, wanted=False)
-    assert run(program) == "{'status': 'READY', 'cancels': 0} True"
+@pytest.mark.parametrize("name", CANCELLED)
+def test_a_cancel_has_time_to_end_its_prediction_and_not_the_next(ends, name: str) -> None:
+    assert ends[name]["waited"] >= 0.4  # two of 0.2 s
+
+
+def test_a_replica_does_not_send_what_the_front_does_not_want(ends) -> None:
+    assert (ends["unwanted"]["status"], ends["unwanted"]["cancels"]) == ("READY", 0)
 
 
 # --- the front
