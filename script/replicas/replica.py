@@ -63,8 +63,8 @@ class Replica:
                 while reply.status_code == 202 and await self._status() == "BUSY":
                     await asyncio.sleep(POLL_SECONDS)
             except (asyncio.CancelledError, GeneratorExit):
-                # Again, because Cog loses a cancel that comes very early; and not soon, because a
-                # late cancel seems to end the next prediction now and then (docs/fleet.md).
+                # Again, because Cog loses a cancel that comes very early; and not soon, because one
+                # that comes late can end the next prediction (docs/reliability.md).
                 cancel = f"/predictions/{quote(call.identifier, '')}/cancel"
                 while not sent.done() or await self._status() == "BUSY":
                     known = (await self._ask("POST", cancel)).status_code != 404
