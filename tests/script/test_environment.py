@@ -24,16 +24,21 @@ def interpreters(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A checkout with an environment, in place of one that an earlier version made."""
+    """A checkout with an environment, in place of one that an earlier version made.
+
+    The tools' environment goes with it: it may be another Python's.
+    """
     root = tmp_path_factory.mktemp("installed")
     checkout, interpreters = empty_checkout(root), unfit_interpreters(root)
     program(interpreters / "python3.12", f'exec {sys.executable} "$@"')
-    old = checkout / ".venv" / "bin"
-    old.mkdir(parents=True)
-    program(old / "python", "exit 0")
+    tools = checkout / ".cog" / "dev" / "bin"
+    for old in (checkout / ".venv" / "bin", tools):
+        old.mkdir(parents=True)
+        program(old / "python", "exit 0")
     result = setup(checkout, interpreters)
     assert result.returncode == 0, result.stderr
     assert f"script/setup: using {interpreters}/python3.12, Python 3.1" in result.stderr
+    assert not tools.exists()
     return checkout
 
 
@@ -53,6 +58,11 @@ def unfit_interpreters(root: Path) -> Path:
     program(directory / "python3.11", "echo 'python3.11: command not found' >&2; exit 127")
     program(directory / "python3.12", f'[ "$2" = "{ANSWER}" ] && echo 3.12.4')  # but no venv
     program(directory / "python3", "echo 3.13.1")
+    return directory
+
+
+def packages(environment: Path) -> Path:
+    (directory,) = environment.glob("lib/python3.*/site-packages")
     return directory
 
 
@@ -101,6 +111,34 @@ def test_the_fleet_has_an_environment_of_its_own(installed, interpreters) -> Non
     assert (installed / ".venv").readlink() == Path(".cog/venv")
     assert not (installed / ".venv" / "installed-requirements-fleet.txt").exists()
     assert setup(installed, interpreters, "fleet").stderr == ""
+
+
+def test_tools_find_what_is_served_but_not_the_other_way_round(installed, interpreters) -> None:
+    (installed / "requirements-dev.txt").touch()
+    result = setup(installed, interpreters, "dev")
+    assert (result.returncode, result.stderr.count("Installing requirements-dev.txt")) == (0, 1)
+    assert setup(installed, interpreters, "dev").stderr == ""
+    (packages(installed / ".cog" / "dev") / "tool.py").touch()
+    (packages(installed / ".venv") / "library.py").touch()
+    for environment, module, code in [
+        (".cog/dev", "tool", 0),
+        (".cog/dev", "library", 0),
+        (".venv", "library", 0),
+        (".venv", "tool", 1),
+    ]:
+        command = [installed / environment / "bin" / "python", "-c", f"import {module}"]
+        found = subprocess.run(command, capture_output=True, check=False)
+        assert found.returncode == code, (environment, module)
+
+
+def test_cog_build_copies_no_environment(installed, interpreters) -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for kind in ("dev", "fleet"):
+        (installed / f"requirements-{kind}.txt").touch()
+        assert setup(installed, interpreters, kind, PYTHON=sys.executable).returncode == 0
+    made = [path for path in (installed / ".cog").iterdir() if path.is_dir()]
+    assert len(made) == 3
+    assert {str(path.relative_to(installed)) for path in made} <= set(ignored)
 
 
 def test_python_names_the_only_interpreter_to_try(checkout, interpreters) -> None:
