@@ -22,6 +22,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of quick tests come last, so that processes that run in parallel end together."""
+    items.sort(key=lambda item: "tests/lora/" in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""

@@ -263,6 +263,11 @@ def test_a_webhook_that_is_refused_is_sent_again(fleet, several) -> None:
     assert [fleet.cancel(number) for number in range(2)] == [200, 200]
 
 
+def test_a_fleet_has_the_priority_of_its_command(fleet) -> None:
+    for process in fleet.pids(WORKER) | fleet.pids(REPLICA):
+        assert os.getpriority(os.PRIO_PROCESS, process) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
 # --- losing a prediction
 
 
@@ -280,8 +285,7 @@ def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
         assert lost["status"] == "failed"
         assert "was lost. Send the request again" in lost["error"]
         assert fleet.cancel(lost["id"]) == 404
-        (other,) = {"one", "two"} - {lost["id"]}
-        assert fleet.cancel(other) == 200
+        assert fleet.cancel(({"one", "two"} - {lost["id"]}).pop()) == 200
         wait_for(lambda: len(payloads) == 2)
         assert payloads[1]["status"] == "canceled"
 
