@@ -30,9 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""
-    from tests.support.server import THREADS, logged_server
+    from tests.support.server import logged_server
 
-    with logged_server(tmp_path_factory.mktemp("outputs"), **THREADS) as running:
+    with logged_server(tmp_path_factory.mktemp("outputs")) as running:
         yield running
 
 

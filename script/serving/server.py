@@ -88,11 +88,11 @@ class Server:
 
     def request(self, method: str, path: str, **options: Any) -> requests.Response:
         """Send an HTTP request; repeats the 409 that the server gives between two predictions."""
-        for _ in range(40):
+        for _ in range(200):
             response = self._session.request(method, self.url + path, **options)
             if response.status_code != 409:
                 break
-            time.sleep(0.25)
+            time.sleep(0.05)
         return response
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

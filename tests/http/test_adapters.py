@@ -14,13 +14,13 @@ from miniature.checkpoint import Dimensions
 from serving.server import Server, ServerError
 from tests.support.adapters import adapter
 from tests.support.hub import Hub
-from tests.support.inputs import SMALL
+from tests.support.inputs import SMALL, UNCHECKED
 from tests.support.pictures import data_uri, difference, same
 from tests.support.server import LoggedServer, logged_server
 from tests.support.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from weights.serving.errors import WeightsError
 
-RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL}
+RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL, **UNCHECKED}
 FAST = {**RAW, "aspect_ratio": "1:1", "go_fast": True}
 VERSION = "0a" * 32
 SECRETS = {
@@ -62,6 +62,12 @@ def server(environment, tmp_path_factory) -> Iterator[LoggedServer]:
 
 
 @pytest.fixture(scope="module")
+def base(server) -> Image.Image:
+    """The picture without an adapter."""
+    return server.generate(**RAW).image
+
+
+@pytest.fixture(scope="module")
 def references(hub) -> dict[str, str]:
     """A reference for each source, each to an adapter of its own."""
     huggingface, civitai, replicate = HuggingFace(hub), Civitai(hub), Replicate(hub)
@@ -93,8 +99,7 @@ SOURCES = [
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_each_source(server, references, source: str) -> None:
-    base = server.generate(**RAW).image
+def test_each_source(server, base, references, source: str) -> None:
     first = server.generate(replicate_weights=references[source], **RAW)
     assert difference(first.image, base) > 1
     assert re.search(r"Adapter .*, 16 modules, 0 keys ignored.* scale 1\n", first.logs)
@@ -106,13 +111,13 @@ def test_each_source(server, references, source: str) -> None:
     assert same(extra.image, first.image)
 
 
-def test_scales_and_sums(server, references) -> None:
+def test_scales_and_sums(server, base, references) -> None:
     one, two = references["CivitAI"], references["Replicate"]
 
     def generate(**inputs: object) -> Image.Image:
         return server.generate(**RAW, **inputs).image
 
-    base, full = generate(), generate(replicate_weights=one)
+    full = generate(replicate_weights=one)
     assert same(generate(replicate_weights=one, lora_scale=0), base)
     half, minus = (generate(replicate_weights=one, lora_scale=s) for s in (0.5, -1))
     assert difference(half, full) > 0.5
@@ -134,12 +139,11 @@ def test_schnell_and_the_other_modes_take_adapters(server, references) -> None:
         assert same(server.generate(**RAW, **inputs).image, base)
 
 
-def test_the_prompt_cache_knows_adapters_of_the_text_encoders(server, hub) -> None:
+def test_the_prompt_cache_knows_adapters_of_the_text_encoders(server, base, hub) -> None:
     clip = Dimensions()
     down, up = torch.randn(2, clip.clip_width), torch.randn(clip.clip_feed_forward, 2)
     tensors = {f"{KOHYA}.lora_down.weight": down, f"{KOHYA}.lora_up.weight": up}
     url = hub.add_file("/files/clip.safetensors", save(tensors))
-    base = server.generate(**RAW).image
     changed = server.generate(**RAW, replicate_weights=url).image
     assert not same(changed, base)
     assert same(server.generate(**RAW).image, base)
@@ -173,8 +177,7 @@ def test_trigger_words_are_in_the_log(server, references) -> None:
         (data_uri(save({"transformer.nowhere.lora_A.weight": torch.zeros(4, 4)})), "nowhere"),
     ],
 )
-def test_errors_are_failed_predictions_and_change_nothing(server, reference, message) -> None:
-    base = server.generate(**RAW).image
+def test_errors_are_failed_predictions_and_change_nothing(server, base, reference, message) -> None:
     error = server.fail(**RAW, replicate_weights=reference)
     assert message in error
     assert same(server.generate(**RAW).image, base)
@@ -233,8 +236,7 @@ def test_private_addresses_only_where_the_operator_allows_them(environment, hub,
     assert hub.count("GET", "/files/private.safetensors") == 0
 
 
-def test_a_cancel_during_a_download(server, hub) -> None:
-    base = server.generate(**RAW).image
+def test_a_cancel_during_a_download(server, base, hub) -> None:
     url = hub.add_file("/files/slow.safetensors", content(61))
     hub.drip("/files/slow", size=300, seconds=0.2, times=2)
     final, waited = server.cancel("Using seed", **RAW, replicate_weights=url)
@@ -245,11 +247,10 @@ def test_a_cancel_during_a_download(server, hub) -> None:
     assert difference(server.generate(**RAW, replicate_weights=url).image, base) > 1
 
 
-def test_a_tar_with_one_adapter(server, hub, tmp_path) -> None:
+def test_a_tar_with_one_adapter(server, base, hub, tmp_path) -> None:
     inside, outer = tmp_path / "lora.safetensors", tmp_path / "trained_model.tar"
     save_file(adapter(51), inside)
     with tarfile.open(outer, "w") as archive:
         archive.add(inside, "output/flux_train_replicate/lora.safetensors")
     url = hub.add_file("/files/trained_model.tar", Path(outer).read_bytes())
-    base = server.generate(**RAW).image
     assert difference(server.generate(**RAW, replicate_weights=url).image, base) > 1

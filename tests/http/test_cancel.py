@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 
 from tests.support.inputs import QUICK, SMALL
 from tests.support.pictures import same
@@ -20,9 +21,13 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(server) -> Image.Image:
+    return server.generate(**RAW).image
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_cancel(server, stage: str) -> None:
-    undisturbed = server.generate(**RAW).image
+def test_cancel(server, undisturbed, stage: str) -> None:
     line, inputs = STAGES[stage]
     final, _ = server.cancel(line, **inputs)
     assert final["status"] == "canceled", final
@@ -39,8 +44,7 @@ def test_cancel(server, stage: str) -> None:
     assert same(server.generate(**RAW).image, undisturbed)
 
 
-def test_a_client_that_hangs_up_cancels(server) -> None:
-    undisturbed = server.generate(**RAW).image
+def test_a_client_that_hangs_up_cancels(server, undisturbed) -> None:
     start = len(server.lines)
     with pytest.raises(requests.ReadTimeout):
         server.server.request(

@@ -5,10 +5,11 @@ from PIL import Image
 from safetensors.torch import save
 
 from tests.support.adapters import adapter
+from tests.support.inputs import UNCHECKED
 from tests.support.pictures import colours, data_uri, difference, same
 from tests.support.server import LoggedServer
 
-RAW = {"output_format": "png"}
+RAW = {"output_format": "png", **UNCHECKED}
 PICTURE = colours(256, 192)
 MASK = Image.linear_gradient("L").resize(PICTURE.size)
 MODES = {

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from tests.flux.test_images import COLOURS, P3, expected, patches, picture, rgb_profile
-from tests.support.inputs import SMALL
+from tests.support.inputs import SMALL, UNCHECKED
 from tests.support.pictures import colours, data_uri, difference, pixels, same
 
-RAW = {"output_format": "png", **SMALL}
+RAW = {"output_format": "png", **SMALL, **UNCHECKED}
 
 
 def ring(mask: Image.Image, outer: int, inner: int) -> np.ndarray:

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from serving.server import processes, resident
-from tests.support.inputs import SMALL
+from tests.support.inputs import SMALL, UNCHECKED
 from tests.support.pictures import colours, data_uri, difference, encode, same
 
 SCHNELL = {"model": "schnell", "num_inference_steps": 1}
-RAW = {"output_format": "png", **SMALL}
+RAW = {"output_format": "png", **SMALL, **UNCHECKED}
 
 
 def round_trip(server, content: bytes | Image.Image, **inputs) -> Image.Image:

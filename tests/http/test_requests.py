@@ -181,7 +181,7 @@ def test_the_server_is_healthy_while_it_generates(server) -> None:
 
     seen: list[dict[str, object]] = []
     generation = threading.Thread(
-        target=server.generate, kwargs={"num_inference_steps": 50, **SMALL}
+        target=server.generate, kwargs={"num_inference_steps": 10, **SMALL}
     )
     generation.start()
     while generation.is_alive():

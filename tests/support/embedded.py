@@ -1,5 +1,6 @@
 """diffusers' own pipelines, as the oracle."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from flux.deployment import NANO
 from miniature import checkpoint
 
 
+@cache
 def diffusers(
     dtype: torch.dtype = torch.float32, directory: Path = NANO
 ) -> dict[str, FluxPipeline]:

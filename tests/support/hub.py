@@ -187,6 +187,7 @@ class Hub:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = False
+    request_queue_size = 128  # clients open several at once; one that finds no room waits a second
     hub: Hub
 
     def handle_error(self, request: object, client_address: object) -> None:

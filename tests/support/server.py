@@ -110,6 +110,7 @@ def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
         "FLUX_OUTPUT_DIRECTORY": str(outputs),
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": "cpu",
+        **THREADS,
         **environment,
     }
     with Server(settings, on_log=lines.append) as server:

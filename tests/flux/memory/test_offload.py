@@ -63,8 +63,9 @@ def test_the_same_bits_with_and_without_adapters(base_weights, adapters, streams
     for desired in ([], [(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []):
         for found in (here, there):
             found.reconcile(key, desired)
+        expected = step(here, key)
         for _ in range(3):  # the hooks learn the order of the layers in the first
-            assert torch.equal(step(there, key), step(here, key))
+            assert torch.equal(step(there, key), expected)
 
 
 def test_one_that_leaves_the_host_comes_back_whole(base_weights, adapters, streams) -> None:

@@ -1,5 +1,7 @@
 """Copies on a stream of their own: whenever they are made, the weights are the same, and ready."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from flux.memory.residency import ORDER
 from flux.memory.staging import CudaCopyStream, Staging, move
 from flux.transformers.merge import UNKNOWN, WorkingWeights
 from flux.transformers.pool import Transformers
+from flux.variants import Key
+from lora.formats.adapter import Adapter
 from tests.flux.merging import SIZE
 from tests.flux.streams import Early, Late
 from tests.support import tiny
@@ -39,6 +43,21 @@ def transformers(base_weights, stream) -> Transformers:
     )
 
 
+@pytest.fixture(scope="module")
+def plain(base_weights) -> Callable[..., dict[str, Tensor]]:
+    """The weights of a transformer without a stream, by what is merged; made once each."""
+    found, made = transformers(base_weights, None), {}
+
+    def plain(key: Key, desired: list[tuple[Adapter, float]]) -> dict[str, Tensor]:
+        name = (key, *((adapter.digest, scale) for adapter, scale in desired))
+        if name not in made:
+            found.reconcile(key, desired)
+            made[name] = bits(found, key)
+        return made[name]
+
+    return plain
+
+
 def bits(found: Transformers, key) -> dict[str, Tensor]:
     return {
         name: parameter.dequantize() if hasattr(parameter, "qdata") else parameter.detach().clone()
@@ -53,15 +72,14 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("key", ORDER, ids="-".join)
 def test_whenever_copies_are_made_the_weights_are_the_same(
-    base_weights, adapters, stream, key
+    base_weights, plain, adapters, stream, key
 ) -> None:
     """Adapters of every kind, one after another; a DoRA reads several base weights."""
-    beside, plain = transformers(base_weights, stream), transformers(base_weights, None)
+    beside = transformers(base_weights, stream)
     for desired in ([(adapters["a"], 1.0), (adapters["d"], 0.5)], [], [(adapters["c"], 1.5)], []):
-        for found in (beside, plain):
-            found.reconcile(key, desired)
+        beside.reconcile(key, desired)
         assert stream.under_way == []
-        assert_same(bits(beside, key), bits(plain, key))
+        assert_same(bits(beside, key), plain(key, desired))
 
 
 def test_two_buffers_of_the_largest_weight_are_all_that_is_taken(base_weights) -> None:
@@ -145,7 +163,7 @@ class CancelledError(Exception):
 
 @pytest.mark.parametrize("stop", [0, 1, 7])
 def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
-    base_weights, adapters, stream, stop
+    base_weights, plain, adapters, stream, stop
 ) -> None:
     """Memory that is given back then may be used by the next steps at once."""
     found, calls = transformers(base_weights, stream), iter(range(1000))
@@ -157,10 +175,9 @@ def test_what_comes_after_a_cancel_waits_for_the_copies_under_way(
     with pytest.raises(CancelledError):
         found.reconcile(ORDER[0], [], check)
     assert stream.under_way == []
-    found.reconcile(ORDER[0], [(adapters["b"], 1.0)])
-    plain = transformers(base_weights, None)
-    plain.reconcile(ORDER[0], [(adapters["b"], 1.0)])
-    assert_same(bits(found, ORDER[0]), bits(plain, ORDER[0]))
+    desired = [(adapters["b"], 1.0)]
+    found.reconcile(ORDER[0], desired)
+    assert_same(bits(found, ORDER[0]), plain(ORDER[0], desired))
 
 
 def test_the_streams_meet_before_generating_also_with_nothing_to_write(base_weights) -> None:

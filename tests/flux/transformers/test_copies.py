@@ -2,6 +2,7 @@
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size
 from flux.variants import Key
+from lora.formats.adapter import Adapter
 from tests.flux.streams import Late
 from tests.support import tiny
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
+Weights = dict[str, list[Tensor]]
+Desired = list[tuple[Adapter, float]]
 AT_START = (DEV, DEV8, BaseCopy("dev"))  # as on a card of 80 GB
 
 
@@ -50,14 +54,24 @@ def make(base_weights, budget: int | None = None, pin: Any = None) -> Transforme
     return Transformers(opened, CPU, dynamic=False, budget=budget, placement=OnDevice(CPU, Late()))
 
 
-def plain(base_weights, key, desired) -> dict[str, list[Tensor]]:
-    """The weights of a transformer made from the host alone."""
-    found = Transformers(tiny.opened(base_weights), CPU, dynamic=False, budget=None)
-    found.reconcile(key, desired)
-    return bits(found, key)
+@pytest.fixture(scope="module")
+def plain() -> Callable[[Key, Desired], Weights]:
+    """The weights of a transformer made from the host alone, by what is merged; made once each."""
+    made: dict[object, Weights] = {}
+
+    def plain(key: Key, desired: Desired) -> Weights:
+        name = (key, *((adapter.digest, scale) for adapter, scale in desired))
+        if name not in made:
+            opened = tiny.opened(tiny.transformers(torch.bfloat16))
+            found = Transformers(opened, CPU, dynamic=False, budget=None)
+            found.reconcile(key, desired)
+            made[name] = bits(found, key)
+        return made[name]
+
+    return plain
 
 
-def bits(found: Transformers, key) -> dict[str, list[Tensor]]:
+def bits(found: Transformers, key) -> Weights:
     return {
         name: [tensor.clone().view(torch.uint8) for tensor in storage(parameter)]
         for name, parameter in found.modules[key].named_parameters()
@@ -82,11 +96,9 @@ def spoil(base: nn.Module) -> None:
         parameter.data.fill_(torch.nan)
 
 
-def test_once_they_are_on_the_device_no_swap_reads_the_host(base_weights, adapters) -> None:
+def test_once_they_are_on_the_device_no_swap_reads_the_host(base_weights, plain, adapters) -> None:
     desired = [[(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []]
-    expected = {
-        (key, n): plain(base_weights, key, d) for key in ORDER for n, d in enumerate(desired)
-    }
+    expected = {(key, n): plain(key, d) for key in ORDER for n, d in enumerate(desired)}
     found = make(base_weights)
     for key in found.at_start:
         found.reconcile(key, [])
@@ -100,7 +112,7 @@ def test_once_they_are_on_the_device_no_swap_reads_the_host(base_weights, adapte
 
 
 def test_they_leave_for_a_transformer_and_return_with_the_next_change(
-    base_weights, adapters
+    base_weights, plain, adapters
 ) -> None:
     found = make(base_weights, room_for(base_weights, *AT_START))
     for key in found.at_start:
@@ -108,7 +120,7 @@ def test_they_leave_for_a_transformer_and_return_with_the_next_change(
     assert (found.resident, copied(found)) == ((DEV8, DEV), {"dev"})
     for key in (SCHNELL, SCHNELL8):
         found.reconcile(key, [])
-        assert_same(bits(found, key), plain(base_weights, key, []))
+        assert_same(bits(found, key), plain(key, []))
     assert copied(found) == set()
     found.reconcile(DEV, [(adapters["b"], 1.0)])
     assert copied(found) == set()  # it held no adapter, so it was its own source
@@ -117,17 +129,19 @@ def test_they_leave_for_a_transformer_and_return_with_the_next_change(
     found.reconcile(DEV, [(adapters["a"], 1.0)])
     assert copied(found) == {"dev"}
     assert DEV in found.resident
-    assert_same(bits(found, DEV), plain(base_weights, DEV, [(adapters["a"], 1.0)]))
+    assert_same(bits(found, DEV), plain(DEV, [(adapters["a"], 1.0)]))
 
 
 @pytest.mark.parametrize(
     "items", [(DEV,), (DEV, DEV8), (DEV, SCHNELL), AT_START, (*AT_START, SCHNELL8)], ids=len
 )
-def test_no_budget_is_passed_and_every_request_is_served(base_weights, adapters, items) -> None:
+def test_no_budget_is_passed_and_every_request_is_served(
+    base_weights, plain, adapters, items
+) -> None:
     budget = room_for(base_weights, *items)
     found, rng = make(base_weights, budget), random.Random(len(items))
     desired = [(adapters["b"], 1.0)]
-    expected = {key: plain(base_weights, key, desired) for key in ORDER}
+    expected = {key: plain(key, desired) for key in ORDER}
     for _ in range(15):
         key, wanted = rng.choice(ORDER), rng.choice([[], desired])
         found.reconcile(key, wanted)
@@ -141,7 +155,7 @@ def test_no_budget_is_passed_and_every_request_is_served(base_weights, adapters,
 
 
 def test_out_of_memory_while_they_come_leaves_them_on_the_host(
-    base_weights, adapters, monkeypatch, caplog
+    base_weights, plain, adapters, monkeypatch, caplog
 ) -> None:
     def runs_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
@@ -154,7 +168,7 @@ def test_out_of_memory_while_they_come_leaves_them_on_the_host(
     assert "The base weights of dev stay on the host: CUDA out of memory" in caplog.text
     for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
         found.reconcile(DEV, desired)
-        assert_same(bits(found, DEV), plain(base_weights, DEV, desired))
+        assert_same(bits(found, DEV), plain(DEV, desired))
     assert copied(found) == set()
     assert set(found.resident) == set(ORDER)
 
@@ -164,7 +178,7 @@ class CancelledError(Exception):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 40])
-def test_a_cancel_while_they_come(base_weights, adapters, stop) -> None:
+def test_a_cancel_while_they_come(base_weights, plain, adapters, stop) -> None:
     found, calls = make(base_weights), iter(range(1000))
 
     def check() -> None:
@@ -175,7 +189,7 @@ def test_a_cancel_while_they_come(base_weights, adapters, stop) -> None:
         found.reconcile(DEV8, [], check)
     for desired in ([(adapters["b"], 1.0)], [(adapters["a"], 1.0)], []):
         found.reconcile(DEV8, desired)
-        assert_same(bits(found, DEV8), plain(base_weights, DEV8, desired))
+        assert_same(bits(found, DEV8), plain(DEV8, desired))
 
 
 def test_memory_on_the_host_is_page_locked_for_what_is_read_there(base_weights, adapters) -> None:
@@ -219,7 +233,7 @@ def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(base_wei
     assert threading.active_count() <= threads + 1  # the timer may be about to end
 
 
-def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights) -> None:
+def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights, plain) -> None:
     outcomes = iter([False, True])
 
     def pin(_: nn.Module) -> bool:
@@ -231,7 +245,7 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights) -> N
     with pytest.raises(OSError, match="the disk is gone"):
         found.reconcile(SCHNELL8, [])
     found.reconcile(SCHNELL8, [])  # the next request tries again
-    assert_same(bits(found, SCHNELL8), plain(base_weights, SCHNELL8, []))
+    assert_same(bits(found, SCHNELL8), plain(SCHNELL8, []))
 
 
 def test_base_items_are_no_transformers(base_weights) -> None:
