@@ -8,16 +8,19 @@ import requests
 from PIL import Image
 
 from tests.support.inputs import QUICK, SMALL
-from tests.support.pictures import same
+from tests.support.pictures import data_uri, encode, same
 
 RAW = {"output_format": "png", **SMALL}
-LARGE = {"aspect_ratio": "custom", "width": 1440, "height": 1440, "output_format": "png"}
+NOISE = data_uri(encode(Image.effect_noise((1024, 1024), 90), "JPEG"))  # takes long to encode
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     # stage: (the line of the log after which the cancel is sent, inputs that make it long)
     "text": ("Using seed", {"prompt": "red " * 2_000_000, "num_inference_steps": 50}),
     "denoising": (r"3/50 \[", {"num_inference_steps": 50}),
-    "decoding": (r"1/1 \[", {"num_inference_steps": 1, **LARGE}),
-    "encoding": ("Safety: image 1", {"num_inference_steps": 1, **LARGE}),
+    "decoding": (r"1/1 \[", {"num_inference_steps": 1, "megapixels": "1"}),
+    "encoding": (
+        "Safety: image 1",
+        {"image": NOISE, "prompt_strength": 0, "megapixels": "1", "num_outputs": 4},
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from tests.support.official import wanted
 from tests.support.services import HuggingFace, tar
 from weights import checkpoint
 from weights.checkpoint import directory_of, fetch_missing
+from weights.download.retry import RetryPolicy
 from weights.manifest import REPOSITORIES
 from weights.serving.errors import SourceUnavailableError
 from weights.serving.settings import Settings
@@ -73,6 +74,7 @@ def test_plain_files_for_an_image_are_then_used_without_a_network(
     assert directory_of("dev", "official", moved) == target / "dev"
     assert f"fetched at {DEV.revision}, and FLUX_REVISIONS asks for v2" in caplog.text
     fetched = hub.count("GET", "/cdn/")
+    monkeypatch.setattr(RetryPolicy, "pause", lambda *_: None)
     (target / "schnell/.verified").unlink()
     shard = next((target / "schnell/transformer").glob("*-00002-*"))
     date = shard.stat().st_mtime

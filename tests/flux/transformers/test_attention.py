@@ -10,6 +10,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from flux.sampling import ASPECT_RATIOS
 from flux.transformers.attention import build_plans, builds_plans, set_attention_backend
 from tests.support import tiny
+from tests.support.inputs import UNCHECKED
 from tests.support.predictor import without_decoding
 from weights.serving.settings import SettingsError
 
@@ -110,10 +111,11 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
 
     without_decoding(monkeypatch)
     monkeypatch.setattr(FluxTransformer2DModel, "forward", step)
+    quick = {"num_inference_steps": 1, **UNCHECKED}
     for model in ("dev", "schnell"):
         for ratio in ASPECT_RATIOS:
-            generate(model=model, aspect_ratio=ratio, megapixels="0.25", num_inference_steps=1)
-    generate(aspect_ratio="21:9", num_inference_steps=1)
+            generate(model=model, aspect_ratio=ratio, megapixels="0.25", **quick)
+    generate(aspect_ratio="21:9", **quick)
     assert len(generated) == 23
     assert set(generated) <= in_setup
 
