@@ -131,7 +131,7 @@ def test_float8_activations(start, usual) -> None:
     """The form that cards use, computed on a CPU: a little further from bf16."""
     size = {"megapixels": "0.25"}
     (exact,), (weights,) = (usual(go_fast=fast, **size) for fast in (False, True))
-    (dynamic,) = start(FLUX_FP8_ACTIVATIONS="fp8")(go_fast=True)
+    (dynamic,) = start(FLUX_FP8_ACTIVATIONS="fp8")(go_fast=True, **size)
     assert 0 < difference(dynamic, exact) < 4
     assert not same(dynamic, weights)
 

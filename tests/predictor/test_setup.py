@@ -97,6 +97,7 @@ def test_what_is_not_brought_in_setup_is_in_the_table_too(start, caplog) -> None
     assert tuple(found) == LOADED
     assert [name for name, row in found.items() if row["s"] == "-"] == ["dev bf16", "schnell bf16"]
     assert found["dev bf16"]["source"] == "with its first request"
+    assert "layer by layer" not in caplog.text  # which FLUX_OFFLOAD asks for
 
 
 def test_the_place_of_a_tensor(tmp_path) -> None:

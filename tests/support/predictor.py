@@ -13,8 +13,9 @@ from PIL import Image
 from flux.autoencoder import Autoencoder
 from predict import Predictor
 from tests.support.inputs import QUICK, SMALL
+from tests.support.pictures import colours
 
-SIZES = {"aspect_ratio", "megapixels"}
+SIZES = {"image", "aspect_ratio", "megapixels"}
 
 Generate = Callable[..., list[Image.Image]]
 """A predictor's `run`, with the images in place of their files."""
@@ -25,8 +26,12 @@ def set_up_predictor(
 ) -> Generate:
     """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images.
 
-    Without go_fast, images are as small as they may be, unless their size is given.
+    Images are as small as they may be, unless their size is given. With go_fast, that of a picture
+    may be smaller than any ratio's; at a strength of 1 nothing else of it is used.
     """
+    picture = outputs.with_name(f"{outputs.name}.png")
+    colours(128, 128).save(picture)
+    small = {False: SMALL, True: {"image": picture, "prompt_strength": 1.0}}
     settings = {
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": "cpu",
@@ -41,8 +46,8 @@ def set_up_predictor(
     predictor.setup()
 
     def generate(**inputs: Any) -> list[Image.Image]:
-        small = {} if inputs.get("go_fast") or inputs.keys() & SIZES else SMALL
-        options = {**defaults(predictor.run), **QUICK, **small, "output_format": "png", **inputs}
+        size = {} if inputs.keys() & SIZES else small[inputs.get("go_fast", False)]
+        options = {**defaults(predictor.run), **QUICK, **size, "output_format": "png", **inputs}
         return [_load(path) for path in predictor.run(**options)]
 
     return generate
