@@ -18,8 +18,11 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "denoising": (r"3/50 \[", {"num_inference_steps": 50}),
     "decoding": (r"1/1 \[", {"num_inference_steps": 1, "megapixels": "1"}),
     "encoding": (
-        "Safety: image 1",
-        {"image": NOISE, "prompt_strength": 0, "megapixels": "1", "num_outputs": 4},
+        "Safety: image 4",  # so that only encoding is left
+        {
+            **{"image": NOISE, "prompt_strength": 0, "megapixels": "1"},
+            **{"num_outputs": 4, "output_format": "png"},
+        },
     ),
 }
 

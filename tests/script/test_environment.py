@@ -141,6 +141,33 @@ def test_cog_build_copies_no_environment(installed, interpreters) -> None:
     assert {str(path.relative_to(installed)) for path in made} <= set(ignored)
 
 
+def test_an_environment_that_holds_the_tools_too_is_made_again(checkout, interpreters) -> None:
+    """An earlier version made it so."""
+    for name in ("venv", "dev"):
+        python = checkout / ".cog" / name / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        program(python, "exit 0")
+    (checkout / ".venv").symlink_to(".cog/venv")
+    (checkout / ".venv" / "installed-requirements-dev.txt").touch()
+    fits = interpreters / "fits"
+    answers = f'[ "$2" = "{ANSWER}" ] && echo 3.12.4'
+    program(fits, f'if [ "$1" = -c ]; then {answers}; exit 0; fi; echo "$@" >&2; exit 3')
+    result = setup(checkout, interpreters, PYTHON=str(fits))
+    assert result.returncode == 3
+    assert result.stderr.endswith("-m venv --clear .cog/venv\n")
+    assert not (checkout / ".cog" / "dev").exists()
+
+
+def test_tools_of_another_list_are_installed_anew(installed, interpreters) -> None:
+    """What left the list would hide what is served."""
+    (installed / "requirements-dev.txt").touch()
+    assert setup(installed, interpreters, "dev").returncode == 0
+    (packages(installed / ".cog" / "dev") / "left.py").touch()
+    (installed / "requirements-dev.txt").write_text("# another\n")
+    assert setup(installed, interpreters, "dev").returncode == 0
+    assert not (packages(installed / ".cog" / "dev") / "left.py").exists()
+
+
 def test_python_names_the_only_interpreter_to_try(checkout, interpreters) -> None:
     result = setup(checkout, interpreters, PYTHON=f"{interpreters}/python3")
     assert result.returncode == 1

@@ -26,8 +26,8 @@ def set_up_predictor(
 ) -> Generate:
     """Set up a predictor in this process; returns its `run` with QUICK's inputs, giving images.
 
-    Images are as small as they may be, unless their size is given. With go_fast, that of a picture
-    may be smaller than any ratio's; at a strength of 1 nothing else of it is used.
+    Images are as small as they may be, unless their size is given. go_fast takes no custom size: a
+    small input picture sets it, in image to image at a strength of 1, which uses no more of it.
     """
     picture = outputs.with_name(f"{outputs.name}.png")
     colours(128, 128).save(picture)
