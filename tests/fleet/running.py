@@ -14,14 +14,14 @@ import requests
 from serving.server import Server, processes
 from tests.support import inputs
 from tests.support.inputs import QUICK
-from tests.support.server import wait_for
+from tests.support.server import WORKER, wait_for
 
 ROOT = Path(__file__).parent.parent.parent
 MARK = "STARTED_FOR_FLEET_IN"
 QUEUE = 16
 SMALL = {**QUICK, **inputs.SMALL}
 LONG = {**QUICK, "num_inference_steps": 50, "num_outputs": 4}  # as long as the test wants
-SERVER, WORKER, REPLICA = b"cog.server.http", b"coglet.server._run_worker", b"Replica:flux:Replica"
+REPLICA = b"Replica:flux:Replica"
 ASYNC = {"Prefer": "respond-async"}
 
 

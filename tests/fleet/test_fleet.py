@@ -19,9 +19,7 @@ from tests.fleet.running import (
     LONG,
     QUEUE,
     REPLICA,
-    SERVER,
     SMALL,
-    WORKER,
     Fleet,
     ask,
     fill,
@@ -29,7 +27,7 @@ from tests.fleet.running import (
     start_long,
 )
 from tests.support.adapters import adapter
-from tests.support.server import wait_for
+from tests.support.server import SERVER, WORKER, wait_for
 
 # --- losing a replica; tests that use `running` do not wait for its successor
 

@@ -20,7 +20,7 @@ from tests.support.server import LoggedServer, logged_server
 from tests.support.services import Civitai, HuggingFace, Replicate, trained_on_replicate
 from weights.serving.errors import WeightsError
 
-RAW = {"output_format": "png", "num_inference_steps": 2, **SMALL, **UNCHECKED}
+RAW = {"output_format": "png", "num_inference_steps": 1, **SMALL, **UNCHECKED}
 FAST = {**RAW, "aspect_ratio": "1:1", "go_fast": True}
 VERSION = "0a" * 32
 SECRETS = {

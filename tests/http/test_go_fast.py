@@ -17,6 +17,7 @@ MODES = {
     "img2img": {"image": data_uri(PICTURE)},
     "inpaint": {"image": data_uri(PICTURE), "mask": data_uri(MASK)},
 }
+SIZED = {"image": data_uri(PICTURE), "prompt_strength": 1.0}  # smaller than any ratio's size
 CUSTOM = {"aspect_ratio": "custom", "width": 288, "height": 256, "megapixels": None}
 
 
@@ -48,7 +49,7 @@ def test_every_mode_is_close_to_bf16_and_neither_disturbs_the_other(
 
 def test_scales_in_float8(server, style) -> None:
     def fast(**inputs: object) -> Image.Image:
-        return generate(server, go_fast=True, **inputs)
+        return generate(server, go_fast=True, **SIZED, **inputs)
 
     base, full = fast(), fast(replicate_weights=style)
     half = fast(replicate_weights=style, lora_scale=0.5)
@@ -80,7 +81,7 @@ def test_with_an_image_custom_stays_in_float8(server) -> None:
 
 
 def test_image_k_is_the_image_of_seed_plus_k(server, style) -> None:
-    inputs = {"go_fast": True, "replicate_weights": style}
+    inputs = {"go_fast": True, "replicate_weights": style, **SIZED}
     images = server.generate(**RAW, **inputs, num_outputs=2, seed=3).images
     assert same(images[1], generate(server, **inputs, seed=4))
 

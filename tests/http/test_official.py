@@ -1,6 +1,9 @@
 """A fresh server with FLUX_CHECKPOINT=official and the stand-in hub: from nothing to images."""
 
 import math
+import os
+import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,10 +12,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from predict import Predictor
+from serving.server import processes
 from tests.support.hub import Hub
 from tests.support.official import wanted
 from tests.support.pictures import same
-from tests.support.server import LoggedServer, logged_server
+from tests.support.server import SERVER, WORKER, LoggedServer, logged_server, wait_for
 from tests.support.services import HuggingFace
 from weights.download.retry import RetryPolicy
 from weights.manifest import REPOSITORIES
@@ -170,3 +174,17 @@ def test_a_checkpoint_of_damaged_files_fails_setup(set_up, official_files, tmp_p
     (tmp_path / "copied" / "schnell" / "model_index.json").write_text("{}")
     with pytest.raises(RuntimeError, match=r"dev text_encoder_2: cannot load .*script/download"):
         set_up(FLUX_CHECKPOINT=str(tmp_path / "copied"))
+
+
+# --- the end of a server
+
+
+def test_a_server_whose_worker_is_lost_ends_with_an_error(official, environment) -> None:
+    """So that a supervisor starts it again; Cog's own server answers for ever. The last test."""
+    mark = f"HF_HOME={environment['HF_HOME']}"
+    (worker,) = processes(WORKER, mark)
+    os.kill(worker, signal.SIGKILL)
+    assert official.server._process.wait(60) == 1
+    message = re.compile(r"script/serve: (UNHEALTHY|DEFUNCT): no prediction can succeed")
+    wait_for(lambda: any(map(message.search, official.server._tail)))
+    assert not processes(SERVER, mark) | processes(WORKER, mark)

@@ -19,6 +19,8 @@ from tests.support.inputs import QUICK
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 """For servers whose pictures are compared to the bit: all compute with one thread."""
+SERVER = b"cog.server.http"  # in the command of the process that answers HTTP
+WORKER = b"coglet.server._run_worker"  # and of the one that predicts
 
 
 @dataclass
