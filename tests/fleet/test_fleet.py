@@ -283,7 +283,8 @@ def test_an_asynchronous_prediction_that_is_lost_ends_as_failed(fleet) -> None:
         assert lost["status"] == "failed"
         assert "was lost. Send the request again" in lost["error"]
         assert fleet.cancel(lost["id"]) == 404
-        assert fleet.cancel(({"one", "two"} - {lost["id"]}).pop()) == 200
+        (other,) = {"one", "two"} - {lost["id"]}
+        assert fleet.cancel(other) == 200
         wait_for(lambda: len(payloads) == 2)
         assert payloads[1]["status"] == "canceled"
 

@@ -1,6 +1,8 @@
 """Working transformers of a tiny FLUX, and ways to compare their weights."""
 
 import copy
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -10,16 +12,33 @@ from flux.memory.residency import ORDER
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
+from flux.variants import Key
+from lora.formats.adapter import Adapter
 from tests.flux import low_rank
 from tests.support import tiny
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
+Desired = list[tuple[Adapter, float]]
+Weights = TypeVar("Weights")
 
 
 def make(base_weights, budget=None, dynamic=False, one_pass=None) -> Transformers:
     opened = tiny.opened(base_weights)
     return Transformers(opened, CPU, dynamic=dynamic, budget=budget, one_pass=one_pass)
+
+
+def once(make: Callable[[Key, Desired], Weights]) -> Callable[[Key, Desired], Weights]:
+    """`make` with its results kept, by the transformer and what is merged into it."""
+    made: dict[object, Weights] = {}
+
+    def kept(key: Key, desired: Desired) -> Weights:
+        name = (key, *((adapter.digest, scale) for adapter, scale in desired))
+        if name not in made:
+            made[name] = make(key, desired)
+        return made[name]
+
+    return kept
 
 
 def bits(module: nn.Module) -> dict[str, list[torch.Tensor]]:

@@ -89,8 +89,8 @@ def test_no_request_makes_a_graph(compiled, pictures, monkeypatch) -> None:
     before, transformers = graphs(), list(product(["dev", "schnell"], [False, True]))
     requests = list(zip(sizes(), cycle(transformers), strict=False))
     requests += product(modes(pictures), transformers)
+    quick = {"num_inference_steps": 1, **UNCHECKED}
     for inputs, (model, go_fast) in requests:
-        quick = {"num_inference_steps": 1, **UNCHECKED}
         compiled(**{"model": model, "go_fast": go_fast, **quick, **inputs})
         assert graphs() == before, (model, go_fast, inputs)
 

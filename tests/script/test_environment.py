@@ -103,7 +103,7 @@ def test_the_second_run_does_nothing(installed, interpreters) -> None:
 
 
 def test_the_fleet_has_an_environment_of_its_own(installed, interpreters) -> None:
-    (installed / "requirements-fleet.txt").touch()
+    (installed / "requirements-fleet.txt").write_text("# Ray\n")
     result = setup(installed, interpreters, "fleet", PYTHON=sys.executable)
     assert result.returncode == 0, result.stderr
     assert "Installing requirements-fleet.txt" in result.stderr
@@ -114,7 +114,7 @@ def test_the_fleet_has_an_environment_of_its_own(installed, interpreters) -> Non
 
 
 def test_tools_find_what_is_served_but_not_the_other_way_round(installed, interpreters) -> None:
-    (installed / "requirements-dev.txt").touch()
+    (installed / "requirements-dev.txt").write_text("# tools\n")
     result = setup(installed, interpreters, "dev")
     assert (result.returncode, result.stderr.count("Installing requirements-dev.txt")) == (0, 1)
     assert setup(installed, interpreters, "dev").stderr == ""

@@ -13,7 +13,7 @@ from flux.memory.staging import CudaCopyStream, Staging, move
 from flux.transformers.merge import UNKNOWN, WorkingWeights
 from flux.transformers.pool import Transformers
 from flux.variants import Key
-from lora.formats.adapter import Adapter
+from tests.flux import pools
 from tests.flux.merging import SIZE
 from tests.flux.streams import Early, Late
 from tests.support import tiny
@@ -46,16 +46,13 @@ def transformers(base_weights, stream) -> Transformers:
 @pytest.fixture(scope="module")
 def plain(base_weights) -> Callable[..., dict[str, Tensor]]:
     """The weights of a transformer without a stream, by what is merged; made once each."""
-    found, made = transformers(base_weights, None), {}
+    found = transformers(base_weights, None)
 
-    def plain(key: Key, desired: list[tuple[Adapter, float]]) -> dict[str, Tensor]:
-        name = (key, *((adapter.digest, scale) for adapter, scale in desired))
-        if name not in made:
-            found.reconcile(key, desired)
-            made[name] = bits(found, key)
-        return made[name]
+    def plain(key: Key, desired: pools.Desired) -> dict[str, Tensor]:
+        found.reconcile(key, desired)
+        return bits(found, key)
 
-    return plain
+    return pools.once(plain)
 
 
 def bits(found: Transformers, key) -> dict[str, Tensor]:

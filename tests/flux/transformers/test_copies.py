@@ -17,14 +17,13 @@ from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size
 from flux.variants import Key
-from lora.formats.adapter import Adapter
+from tests.flux import pools
 from tests.flux.streams import Late
 from tests.support import tiny
 
 CPU = torch.device("cpu")
 DEV, DEV8, SCHNELL8, SCHNELL = ORDER
 Weights = dict[str, list[Tensor]]
-Desired = list[tuple[Adapter, float]]
 AT_START = (DEV, DEV8, BaseCopy("dev"))  # as on a card of 80 GB
 
 
@@ -55,20 +54,15 @@ def make(base_weights, budget: int | None = None, pin: Any = None) -> Transforme
 
 
 @pytest.fixture(scope="module")
-def plain() -> Callable[[Key, Desired], Weights]:
+def plain() -> Callable[[Key, pools.Desired], Weights]:
     """The weights of a transformer made from the host alone, by what is merged; made once each."""
-    made: dict[object, Weights] = {}
 
-    def plain(key: Key, desired: Desired) -> Weights:
-        name = (key, *((adapter.digest, scale) for adapter, scale in desired))
-        if name not in made:
-            opened = tiny.opened(tiny.transformers(torch.bfloat16))
-            found = Transformers(opened, CPU, dynamic=False, budget=None)
-            found.reconcile(key, desired)
-            made[name] = bits(found, key)
-        return made[name]
+    def plain(key: Key, desired: pools.Desired) -> Weights:
+        found = pools.make(tiny.transformers(torch.bfloat16))
+        found.reconcile(key, desired)
+        return bits(found, key)
 
-    return plain
+    return pools.once(plain)
 
 
 def bits(found: Transformers, key) -> Weights:
