@@ -107,6 +107,16 @@ def test_serve_ends_with_an_error_when_its_worker_is_lost_in_setup(tmp_path) -> 
         assert servers(tmp_path) == []
 
 
+def test_serve_that_is_stopped_in_setup_leaves_no_worker(tmp_path) -> None:
+    port = str(free_port())
+    with started("serve", "--port", port, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert any("Running setup" in line for line in process.stderr)
+        assert len(servers(tmp_path, WORKER)) == 1
+        process.terminate()
+        process.wait(timeout=60)
+        assert servers(tmp_path) == []
+
+
 def servers(cwd: Path, *programs: bytes) -> list[int]:
     """The process ids of Cog servers and workers that `environment_of(cwd)` was given to."""
     mark = f"{MARK}={cwd}"
