@@ -5,7 +5,8 @@ memory, it answers every request, and fails every prediction. Here it is stopped
 systemd, Kubernetes or a shell loop can start it again. If this process is killed, so is the server.
 
 A worker in setup outlives its server: it does not notice before setup is over, and until then it
-holds memory that the next server needs, on the device too. This process adopts it, and kills it.
+holds memory that the next server needs, on the device too. This process adopts it, and kills it;
+if this process is killed with SIGKILL, nobody does.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from pathlib import Path
 POLL_SECONDS = 1.0
 TIMES = 2  # a healthcheck that was late once is no reason to stop
 STOP_SECONDS = 10
+GRACE_SECONDS = 2  # of a worker whose server has ended
 BROKEN = {"SETUP_FAILED", "DEFUNCT", "UNHEALTHY"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
@@ -29,10 +32,11 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 def main(host: str, port: str) -> int:
     """Run the server until it ends; return its exit status, or 1 when it cannot predict."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    others = children()
     try:
         return run(host, port)
     finally:
-        end_children()
+        end_children(others)
 
 
 def run(host: str, port: str) -> int:
@@ -66,20 +70,33 @@ def end_with_the_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_children() -> None:
-    """Kill this process's children, those it has adopted among them, until none is left."""
-    while children := _children():
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+def end_children(others: set[int]) -> None:
+    """Wait for what the server has left, and kill what does not end by itself.
+
+    Args:
+        others: children that are not the server's; a shell had them before its `exec`.
+    """
+    deadline = time.monotonic() + GRACE_SECONDS
+    while left := children() - others:
+        for child in left:
+            try:
+                ended, _ = os.waitpid(child, os.WNOHANG)
+            except ChildProcessError:  # /proc is of another namespace
+                others = {*others, child}
+                continue
+            if not ended and time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
 
 
-def _children() -> list[int]:
-    found = []
+def children() -> set[int]:
+    """The process ids of this process's children."""
+    found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]  # proc(5)
-            found += [int(entry.name)] if int(parent) == os.getpid() else []
+            after_name = (entry / "stat").read_bytes().rpartition(b")")[2]  # see proc(5)
+            if int(after_name.split()[1]) == os.getpid():
+                found.add(int(entry.name))
     return found
 
 

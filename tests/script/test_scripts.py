@@ -113,7 +113,7 @@ def test_serve_that_is_stopped_in_setup_leaves_no_worker(tmp_path) -> None:
         assert any("Running setup" in line for line in process.stderr)
         assert len(servers(tmp_path, WORKER)) == 1
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=60)  # no more: the log ends with the worker
         assert servers(tmp_path) == []
 
 
