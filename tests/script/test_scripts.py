@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from serving import client
-from serving.server import Server, ServerError, free_port, processes
+from serving.server import SERVE, Server, ServerError, free_port, processes
 from tests.support.pictures import colours
 from tests.support.server import SERVER, WORKER, wait_for
 
 ROOT = Path(__file__).parents[2]
+PREDICT = ROOT / "script" / "predict"
 MARK = "STARTED_BY_TEST_IN"  # tells this test's servers from those of tests that run beside it
 
 
@@ -28,7 +29,7 @@ def environment_of(cwd: Path, **environment: str) -> dict[str, str]:
 def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """script/predict in a directory of its own, on the miniature."""
     return subprocess.run(
-        [ROOT / "script" / "predict", *arguments],
+        [PREDICT, *arguments],
         cwd=cwd,
         env=environment_of(cwd, **environment),
         capture_output=True,
@@ -39,10 +40,12 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
 
 
 @contextmanager
-def started(script: str, *arguments: str, cwd: Path, **options: Any) -> Iterator[subprocess.Popen]:
-    """A script that runs in the background; when the test fails, it is killed with its servers."""
+def started(
+    command: str | Path, *arguments: str | Path, cwd: Path, **options: Any
+) -> Iterator[subprocess.Popen]:
+    """A command that runs in the background; when the test fails, it is killed with its servers."""
     process = subprocess.Popen(
-        [ROOT / "script" / script, *arguments],
+        [command, *arguments],
         cwd=cwd,
         env=environment_of(cwd),
         text=True,
@@ -62,7 +65,7 @@ def started(script: str, *arguments: str, cwd: Path, **options: Any) -> Iterator
 def test_an_interrupted_predict_leaves_no_server(tmp_path, when: str, ending: int) -> None:
     inputs = ["prompt=x", "num_inference_steps=50", "num_outputs=4"]
     with started(
-        "predict",
+        PREDICT,
         *(o for i in inputs for o in ("-i", i)),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
@@ -97,7 +100,7 @@ def test_a_server_may_start_for_as_long_as_it_says_something(tmp_path, monkeypat
 def test_serve_ends_with_an_error_when_its_worker_is_lost_in_setup(tmp_path) -> None:
     """Later: tests/http/test_official.py, whose server is at its end."""
     port = str(free_port())
-    with started("serve", "--port", port, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+    with started(SERVE, "--port", port, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert any("Running setup" in line for line in process.stderr)
         (worker,) = servers(tmp_path, WORKER)
         os.kill(worker, signal.SIGKILL)
@@ -108,13 +111,17 @@ def test_serve_ends_with_an_error_when_its_worker_is_lost_in_setup(tmp_path) -> 
 
 
 def test_serve_that_is_stopped_in_setup_leaves_no_worker(tmp_path) -> None:
-    port = str(free_port())
-    with started("serve", "--port", port, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+    """What a shell has started before it becomes the server stays."""
+    shell = tmp_path / "shell"
+    shell.write_text(f"sleep 60 2>&- &\necho $! >beside\nexec {SERVE} --port $1\n")
+    command = ["bash", shell, str(free_port())]
+    with started(*command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
         assert any("Running setup" in line for line in process.stderr)
         assert len(servers(tmp_path, WORKER)) == 1
         process.terminate()
         process.wait(timeout=60)  # no more: the log ends with the worker
         assert servers(tmp_path) == []
+        os.kill(int((tmp_path / "beside").read_text()), signal.SIGKILL)
 
 
 def servers(cwd: Path, *programs: bytes) -> list[int]:
@@ -128,7 +135,9 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
     inputs = ["prompt=a heart", "image=@photo.png", "num_inference_steps=3", "num_outputs=2"]
     inputs += ["seed=9007199254740993"]  # 2**53 + 1, which no float is
     options = [o for i in [*inputs, "output_format=jpg", "prompt_strength=0.5"] for o in ("-i", i)]
-    result = run(*options, "-o", "drawn", cwd=tmp_path)
+    result = run(
+        *options, "-o", "drawn", cwd=tmp_path, FLUX_OUTPUT_DIRECTORY=str(tmp_path / "kept")
+    )
     assert result.returncode == 0, result.stderr
     assert "Using seed: 9007199254740993\n" in result.stderr
     assert "torchao" not in result.stderr  # what the libraries miss is no user's business
@@ -141,6 +150,7 @@ def test_predict_writes_pictures_and_prints_paths_and_metrics(tmp_path) -> None:
             assert (image.format, image.size) == ("JPEG", (96, 64))
     assert json.loads(metrics)["image_output_count"] == 2
     assert servers(tmp_path) == []
+    assert list((tmp_path / "kept").iterdir()) == []  # the server had the time to clean up
 
 
 @pytest.mark.parametrize(
