@@ -28,6 +28,7 @@ from benchmarks.shared.report import BLUE, chart_beside, parser, publish
 from miniature.evaluation.effects import adapter_inputs
 from miniature.evaluation.painter import data_uri
 from serving.server import Server, ServerError, resident
+from serving.supervise import children
 
 SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
@@ -177,16 +178,9 @@ KINDS: Mapping[Kind, int] = {succeeds: 6, fails: 2, is_refused: 1, is_cancelled:
 
 def family(pid: int) -> list[int]:
     """A process and its descendants."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        children.setdefault(parent, []).append(int(entry.name))
     found = [pid]
     for one in found:
-        found += children.get(one, [])
+        found += children(one)
     return found
 
 

@@ -30,9 +30,9 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 
 
 def main(host: str, port: str) -> int:
-    """Run the server until it ends; return its exit status, or 1 when it cannot predict."""
+    """Run the server, and end what it leaves; return what `run` does."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    others = children()
+    others = children(os.getpid())
     try:
         return run(host, port)
     finally:
@@ -40,7 +40,7 @@ def main(host: str, port: str) -> int:
 
 
 def run(host: str, port: str) -> int:
-    """Do what `main` says, without what the server leaves."""
+    """Run the server until it ends; return its exit status, or 1 when it cannot predict."""
     server = subprocess.Popen(
         [sys.executable, "-m", "cog.server.http", "--host", host],
         preexec_fn=end_with_the_parent,  # safe here: there is one thread
@@ -77,7 +77,7 @@ def end_children(others: set[int]) -> None:
         others: children that are not the server's; a shell had them before its `exec`.
     """
     deadline = time.monotonic() + GRACE_SECONDS
-    while left := children() - others:
+    while left := children(os.getpid()) - others:
         for child in left:
             try:
                 ended, _ = os.waitpid(child, os.WNOHANG)
@@ -89,13 +89,13 @@ def end_children(others: set[int]) -> None:
         time.sleep(0.05)
 
 
-def children() -> set[int]:
-    """The process ids of this process's children."""
+def children(pid: int) -> set[int]:
+    """The process ids of a process's children."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             after_name = (entry / "stat").read_bytes().rpartition(b")")[2]  # see proc(5)
-            if int(after_name.split()[1]) == os.getpid():
+            if int(after_name.split()[1]) == pid:
                 found.add(int(entry.name))
     return found
 
