@@ -58,6 +58,8 @@ def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
     for name in ("diffusers compiled, s", "diffusers, hot-swap, ms", "decode, channels_last, ms"):
         assert figures[name] > 0
     assert figures["graphs in requests"] == 0
+    (ratio,) = [row["figures"] for row in rows if "start / reading" in row.get("figures", {})]
+    assert ratio["from the start of its process, s"] > ratio["reading its files, s"] > 0
     assert all(value for name, value in figures.items() if " bits" in name)
     assert figures["fp8 eager against bf16 eager, relative"] < 0.1
     assert "images     dev fp8, s: " in text
@@ -110,7 +112,7 @@ WORKER = """
 import os, signal, sys, time
 from benchmarks.gpu.steps import Results, Step, do
 
-def plain(shared): results.add("figure", step_of=os.environ.get("AGAIN", "once"))
+def plain(shared): results.add("figure", step_of=os.environ.get("AGAIN", "once"), pid=os.getpid())
 def broken(shared): raise ArithmeticError("of this step alone")
 def slow(shared): time.sleep(60)
 def deaf(shared):
@@ -119,21 +121,27 @@ def deaf(shared):
 def dead(shared): os.kill(os.getpid(), signal.SIGKILL)
 def base(shared):
     if os.environ.get("AGAIN") != "yes" and sys.argv[3] == "unlucky": raise OSError("no base")
+def anew_broken(shared): raise OSError("nor here")
 
 class Shared:
     def usable(self): return True
 
 results = Results(__import__("pathlib").Path(sys.argv[1]))
 work = {"base": base, "broken": broken, "slow": slow, "deaf": deaf, "dead": dead}
+work["anew_broken"] = anew_broken
 steps = [
-    Step(name, 1, work.get(name, plain), base=name == "base") for name in sys.argv[2].split(",")
+    Step(name, 1, work.get(name, plain), base=name == "base", anew=name.startswith("anew"))
+    for name in sys.argv[2].split(",")
 ]
 sys.exit(do(steps, Shared(), results, time.time() + 60))
 """
 
 
 def steps_of(*names: str, **again: str) -> list[Step]:
-    return [Step(n, 1, lambda _: None, base=n == "base", again=again) for n in names]
+    return [
+        Step(n, 1, lambda _: None, base=n == "base", anew=n.startswith("anew"), again=again)
+        for n in names
+    ]
 
 
 @pytest.fixture
@@ -195,6 +203,20 @@ def test_without_its_base_no_later_step_is_done(rows) -> None:
     found = rows(steps_of("first", "base", "last"), luck="unlucky")
     assert outcome(found) == ["base: OSError: no base"]
     assert done(found) == ["first"]
+
+
+def test_a_step_can_begin_a_process_that_those_behind_it_go_on_in(rows) -> None:
+    found = rows(steps_of("base", "first", "anew", "last"))
+    assert outcome(found) == []
+    assert done(found) == ["base", "first", "anew", "last"]
+    first, anew, last = (row["pid"] for row in found if row["step"] == "figure")
+    assert first != anew == last
+
+
+def test_if_that_step_fails_those_behind_it_get_their_base(rows) -> None:
+    found = rows(steps_of("base", "first", "anew_broken", "last"))
+    assert outcome(found) == ["anew_broken: OSError: nor here"]
+    assert done(found) == ["base", "first", "base", "last"]
 
 
 def test_only_some_steps_and_the_base_that_they_need() -> None:

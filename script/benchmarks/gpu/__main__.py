@@ -1,9 +1,9 @@
 """Everything that a CUDA card decides, in one command: script/bench gpu [--minutes 9].
 
 With the official checkpoints, where script/download has put them or --checkpoint names them; else
-with a synthetic one of FLUX.1's real dimensions, made on the card in about a minute. The steps come
-in order of importance, each with a time limit (steps.py). Results are lines of JSON in
-DIR/results.jsonl as they come, and a table at the end; DIR/log.txt is the log.
+with a synthetic one of FLUX.1's real dimensions, made on the card. The steps come in order of
+importance, each with a time limit (steps.py). Results are lines of JSON in DIR/results.jsonl as
+they come, and a table at the end; DIR/log.txt is the log.
 
 To try the code without a card: script/bench gpu --rehearse
 """
@@ -39,6 +39,7 @@ STEPS = (
     Step("kernels", 40, ours.kernels),
     Step("swaps", 90, ours.swaps),
     Step("ratios", 60, ours.ratios),
+    Step("restart", 180, begin.restart, anew=True),
     Step("plain", 120, plain.plain),
     Step("schnell", 60, ours.schnell),
     Step("memory", 30, ours.memory),

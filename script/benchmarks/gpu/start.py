@@ -16,9 +16,11 @@ import torch
 from benchmarks.gpu import card, synthetic
 from benchmarks.gpu.session import DEV, Session
 from benchmarks.shared import full_depth
+from flux.deployment import sources_of
 from flux.transformers.compile import graphs
 from lora.formats.adapter import Targets, load_adapter
 from miniature.checkpoint import FLUX1, Dimensions
+from weights.serving.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 SHM = Path("/dev/shm")
@@ -88,6 +90,35 @@ def _place() -> Path:
 
 def setup(session: Session) -> None:
     """Set up the predictor, and two adapters for all linears of the transformer."""
+    _set_up(session, "setup")
+    _make_adapters(session)
+
+
+def restart(session: Session) -> None:
+    """Set up as the next start does: in a new process, with what the last one has left.
+
+    Compiled kernels are kept, and files of weights are in the page cache. What reading those files
+    alone takes is measured beside it.
+    """
+    checkpoint(session)
+    _set_up(session, "restart")
+    ready = _age_of_this_process()
+    start = time.perf_counter()
+    size = sum(_read(file) for file in _weights(Settings.from_environment()))
+    reading = time.perf_counter() - start
+    session.record(
+        "restart",
+        {
+            "from the start of its process, s": round(ready, 1),
+            "reading its files, s": round(reading, 2),
+            "start / reading": round(ready / reading, 2),
+        },
+        read_gb=round(size / 1e9, 2),
+    )
+    _make_adapters(session)
+
+
+def _set_up(session: Session, step: str) -> None:
     if session.checkpoint:
         os.environ["FLUX_CHECKPOINT"] = session.checkpoint
     start = time.perf_counter()
@@ -97,11 +128,36 @@ def setup(session: Session) -> None:
     figures: dict[str, Any] = {"READY after, s": round(seconds, 1), "graphs": session.graphs}
     if session.device.type == "cuda":
         figures["on the device, GB"] = round(torch.cuda.memory_allocated() / 1e9, 2)
-    transformers = session.engine._transformers
-    session.record("setup", figures, resident=[" ".join(key) for key in transformers.resident])
+    resident = session.engine._transformers.resident
+    session.record(step, figures, resident=[" ".join(key) for key in resident])
+
+
+def _make_adapters(session: Session) -> None:
     targets, directory = Targets(session.engine.shapes), Path(tempfile.mkdtemp())
     for seed in (1, 2):
         file = directory / f"{seed}.safetensors"
-        full_depth.write_adapter(file, transformers.modules[DEV], seed)
+        full_depth.write_adapter(file, session.engine._transformers.modules[DEV], seed)
         session.files.append(file)
         session.adapters.append([(load_adapter(file, file.stem, targets), 1.0)])
+
+
+def _age_of_this_process() -> float:
+    """Seconds since it began (proc_pid_stat(5): field 22, in ticks since the system's start)."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+
+
+def _weights(settings: Settings) -> set[Path]:
+    """The files of weights of both checkpoints, each once."""
+    sources = sources_of(settings.checkpoint, settings).values()
+    return {file.resolve() for source in sources for file in source.rglob("*.safetensors")}
+
+
+def _read(file: Path) -> int:
+    """Read a file to its end; return its size in bytes."""
+    buffer, size = bytearray(1 << 26), 0
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
+            size += count
+    return size

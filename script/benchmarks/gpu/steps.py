@@ -5,6 +5,7 @@ what it finds as lines of JSON. A step that is over its limit gets an exception.
 or does not react to that, is replaced by one that goes on behind the step that broke it.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ class Step:
         seconds: its limit.
         work: does it; takes what the steps of a worker share.
         base: whether all later steps need it in their process.
+        anew: whether it begins a process of its own, and does there what the base steps do.
         again: environment variables to try it once more with, if it fails.
     """
 
@@ -44,6 +46,7 @@ class Step:
     seconds: float
     work: Callable[[Any], None]
     base: bool = False
+    anew: bool = False
     again: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -105,7 +108,7 @@ def do(
         except BaseException as error:
             logger.exception("%s failed", step.name)
             results.add(step.name, error=f"{type(error).__name__}: {error}"[:600])
-            if step.base or not shared.usable():
+            if step.base or step.anew or not shared.usable():
                 return BROKEN
         results.add(step.name, took=round(time.perf_counter() - start, 2))
     return 0
@@ -131,17 +134,17 @@ def supervise(
     """
     left, extra = list(steps), dict[str, str]()
     while left and until - time.time() > LEAST_SECONDS:
-        process = start([step.name for step in left], extra)
-        broken = _watch(process, left, results, until, lambda step: step.seconds * pace + grace)
-        if broken is None:
-            return
-        rest = left[left.index(broken) + 1 :]
-        if broken.again and not broken.again.items() <= extra.items():
+        now = left[:1] + list(itertools.takewhile(lambda step: not step.anew, left[1:]))
+        process = start([step.name for step in now], extra)
+        broken = _watch(process, now, results, until, lambda step: step.seconds * pace + grace)
+        rest = left[(left.index(broken) + 1 if broken else len(now)) :]
+        if broken and broken.again and not broken.again.items() <= extra.items():
             extra |= broken.again
             rest = [broken, *rest]
-        elif broken.base:
+        elif broken and broken.base:
             return
-        left = [*(s for s in steps if s.base and s not in rest), *rest] if rest else []
+        needs = rest and not rest[0].anew
+        left = [*(s for s in steps if s.base and s not in rest), *rest] if needs else rest
 
 
 def _watch(
