@@ -26,10 +26,11 @@ from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
 from flux.memory.offload import Empty, OnDevice, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging
-from flux.transformers.adapters import AdapterLike, BaseValues, OnePassLike
+from flux.transformers.adapters import AdapterLike, BaseValues
 from flux.transformers.base_weights import BaseWeights
 from flux.transformers.copies import DeviceCopies
 from flux.transformers.merge import Swap, WorkingWeights
+from flux.transformers.one_pass import OnePass
 from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
 from flux.transformers.skeleton import set_parameter, size, skeleton
 from flux.variants import Key, Precision
@@ -63,7 +64,7 @@ class Transformers:
         budget: int | None,
         placement: Placement | None = None,
         precisions: Collection[Precision] = ("bf16", "fp8"),
-        one_pass: OnePassLike | None = None,
+        one_pass: OnePass | None = None,
     ) -> None:
         self.precisions = precisions
         self._base_weights = base_weights
@@ -81,7 +82,7 @@ class Transformers:
         }
         self._weights: dict[Key, WorkingWeights] = {}
         self._seconds: dict[Key, float] = {}  # that making them took
-        self._sources: dict[Key, str] = {}  # what they were made from
+        self._sources: dict[Key, object] = {}  # what they were made from
         self._copies = DeviceCopies(self._placement.memory, self._staging)
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
         if self._placement.stream and self._placement.shares_device:  # else nothing is copied there
@@ -181,20 +182,19 @@ class Transformers:
     def _load(self, key: Key, check_cancelled: CheckCancelled) -> None:
         """Memory for a transformer, and records of what is in it.
 
-        That is nothing yet, or its prequantized weights, where they save opening the base weights.
+        That is nothing yet, or its prequantized weights, where they save reading the base weights.
         """
         module, empty = self.modules[key], self._placement.allocator()
         base = self._base_weights[key.variant]
-        ready_made = None if key.precision == "bf16" or base.is_open else base.prequantized
+        read_anyway = base.is_open or Key(key.variant, "bf16") in self.at_start
+        ready_made = base.prequantized if key.precision == "fp8" and not read_anyway else None
         try:
             for name, parameter in list(module.named_parameters()):
                 set_parameter(module, name, self._empty(key, name, parameter, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
                 ready_made.fill(module, self._staging, check_cancelled)
             self._placement.enter(module)
-            self._sources[key] = (
-                str(ready_made.path) if ready_made else f"{key.variant} base weights"
-            )
+            self._sources[key] = ready_made.path if ready_made else f"{key.variant} base weights"
             self._weights[key] = WorkingWeights(
                 {TRANSFORMER: module},
                 self._base(key.variant),

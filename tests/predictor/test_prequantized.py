@@ -104,6 +104,17 @@ def test_the_bf16_weights_are_not_read_before_they_are_needed(
     assert "Loading schnell base weights" not in caplog.messages
 
 
+def test_where_the_bf16_weights_are_read_anyway_no_file_is(
+    usual, fast, quantized, small, caplog
+) -> None:
+    expected = usual(**small, **FAST)[0]
+    caplog.clear()
+    everything = fast(FLUX_AT_START="all")
+    assert "dev fp8 is on cpu" in caplog.text
+    assert str(quantized) not in caplog.text  # the table of setup says where weights are from
+    assert same(everything(**small, **FAST)[0], expected)
+
+
 def test_a_default_adapter_opens_what_it_changes(
     start, fast, small, style, monkeypatch, caplog
 ) -> None:

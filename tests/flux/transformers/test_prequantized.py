@@ -57,7 +57,12 @@ def make(
         name: BaseWeights(name, model, opening, directory, files) for name in ("dev", "schnell")
     }
     return Transformers(
-        base_weights, device, dynamic=False, budget=None, placement=placement
+        base_weights,
+        device,
+        dynamic=False,
+        budget=None,
+        placement=placement,
+        precisions=("fp8",),
     ), opening
 
 
