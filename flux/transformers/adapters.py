@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 ParameterName = tuple[str, str]
@@ -60,31 +59,9 @@ class DeviceAdapters:
     """Adapters on the device.
 
     Attributes:
-        factors: for weights that get LoRA deltas only, what `OnePassLike.write` takes.
+        factors: for weights that get LoRA deltas only, what `OnePass.write` takes.
         adapters: by digest, for all others.
     """
 
     factors: Mapping[ParameterName, tuple[Tensor, Tensor, Tensor]]
     adapters: Mapping[str, AdapterLike]
-
-
-class OnePassLike(Protocol):
-    """What merging needs of `flux.transformers.one_pass.OnePass`."""
-
-    def near(
-        self, record: MergeRecord, adapters: Mapping[str, AdapterLike]
-    ) -> DeviceAdapters | None:
-        """Have adapters on the device; None where they cannot be."""
-        ...
-
-    def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
-        """Write a weight from its base value; return whether it is written."""
-        ...
-
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Compile what writes weights of this dtype, and float8 ones."""
-        ...
-
-    def forget(self) -> None:
-        """Give back the memory of adapters on the device; they come again where they are wanted."""
-        ...

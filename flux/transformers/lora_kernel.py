@@ -35,7 +35,7 @@ ROWS, COLUMNS = 64, 128  # of a tile that is rounded
 FLOAT8_ROWS, FLOAT8_COLUMNS = 16, 128  # few rows, so that all multiprocessors have some
 DEPTHS = (16, 32)  # of a product; Triton's least is 16
 WARPS = 4
-FLOAT8_CAPABILITY = (9, 0)  # before, Triton's values pass through fp16, which rounds them twice
+ROUNDS_ONCE_CAPABILITY = (9, 0)  # before, Triton's values pass through fp16: rounded twice
 UNALIGNED = ("scales",)  # parts of one vector, wherever they begin: no reason to compile anew
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,7 +57,7 @@ def write(
         up: [n, rank], bf16, fp16 or fp32, for the first n rows; the others get no delta.
         down: [rank, columns], as `up`.
         scales: [rank], fp32; of each column of `up`.
-        float8: whether the card rounds fp32 to float8 once; see FLOAT8_CAPABILITY.
+        float8: whether the card rounds fp32 to float8 once; see ROUNDS_ONCE_CAPABILITY.
     """
     target: Tensor = working.qdata if isinstance(working, Float8Tensor) else working
     if not (base.dim() == 2 and base.is_contiguous() and target.is_contiguous()):

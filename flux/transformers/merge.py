@@ -13,6 +13,7 @@ same in one, for plain LoRA deltas.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,12 @@ from flux.transformers.adapters import (
     BaseValues,
     DeviceAdapters,
     MergeRecord,
-    OnePassLike,
     ParameterName,
 )
 from weights.serving.cancel import CheckCancelled, never_cancelled
+
+if TYPE_CHECKING:
+    from flux.transformers.one_pass import OnePass
 
 Store = Callable[[Tensor, Tensor], None]
 """Writes an exact value (fp32, or the base weight itself) into a working weight in place."""
@@ -98,7 +101,7 @@ class WorkingWeights:
         store: Store = store_rounded,
         staging: Staging | None = None,
         *,
-        one_pass: OnePassLike | None = None,
+        one_pass: "OnePass | None" = None,
         blank: bool = False,
     ) -> None:
         self._parameters: dict[ParameterName, Tensor] = {

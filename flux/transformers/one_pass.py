@@ -260,9 +260,9 @@ def one_pass(device: torch.device, limit: int) -> OnePass | None:
         logger.info("Adapters are merged by torch's operators: there is no Triton")
         return None
     try:
-        from flux.transformers.lora_kernel import FLOAT8_CAPABILITY, write
+        from flux.transformers.lora_kernel import ROUNDS_ONCE_CAPABILITY, write
     except Exception as error:  # a Triton without a compiler or a driver, of many classes
         logger.warning("Adapters are merged by torch's operators", exc_info=error)
         return None
-    float8 = torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
+    float8 = torch.cuda.get_device_capability(device) >= ROUNDS_ONCE_CAPABILITY
     return OnePass(partial(write, float8=float8), limit, PageLockedWay(device))

@@ -48,7 +48,7 @@ def main():
             text = assembly(lora_kernel._rounded, capability, depth, factors, "*bf16", multiple)
             assert "tf32" in text, "products do not use the tensor cores"
             assert "cvt.rn.bf16x2.f32" in text or "cvt.rn.bf16.f32" in text
-            if divmod(capability, 10) < lora_kernel.FLOAT8_CAPABILITY:
+            if divmod(capability, 10) < lora_kernel.ROUNDS_ONCE_CAPABILITY:
                 continue
             text = assembly(
                 lora_kernel._quantized, capability, depth, factors, "*fp8e4nv", multiple

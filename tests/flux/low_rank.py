@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from flux.transformers.adapters import OnePassLike
 from flux.transformers.merge import WorkingWeights
+from flux.transformers.one_pass import OnePass
 from flux.transformers.quantize import empty_float8, storage, store
 from lora.formats.adapter import Adapter
 from lora.formats.deltas import Contribution, LoRA, Module, Part
@@ -63,7 +63,7 @@ def whole(digest: str, **deltas: LoRA) -> Adapter:
 
 def working(
     values: dict[str, Tensor],
-    one_pass: OnePassLike | None = None,
+    one_pass: OnePass | None = None,
     *,
     float8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
