@@ -205,14 +205,19 @@ class FileCache:
         return [(path, record) for path, record in entries if record is not None]
 
     def _drop_strays(self) -> None:
-        """Remove old parts, files without a record, and records of presigned URLs."""
+        """Remove old parts, files without a record, records of presigned URLs, and free locks."""
         records = self._records()
         known = {record.path for _, record in records}
-        strays = [p for p in (self._root / "objects").iterdir() if f"objects/{p.name}" not in known]
         brief = [path for path, record in records if not record.lasting]
-        for path in [*strays, *brief, *(self._root / "parts").iterdir()]:
-            if time.time() - _modified(path) > STRAY_SECONDS:
+        for path in filter(_is_old, [*brief, *(self._root / "parts").iterdir()]):
+            path.unlink(missing_ok=True)
+        for path in filter(_is_old, (self._root / "objects").iterdir()):
+            if f"objects/{path.name}" not in known:
                 path.unlink(missing_ok=True)
+                self._use_path(path.name).unlink(missing_ok=True)
+        for path in filter(_is_old, (self._root / "locks").iterdir()):
+            with contextlib.suppress(Timeout), FileLock(path, blocking=False):
+                path.unlink(missing_ok=True)  # who has opened it finds that out, and makes another
 
     def _books(self) -> contextlib.AbstractContextManager[object]:
         return self._lock("books")
@@ -239,6 +244,10 @@ def _touch(path: Path) -> None:
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - _modified(path) > STRAY_SECONDS
 
 
 def _read(path: Path) -> CacheRecord | None:

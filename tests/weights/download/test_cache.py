@@ -177,6 +177,34 @@ def test_leftovers_of_a_crash_go_after_a_day(make, tmp_path):
         assert [p.name for p in (tmp_path / "cache" / folder).iterdir()] == ["new"]
 
 
+def test_no_file_is_left_of_what_was_fetched_once(make, tmp_path):
+    cache = make()
+    add(cache, "key", b"x")
+    for path in (tmp_path / "cache").rglob("*"):
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+    for path in (tmp_path / "cache" / "records").iterdir():
+        path.unlink()
+    cache.make_room(0)
+    files = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert files == ["books.lock"]  # held meanwhile
+
+
+def test_a_download_under_way_keeps_its_lock_however_old(make, tmp_path):
+    with make().fetching("key"):
+        (lock,) = (tmp_path / "cache" / "locks").iterdir()
+        os.utime(lock, (time.time() - 2 * DAY,) * 2)
+        make().make_room(0)
+        tries = []
+
+        def cancel():
+            tries.append(len(tries))
+            if len(tries) > 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), make().fetching("key", cancel):
+            pass
+
+
 def test_wait_for_another_download_can_be_cancelled(make):
     cache = make()
 
