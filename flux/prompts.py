@@ -1,12 +1,13 @@
 """Encode prompts, once for each request, with a cache."""
 
 import logging
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from diffusers import FluxPipeline
+
+from weights.serving.recent import Recent
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class PromptEncoder:
 
     def __init__(self, pipeline: FluxPipeline) -> None:
         self._pipeline = pipeline
-        self._cache: OrderedDict[Hashable, PromptEmbeddings] = OrderedDict()
+        self._cache: Recent[Hashable, PromptEmbeddings] = Recent(CAPACITY)
 
     def encode(
         self, prompt: str, max_sequence_length: int, encoder_state: Hashable
@@ -48,14 +49,12 @@ class PromptEncoder:
         """
         prompt = prompt[:MAX_CHARACTERS]
         key = (prompt, max_sequence_length, encoder_state)
-        if key not in self._cache:
-            self._cache[key] = self._encode(prompt, max_sequence_length)
-            if len(self._cache) > CAPACITY:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        for remark in self._cache[key].remarks:
+        encoded = self._cache.get(key)
+        if encoded is None:
+            encoded = self._cache.put(key, self._encode(prompt, max_sequence_length))
+        for remark in encoded.remarks:
             logger.info(remark)
-        return self._cache[key]
+        return encoded
 
     def _encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeddings:
         embeds, pooled, _ = self._pipeline.encode_prompt(

@@ -6,7 +6,6 @@ failure leaves nothing behind: a file is recorded when it is complete, an adapte
 """
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from weights.download.transfer import check_size
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.directories import is_full
 from weights.serving.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
+from weights.serving.recent import Recent
 from weights.serving.redact import one_line
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class AdapterLoader:
         self._access = Access(settings.sources, HttpClient(settings.http))
         hub_cache = settings.sources.hf_cache_dir
         self._cache = FileCache(settings.cache, lambda path: huggingface.remove(path, hub_cache))
-        self._memory = _Memory(settings.memory_bytes)
+        self._memory: Recent[str, Adapter] = Recent(settings.memory_bytes)
 
     def close(self) -> None:
         """Close the connections kept open."""
@@ -181,7 +181,7 @@ class AdapterLoader:
                     adapter = self._parse(path, record.sha256)
             except AdapterError as error:
                 raise InvalidFileError(f"{record.source}: {error}") from error
-            self._memory.put(record.sha256, adapter)
+            self._memory.put(record.sha256, adapter, adapter.nbytes)
         return LoadedAdapter(
             adapter=adapter,
             digest=record.sha256,
@@ -191,24 +191,6 @@ class AdapterLoader:
             trigger_words=_merged(record.trigger_words, adapter.trigger_words),
             hit=hit,
         )
-
-
-class _Memory:
-    """Parsed adapters by digest, the least recently used leaving first."""
-
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
-
-    def get(self, digest: str) -> "Adapter | None":
-        if digest in self._adapters:
-            self._adapters.move_to_end(digest)
-        return self._adapters.get(digest)
-
-    def put(self, digest: str, adapter: "Adapter") -> None:
-        self._adapters[digest] = adapter
-        while sum(kept.nbytes for kept in self._adapters.values()) > self._budget:
-            self._adapters.popitem(last=False)
 
 
 def _merged(*groups: Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from flux.memory.staging import Staging
-from flux.recent import Recent
 from flux.transformers.adapters import (
     AdapterLike,
     BaseValues,
@@ -28,6 +27,7 @@ from flux.transformers.adapters import (
     ParameterName,
 )
 from weights.serving.cancel import CheckCancelled, never_cancelled
+from weights.serving.recent import Recent
 
 if TYPE_CHECKING:
     from flux.transformers.one_pass import OnePass

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from flux.memory.budget import is_out_of_memory
-from flux.recent import Recent
 from flux.transformers.adapters import (
     AdapterLike,
     DeviceAdapters,
@@ -36,6 +35,7 @@ from flux.transformers.adapters import (
     ParameterName,
 )
 from flux.transformers.quantize import empty_float8
+from weights.serving.recent import Recent
 from weights.serving.settings import GB
 
 logger = logging.getLogger(__name__)

@@ -66,10 +66,14 @@ def test_memory_keeps_the_recently_used_within_its_budget(hub, new_loader, setti
     assert parser.parsed == ["a", "b", "c", "b"]
 
 
-def test_adapter_larger_than_the_memory_budget_still_loads(hub, new_loader, settings):
-    (text,) = add_files(hub, "a")
-    loader = new_loader(replace(settings, memory_bytes=1))
-    assert [loader.load(text).hit for _ in range(2)] == ["download", "disk"]
+def test_adapter_larger_than_the_memory_budget_loads_and_costs_no_other_its_place(
+    hub, new_loader, settings
+):
+    (small,) = add_files(hub, "small")
+    large = hub.add_file("/large.safetensors", safetensors("large", 2000))
+    loader = new_loader(replace(settings, memory_bytes=1000))
+    hits = [loader.load(text).hit for text in (small, large, large, small)]
+    assert hits == ["download", "download", "disk", "memory"]
 
 
 def test_same_content_under_two_names_is_one_adapter(hub, loader):

@@ -36,8 +36,9 @@ class Recent(Generic[K, V]):
             self._held.popitem(last=False)
 
     def put(self, key: K, value: V, size: int = 1) -> V:
-        """Keep a value that keeps to the limit by itself, and return it."""
+        """Keep a value, unless it is over the limit by itself, and return it."""
         self._held.pop(key, None)
-        self.make_room(size)
-        self._held[key] = (value, size)
+        if size <= self._limit:
+            self.make_room(size)
+            self._held[key] = (value, size)
         return value
