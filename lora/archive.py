@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from weights.header import HeaderError, refuse_other_files
 from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import InvalidFileError
 
@@ -42,27 +43,17 @@ def kind_of(path: Path, name: str) -> Kind:
         head = file.read(HEAD_BYTES)
     if head[257:262] == b"ustar" or head[:2] == b"\x1f\x8b":
         return "tar"
-    if head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < path.stat().st_size:
+    size = path.stat().st_size
+    if head[8:9] == b"{" and 0 < struct.unpack("<Q", head[:8])[0] < size:
         return "safetensors"
+    try:
+        refuse_other_files(head, size)
+    except HeaderError as error:
+        raise InvalidFileError(f"{name}: {error}") from error
     raise InvalidFileError(
-        f"{name}: this is {_describe(head)}, not a .safetensors file. Give the link of the "
-        f".safetensors file itself, or of a .tar that holds one."
+        f"{name}: this is neither a .safetensors file nor a tar that holds one. Give the link of "
+        "either."
     )
-
-
-def _describe(head: bytes) -> str:
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not text:
-        return "an empty file"
-    if text.startswith(b"<"):
-        return "a web page or an XML error message"
-    if text.startswith((b"{", b"[")):
-        return "a JSON message"
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer"
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "a zip archive or a PyTorch pickle, which can run code and is never read"
-    return "something else"
 
 
 def take_weights(

@@ -27,8 +27,9 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 OTHER_FILES = (
-    (b"PK\x03\x04", "a zip archive or a PyTorch pickle (.ckpt, .pt, .bin)"),
-    (b"\x80\x02", "a Python pickle"),
+    (b"PK\x03\x04", "a zip archive or a PyTorch pickle, which can run code and is never read"),
+    (b"\x80\x02", "a Python pickle, which can run code and is never read"),
+    (b"\x80\x04", "a Python pickle, which can run code and is never read"),
     (b"\x1f\x8b", "a gzip archive"),
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
@@ -78,7 +79,7 @@ def read_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(512)
-        _refuse_other_files(start, size)
+        refuse_other_files(start, size)
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
             raise HeaderError(
@@ -104,8 +105,16 @@ def short(text: str, limit: int = 100) -> str:
     return repr(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
-def _refuse_other_files(start: bytes, size: int) -> None:
-    """Name the usual things that are downloaded in place of a safetensors file."""
+def refuse_other_files(start: bytes, size: int) -> None:
+    """Name the usual things that are downloaded in place of a safetensors file.
+
+    Args:
+        start: the first 512 bytes, or all of them.
+        size: of the file, in bytes.
+
+    Raises:
+        HeaderError: it is one of them.
+    """
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     found = None
     if size < 10:

@@ -172,7 +172,7 @@ def test_trigger_words_are_in_the_log(server, references) -> None:
         ("civitai.com/models/999", "civitai.com/models/999"),
         ("file:///etc/passwd", "owner/name"),
         ("/etc/passwd", "LORA_ALLOW_LOCAL_PATHS"),
-        (data_uri(b"<html>sign in</html>"), "this is a web page"),
+        (data_uri(b"<html>sign in</html>"), "it is a web page"),
         (data_uri(save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4)})), ""),
         (data_uri(save({"transformer.nowhere.lora_A.weight": torch.zeros(4, 4)})), "nowhere"),
     ],

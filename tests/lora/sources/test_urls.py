@@ -129,11 +129,13 @@ def test_secrets_of_a_url_stay_out_of_logs_errors_and_the_cache(hub, loader, set
     ("content", "said"),
     [
         (b"<!DOCTYPE html><title>Sign in</title>", "a web page"),
-        (b'{"error": "expired"}', "a JSON message"),
+        (b'{"error": "expired"}', "a JSON answer, .*expired"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
-        (b"PK\x03\x04....", "never read"),
-        (b"", "an empty file"),
-        (b"\x00" * 600, "something else"),
+        (b"PK\x03\x04\x14\x00\x08\x08" + bytes(40), "never read"),
+        (b"", "it is empty"),
+        (b"GGUF\x03\x00\x00\x00" + b"\x01" * 40, "a GGUF file"),
+        (b"\x80\x04\x95\x01\x02\x00" + b"\x01" * 40, "never read"),
+        (b"\x00" * 600, "neither a .safetensors file nor a tar"),
     ],
 )
 def test_other_files_that_pose_as_weights_are_named(hub, loader, settings, content, said):
