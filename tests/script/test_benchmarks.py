@@ -13,8 +13,8 @@ import torch
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.session import Session
-from benchmarks.gpu.start import checkpoint
-from benchmarks.gpu.steps import Results, Step, chosen, supervise
+from benchmarks.gpu.start import checkpoint, gpu_tests
+from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
 
 ROOT = Path(__file__).parents[2]
 IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
@@ -85,7 +85,7 @@ def test_official_checkpoints_are_used_where_they_are(bench, monkeypatch, there:
 
 @pytest.mark.parametrize("room", [True, False])
 def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path, room) -> None:
-    """And is made once."""
+    """And is made once, but again if it was not finished."""
     made: list[Path] = []
 
     def build(directory: Path, *_: object) -> None:
@@ -102,7 +102,33 @@ def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path
         session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
         checkpoint(session)
         assert session.checkpoint == str((memory if room else disk) / "flux-synthetic")
+        monkeypatch.setattr("benchmarks.gpu.start.SYNTHETIC_BYTES", 1e18)  # it takes the room
     assert len(made) == 1
+    (made[0] / "whole").unlink()
+    (made[0] / "half a file").touch()
+    session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
+    checkpoint(session)
+    assert len(made) == 2
+    assert not list(made[0].glob("half*"))
+
+
+def test_tests_that_run_out_of_time_say_why_some_failed(monkeypatch, tmp_path) -> None:
+    (tmp_path / "tests" / "flux").mkdir(parents=True)
+    (tmp_path / "tests" / "flux" / "test_x.py").write_text(
+        "import pytest, time\n"
+        "@pytest.mark.gpu\ndef test_a(): raise OSError('the reason')\n"
+        "@pytest.mark.gpu\ndef test_b(): time.sleep(60)\n"
+    )
+    (tmp_path / "tests" / "predictor").mkdir()
+    (tmp_path / "tests" / "predictor" / "test_memory.py").touch()
+    monkeypatch.setattr("benchmarks.gpu.start.ROOT", tmp_path)
+    results = Results(tmp_path / "results.jsonl")
+    session = Session(tmp_path, results, None, rehearse=False)
+    do([Step("gpu_tests", 4, gpu_tests)], session, results, time.time() + 60)
+    (figures,) = [row["figures"] for row in results.rows() if "figures" in row]
+    assert "1 failed" in figures["pytest"]
+    assert [line.split()[0] for line in figures["bad"]] == ["tests/flux/test_x.py::test_a"]
+    assert "OSError: the reason" in (tmp_path / "gpu_tests.txt").read_text()
 
 
 # --- steps
@@ -203,6 +229,7 @@ def test_without_its_base_no_later_step_is_done(rows) -> None:
     found = rows(steps_of("first", "base", "last"), luck="unlucky")
     assert outcome(found) == ["base: OSError: no base"]
     assert done(found) == ["first"]
+    assert [row["step"] for row in found if row.get("skipped") == "not begun"] == ["last"]
 
 
 def test_a_step_can_begin_a_process_that_those_behind_it_go_on_in(rows) -> None:

@@ -105,7 +105,7 @@ def bandwidths(device: torch.device) -> dict[str, float]:
     if cuda:
         start = time.perf_counter()
         hosts["page-locked"] = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
-        found["page-lock, GB/s"] = size / (time.perf_counter() - start)
+        found["page-lock with one thread, GB/s"] = size / (time.perf_counter() - start)
     for name, host in hosts.items():
         copying = lambda host=host: near.copy_(host, non_blocking=True)  # noqa: E731
         found[f"{name} host to device, GB/s"] = size / seconds_of(copying, device, 4)

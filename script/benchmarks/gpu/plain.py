@@ -4,13 +4,14 @@ diffusers' transformer is made over the very memory of ours for dev in bf16, whi
 then, so it takes no more room on the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor
 from torch._dynamo import config as dynamo
 
 from benchmarks.gpu import card
@@ -18,6 +19,8 @@ from benchmarks.gpu.session import DEV, GUIDANCE, STEPS, Session
 from flux.request import Mode
 from weights.serving.cancel import CheckCancelled
 
+Adapter = Mapping[str, Tensor]
+"""An adapter's file, read beforehand, as ours are."""
 RECOMPILE_LIMIT = 64  # two pipelines in one process compile the same code
 
 
@@ -27,19 +30,20 @@ def plain(session: Session) -> None:
     _series(session, pipeline, "plain", "diffusers eager", 1)
     session.call(lambda _: setattr(dynamo, "recompile_limit", RECOMPILE_LIMIT))  # of that thread
     backend = "eager" if session.rehearse else "inductor"
-    pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    # Sizes that differ from those that ours was traced with would count as dynamic.
+    pipeline.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
     _series(session, pipeline, "plain", "diffusers compiled", 3)
 
 
 def peft(session: Session) -> None:
     """diffusers with PEFT's layers: an image, and changes of adapter by reload and by hot-swap."""
-    pipeline, (one, two) = _pipeline(session), session.files
+    pipeline, (one, two) = _pipeline(session), [load_file(file) for file in session.files]
     pipeline.load_lora_weights(one, adapter_name="a")
     _series(session, pipeline, "peft", "diffusers eager with an adapter (PEFT)", 1)
 
-    def reload(file: Path) -> None:
+    def reload(adapter: Adapter) -> None:
         pipeline.unload_lora_weights()
-        pipeline.load_lora_weights(file, adapter_name="a")
+        pipeline.load_lora_weights(adapter, adapter_name="a")
 
     _swaps(session, "unload and load", reload, (two, one, two))
     pipeline.unload_lora_weights()
@@ -47,8 +51,8 @@ def peft(session: Session) -> None:
     pipeline.enable_lora_hotswap(target_rank=16)
     pipeline.load_lora_weights(one, adapter_name="a")
 
-    def hotswap(file: Path) -> None:
-        pipeline.load_lora_weights(file, adapter_name="a", hotswap=True)
+    def hotswap(adapter: Adapter) -> None:
+        pipeline.load_lora_weights(adapter, adapter_name="a", hotswap=True)
 
     _swaps(session, "hot-swap", hotswap, (two, one, two))
 
@@ -103,7 +107,7 @@ def _timed(work: Callable[[], None], device: torch.device, _: object) -> float:
 
 
 def _swaps(
-    session: Session, name: str, change: Callable[[Path], None], files: tuple[Path, ...]
+    session: Session, name: str, change: Callable[[Adapter], None], adapters: Sequence[Adapter]
 ) -> None:
-    runs = [session.call(partial(_timed, partial(change, file), session.device)) for file in files]
+    runs = [session.call(partial(_timed, partial(change, a), session.device)) for a in adapters]
     session.record("peft", {f"diffusers, {name}, ms": round(1000 * median(runs), 1)}, runs=runs)

@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks.gpu import card
 from benchmarks.gpu.steps import Results
 from flux.memory.budget import answers
+from flux.memory.residency import Item
 from flux.request import Inputs, Request, make_request
 from flux.variants import Key
 from lora.formats.adapter import Adapter
@@ -160,6 +161,16 @@ class Session:
         """Seconds of a change of adapter."""
         work = partial(self.engine.merge, key, adapters)
         return float(self.call(lambda check: card.timed(lambda: work(check), self.device)))
+
+    def evict(self, item: Item, *, for_good: bool = False) -> None:
+        """Have weights leave the device; what leaves for good is then read from the host."""
+
+        def work(_: CheckCancelled) -> None:
+            self.engine._transformers._evict(item)
+            if for_good:
+                self.engine._transformers._residency.exclude(item)
+
+        self.call(work)
 
     def clean(self) -> None:
         """Leave no adapter in any transformer on the device."""

@@ -4,12 +4,15 @@ import gc
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -25,6 +28,8 @@ from weights.serving.settings import Settings
 ROOT = Path(__file__).resolve().parents[3]
 SHM = Path("/dev/shm")
 SYNTHETIC_BYTES = 36e9
+WHOLE = "whole"  # a file that says so
+TO_SAY_WHY = 10  # seconds
 TINY = Dimensions(  # for a rehearsal
     double_blocks=1,
     single_blocks=1,
@@ -57,11 +62,24 @@ def gpu_tests(session: Session) -> None:
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-W", "default"]
     try:
         with file.open("w") as sink:
-            subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, check=False)
+            _run(command, sink)
     finally:  # also when its time is over
         lines = file.read_text().splitlines() or [""]
         bad = [line for line in lines if re.search(r"^tests/.* (FAILED|ERROR)|^ERROR tests", line)]
         session.record("gpu_tests", {"pytest": lines[-1].strip("= "), "bad": bad})
+
+
+def _run(command: Sequence[str], sink: IO[str]) -> None:
+    """Run pytest to its end; when its time is over, it still says why tests have failed."""
+    with subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT) as tests:
+        try:
+            tests.wait()
+        except BaseException:
+            tests.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                tests.wait(TO_SAY_WHY)
+            tests.kill()
+            raise
 
 
 def checkpoint(session: Session) -> None:
@@ -69,7 +87,7 @@ def checkpoint(session: Session) -> None:
     if session.checkpoint:
         return
     directory = session.out / "checkpoint" if session.rehearse else _place()
-    if not (whole := directory / "whole").exists():
+    if not (whole := directory / WHOLE).exists():
         start = time.perf_counter()
         dimensions = TINY if session.rehearse else FLUX1
         synthetic.build(directory, dimensions, session.device.type)
@@ -83,9 +101,14 @@ def checkpoint(session: Session) -> None:
 
 
 def _place() -> Path:
-    """Where a synthetic checkpoint goes, and stays for the next call."""
-    in_memory = SHM.is_dir() and shutil.disk_usage(SHM).free > SYNTHETIC_BYTES
-    return (SHM if in_memory else Path(tempfile.gettempdir())) / "flux-synthetic"
+    """Where a synthetic checkpoint is, or goes; it stays there for the next worker and call."""
+    in_memory, on_disk = (place / "flux-synthetic" for place in (SHM, Path(tempfile.gettempdir())))
+    for directory in (in_memory, on_disk):
+        if (directory / WHOLE).exists():
+            return directory
+        shutil.rmtree(directory, ignore_errors=True)  # what an earlier worker did not finish
+    has_room = SHM.is_dir() and shutil.disk_usage(SHM).free > SYNTHETIC_BYTES
+    return in_memory if has_room else on_disk
 
 
 def setup(session: Session) -> None:
@@ -148,10 +171,10 @@ def _age_of_this_process() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began
 
 
-def _weights(settings: Settings) -> set[Path]:
-    """The files of weights of both checkpoints, each once."""
+def _weights(settings: Settings) -> list[Path]:
+    """The files of weights of both checkpoints; those of a synthetic one are dev's, read twice."""
     sources = sources_of(settings.checkpoint, settings).values()
-    return {file.resolve() for source in sources for file in source.rglob("*.safetensors")}
+    return [file for source in sources for file in source.rglob("*.safetensors")]
 
 
 def _read(file: Path) -> int:

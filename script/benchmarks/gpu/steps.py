@@ -135,16 +135,19 @@ def supervise(
     left, extra = list(steps), dict[str, str]()
     while left and until - time.time() > LEAST_SECONDS:
         now = left[:1] + list(itertools.takewhile(lambda step: not step.anew, left[1:]))
+        if not now[0].anew:
+            now = [*(s for s in steps if s.base and s not in left), *now]
         process = start([step.name for step in now], extra)
         broken = _watch(process, now, results, until, lambda step: step.seconds * pace + grace)
-        rest = left[(left.index(broken) + 1 if broken else len(now)) :]
+        undone = now[now.index(broken) + 1 :] if broken else []
+        left = [*undone, *(step for step in left if step not in now)]
         if broken and broken.again and not broken.again.items() <= extra.items():
             extra |= broken.again
-            rest = [broken, *rest]
+            left = [broken, *left]
         elif broken and broken.base:
-            return
-        needs = rest and not rest[0].anew
-        left = [*(s for s in steps if s.base and s not in rest), *rest] if needs else rest
+            break
+    for step in left:
+        results.add(step.name, skipped="not begun")
 
 
 def _watch(
