@@ -188,7 +188,7 @@ class Predictor(BaseRunner):
 
         It does not wait for the engine thread, which may be busy with a request.
         """
-        from flux.memory.budget import answers
+        from flux.memory.device import answers
 
         return self._thread.is_alive and answers(self._engine.device)
 

@@ -15,7 +15,7 @@ from flux.autoencoder import Autoencoder
 from flux.canvas import Canvas, prepare
 from flux.components import TRANSFORMER
 from flux.inpaint import soft_alpha
-from flux.memory.budget import with_fallback
+from flux.memory.device import with_fallback
 from flux.memory.residency import BudgetError
 from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder

@@ -1,4 +1,4 @@
-"""Read input images with Pillow, as RGB or as a mask, and write webp, jpg and png files."""
+"""Read input images with Pillow, as RGB or as a mask."""
 
 import os
 import warnings

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flux.memory.budget import bytes_of, with_fallback
+from flux.memory.budget import bytes_of
+from flux.memory.device import with_fallback
 from flux.memory.residency import BudgetError
 from weights.serving.settings import GB
 

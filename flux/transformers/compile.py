@@ -43,7 +43,7 @@ from torch._dynamo.utils import counters
 
 from flux.components import TRANSFORMER
 from flux.deployment import Deployment
-from flux.memory.budget import is_out_of_memory, with_fallback
+from flux.memory.device import is_out_of_memory, with_fallback
 from flux.memory.residency import ORDER, BudgetError
 from flux.request import Mode, Request
 from flux.variants import VARIANTS, Key, Precision

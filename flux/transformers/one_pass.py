@@ -26,7 +26,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from flux.memory.budget import is_out_of_memory
+from flux.memory.device import is_out_of_memory
 from flux.transformers.adapters import (
     AdapterLike,
     DeviceAdapters,

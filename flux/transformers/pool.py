@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flux.components import TRANSFORMER
-from flux.memory.budget import empty_cache, is_out_of_memory, with_fallback
+from flux.memory.device import empty_cache, is_out_of_memory, with_fallback
 from flux.memory.offload import Empty, OnDevice, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging

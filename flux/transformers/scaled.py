@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
-from flux.memory.budget import is_out_of_memory
+from flux.memory.device import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

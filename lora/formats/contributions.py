@@ -173,7 +173,10 @@ def _delta(group: Group, tensors: Mapping[str, Tensor], scaling: float) -> Delta
             return OutputBOFT(tensors["oft_blocks"], scaling, tensors.get("rescale"))
         case "OFT of inputs":
             return InputOFT(tensors["oft_R"], group.sizes["size"], scaling)
-    return Full(tensors["diff"], scaling)
+        case "full difference":
+            return Full(tensors["diff"], scaling)
+        case kind:
+            raise NotImplementedError(f"{kind}: a row in kinds.py without a case here")
 
 
 def _magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:

@@ -276,5 +276,5 @@ def test_the_healthcheck(start, monkeypatch) -> None:
     predictor = Predictor()
     predictor.setup()
     assert predictor.healthcheck()
-    monkeypatch.setattr("flux.memory.budget.answers", lambda device: False)
+    monkeypatch.setattr("flux.memory.device.answers", lambda device: False)
     assert not predictor.healthcheck()

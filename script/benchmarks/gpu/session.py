@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.gpu import card
 from benchmarks.gpu.steps import Results
-from flux.memory.budget import answers
+from flux.memory.device import answers
 from flux.memory.residency import Item
 from flux.request import Inputs, Request, make_request
 from flux.variants import Key

@@ -10,14 +10,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from flux.memory.budget import (
-    DEVICE_RESERVE,
-    HOST_RESERVE,
-    bytes_of,
-    device_budget,
-    host_budget,
-    is_out_of_memory,
-)
+from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
+from flux.memory.device import is_out_of_memory
 from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
 from flux.memory.residency import BudgetError
 from tests.support import tiny
