@@ -131,6 +131,15 @@ def _without_values(left: Tensor, right: Tensor, *others: Any) -> Tensor:  # noq
     return left.new_empty(left.shape[0], right.shape[0], dtype=dtype)
 
 
+@Float8Weight.implements(torch.ops.aten._pin_memory.default)  # type: ignore[untyped-decorator]
+def _pin_memory(
+    _function: object, _types: object, arguments: tuple[Any, ...], _options: object
+) -> Float8Weight:
+    """Page-lock a weight; torchao's own answer is of its class, and would lose `_linear`."""
+    weight: Float8Weight = arguments[0]._apply_fn_to_data(Tensor.pin_memory)
+    return weight
+
+
 @Float8Weight.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
 @Float8Weight.implements_torch_function(nn.functional.linear)  # type: ignore[untyped-decorator]
 def _linear(

@@ -1,7 +1,12 @@
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import pytest
 import torch
 
+from flux.transformers.scaled import rows_taken
 from lora.formats.adapter import Adapter
+from tests.flux.library import Library
 from tests.flux.merging import SIZE, files
 from tests.support import tiny
 
@@ -19,3 +24,11 @@ def adapters(tmp_path_factory) -> dict[str, Adapter]:
         name: tiny.load(directory / name, found, tensors, digest=name)
         for name, tensors in files().items()
     }
+
+
+@pytest.fixture
+def make_library(monkeypatch) -> Iterator[Callable[..., Library]]:
+    """Makes a `Library`, of which no outcome is remembered afterwards, nor one of others by it."""
+    rows_taken.cache_clear()
+    yield partial(Library, monkeypatch)
+    rows_taken.cache_clear()

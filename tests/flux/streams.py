@@ -108,7 +108,7 @@ class Streams:
         if self.is_locked(tensor):
             return tensor
         if isinstance(tensor, Float8Tensor):
-            return tensor._apply_fn_to_data(self.lock_copy)
+            return torch.ops.aten._pin_memory(tensor)  # its class's own
         return self.lock(tensor.clone())
 
     def _patch_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,21 @@ def test_the_same_bits_with_and_without_adapters(base_weights, adapters, streams
             assert torch.equal(step(there, key), expected)
 
 
+def test_products_that_the_library_refuses_are_computed_there_too(
+    base_weights, make_library, streams
+) -> None:
+    found = (
+        make(base_weights, dynamic=True),
+        make(base_weights, dynamic=True, placement=OnHost(CPU)),
+    )
+    make_library(least=20)
+    for transformers in found:
+        transformers.reconcile(DEV8, [])
+    here, there = found
+    for _ in range(3):
+        assert torch.equal(step(there, DEV8), step(here, DEV8))
+
+
 def test_one_that_leaves_the_host_comes_back_whole(base_weights, adapters, streams) -> None:
     here = make(base_weights)
     there = make(base_weights, placement=OnHost(CPU), budget=size(base_weights["dev"], frozenset()))

@@ -1,56 +1,16 @@
 """Float8 products, where a library that refuses shapes as cuBLASLt does plays CUDA's part."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from flux.transformers.quantize import empty_float8, quantize_into
-from flux.transformers.scaled import MORE_ROWS, multiply, rows_taken
+from flux.transformers.scaled import MORE_ROWS, multiply
 
 CPU = torch.device("cpu")
-FEW, SHORT = 256, 3072  # up to so many rows are refused where they are longer than that
 MODULATION = (1, 3072, 18432)  # rows, and both sides of the weight
 TEXT_OF_SCHNELL = (256, 12288, 3072)
-
-
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """No outcome of another test is remembered, nor one of these by others."""
-    rows_taken.cache_clear()
-    yield
-    rows_taken.cache_clear()
-
-
-class Library:
-    """`torch._scaled_mm` in float64, which refuses what an H100's library does, or all.
-
-    torch's own multiplies row by row on a CPU from 2.12 on.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, least: int = 0, few: int = FEW) -> None:
-        self.rows: list[int] = []
-        self._least, self._few = least, few
-        monkeypatch.setattr(torch, "_scaled_mm", self)
-
-    def __call__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        scale_a: Tensor,
-        scale_b: Tensor,
-        bias: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-        **_: object,
-    ) -> Tensor:
-        rows, inner = left.shape
-        if rows < self._least or (rows <= self._few and inner > SHORT):
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling ...")
-        self.rows.append(rows)
-        product = (left.double() * scale_a) @ (right.double() * scale_b)
-        return (product if bias is None else product + bias).to(out_dtype)
 
 
 def matrices(rows: int, inner: int, columns: int) -> list[Tensor]:
@@ -78,10 +38,12 @@ def exact(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor) 
 )
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_refused_shapes_are_given_more_rows(monkeypatch, rows, inner, given, biased, dtype) -> None:
+def test_refused_shapes_are_given_more_rows(
+    make_library, rows, inner, given, biased, dtype
+) -> None:
     *found, bias = matrices(rows, inner, 32)
     bias = bias.to(dtype) if biased else None
-    library = Library(monkeypatch)
+    library = make_library()
     products = [multiply(*found, bias, dtype) for _ in range(3)]
     assert library.rows == [given] * 4  # tried once, and then known
     expected = exact(*found) + (bias.double() if biased else 0)
@@ -93,9 +55,9 @@ def test_refused_shapes_are_given_more_rows(monkeypatch, rows, inner, given, bia
 
 
 @pytest.mark.parametrize(("few", "given"), [(511, 512), (512, 528), (600, 1040)])
-def test_a_library_may_refuse_more_than_is_known(monkeypatch, few, given) -> None:
+def test_a_library_may_refuse_more_than_is_known(make_library, few, given) -> None:
     *found, bias = matrices(512, 4096, 32)
-    library = Library(monkeypatch, few=few)
+    library = make_library(few=few)
     product = multiply(*found, bias, torch.bfloat16)
     assert library.rows == [given] * 2
     expected = exact(*found) + bias.double()
@@ -103,9 +65,9 @@ def test_a_library_may_refuse_more_than_is_known(monkeypatch, few, given) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_the_library_never_takes_is_computed_all_the_same(monkeypatch, caplog, dtype) -> None:
+def test_what_the_library_never_takes_is_computed_all_the_same(make_library, caplog, dtype) -> None:
     """As on cards of capability 12, in several sizes; the log says so once for each shape."""
-    library = Library(monkeypatch, least=1 << 20)
+    library = make_library(least=1 << 20)
     for rows in (1, 300, 1):
         *found, bias = matrices(rows, 64, 32)
         product = multiply(*found, bias.to(dtype), dtype)
@@ -116,7 +78,7 @@ def test_what_the_library_never_takes_is_computed_all_the_same(monkeypatch, capl
     assert caplog.text.count("CUBLAS_STATUS_NOT_SUPPORTED") == 2
 
 
-def test_a_lack_of_memory_is_not_taken_for_a_refusal(monkeypatch) -> None:
+def test_a_lack_of_memory_is_not_taken_for_a_refusal(monkeypatch, make_library) -> None:
     def runs_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
 
@@ -125,7 +87,7 @@ def test_a_lack_of_memory_is_not_taken_for_a_refusal(monkeypatch) -> None:
         patch.setattr(torch, "_scaled_mm", runs_out)
         with pytest.raises(torch.OutOfMemoryError):
             multiply(*found, bias, torch.bfloat16)
-    library = Library(monkeypatch)
+    library = make_library()
     multiply(*found, bias, torch.bfloat16)
     assert library.rows == [5, 5]
 
@@ -139,8 +101,8 @@ def layer(inner: int, columns: int, device: torch.device = CPU) -> nn.Linear:
     return found
 
 
-def test_a_compiled_linear_takes_few_rows_and_many_in_one_graph(monkeypatch) -> None:
-    library, linear, graphs = Library(monkeypatch), layer(4096, 32), CompileCounter()
+def test_a_compiled_linear_takes_few_rows_and_many_in_one_graph(make_library) -> None:
+    library, linear, graphs = make_library(), layer(4096, 32), CompileCounter()
     compiled = torch.compile(linear, backend=graphs, dynamic=True, fullgraph=True)
     for rows in (33, 300, 256, 17):
         inputs = torch.randn(1, rows, 4096).bfloat16()
