@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
@@ -68,6 +69,26 @@ def test_the_bits_are_torchaos_own(weight) -> None:
     theirs.weight = nn.Parameter(weight.clone(), requires_grad=False)
     quantize_(theirs, Float8WeightOnlyConfig())
     assert same_bits(quantized(weight), theirs.weight)
+
+
+class DividesAsCuda(TorchDispatchMode):
+    """Divides by a number as CUDA does, by its reciprocal (BinaryDivTrueKernel.cu)."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None) -> object:
+        divides = function in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor)
+        if divides and (not isinstance(arguments[1], torch.Tensor) or arguments[1].dim() == 0):
+            found = arguments[0].mul((1 / torch.tensor(arguments[1], dtype=torch.float32)).item())
+            return arguments[0].copy_(found) if function is torch.ops.aten.div_.Tensor else found
+        return function(*arguments, **options or {})
+
+
+def test_the_bits_are_the_same_where_a_number_divides_as_on_cuda(weight) -> None:
+    """Files that were quantized on a CPU take turns with weights that a card quantizes."""
+    here = quantized(weight)
+    with DividesAsCuda():
+        assert not torch.equal(weight / 448, torch.div(weight, torch.full_like(weight, 448)))
+        there = quantized(weight)
+    assert same_bits(here, there)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
