@@ -116,14 +116,14 @@ class Transformers:
             BudgetError: there is not enough memory for it.
         """
 
-        def write() -> Swap:
+        def write(*, base_copies: bool = True) -> Swap:
             start = time.perf_counter()
             self._make_room(self._residency.admit(key))
             fresh = key not in self._seconds  # or never finished: memory may have run out
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
                 self._load(key, check_cancelled)
-            if self._wants_copy(key, adapters, fresh=fresh):
+            if base_copies and self._wants_copy(key, adapters, fresh=fresh):
                 self._copy_base(key.variant, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
@@ -132,10 +132,13 @@ class Transformers:
             logger.info("%s %s is on %s: %s", *key, self._placement.memory, self._entry(key).cost)
             return replace(swap, restored=0)  # they were never anything else
 
-        return self.with_room(key, write)
+        return self.with_room(key, write, partial(write, base_copies=False))
 
-    def with_room(self, key: Key, work: Callable[[], T]) -> T:
+    def with_room(self, key: Key, work: Callable[[], T], alone: Callable[[], T] | None = None) -> T:
         """Do some work; where the device's memory does not suffice, alone with one transformer.
+
+        Args:
+            alone: the work that is done then; by default the same.
 
         Raises:
             BudgetError: it does not suffice then either.
@@ -147,7 +150,7 @@ class Transformers:
                 return True
             return False
 
-        return with_fallback(work, partial(self._alone, key, work), recoverable)
+        return with_fallback(work, partial(self._alone, key, alone or work), recoverable)
 
     def _alone(self, key: Key, work: Callable[[], T]) -> T:
         """Do some work with one transformer alone on the device."""
@@ -265,10 +268,7 @@ class Transformers:
                 base.begin()
 
     def _make_room(self, leaving: Sequence[Item]) -> None:
-        """Evict, and return the memory before anything else is allocated.
-
-        torch keeps the blocks of what left, and would split them for smaller weights.
-        """
+        """Evict, and give back the blocks, which torch would else split for smaller weights."""
         for key in leaving:
             self._evict(key)
         if leaving:
@@ -286,10 +286,9 @@ class Transformers:
             logger.info("%s %s leaves %s", *item, self._placement.memory)
         module = self.modules[item]
         self._placement.leave(module)
+        nothing = partial(torch.empty, device="meta")
         for name, parameter in list(module.named_parameters()):
-            set_parameter(
-                module, name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-            )
+            set_parameter(module, name, nothing(parameter.shape, dtype=parameter.dtype))
 
     def _base(
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None

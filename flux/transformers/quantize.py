@@ -129,8 +129,8 @@ def empty_float8(
 def quantize_into(working: Float8Tensor, exact: Tensor) -> None:
     """Quantize `exact` [rows, columns], any floating dtype and device, into the same storage.
 
-    scale = max |row| / 448 in fp32, values = round(row / scale) to e4m3. For a division by a number,
-    CUDA multiplies by its reciprocal, which rounds otherwise; so 448 is a tensor.
+    scale = max |row| / 448 in fp32, values = round(row / scale) to e4m3. Where CUDA divides by a
+    number, it multiplies by the reciprocal, which rounds otherwise; so 448 is a tensor.
     """
     exact = exact.to(working.device)  # in the source's dtype: less to carry
     amplitude = exact.abs().amax(dim=1, keepdim=True).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flux.memory.offload import OnDevice
 from flux.memory.residency import ORDER, BaseCopy
 from flux.transformers.base_weights import BaseWeights
+from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
 from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size
@@ -165,6 +166,26 @@ def test_out_of_memory_while_they_come_leaves_them_on_the_host(
         assert_same(bits(found, DEV), plain(DEV, desired))
     assert copied(found) == set()
     assert set(found.resident) == set(ORDER)
+
+
+def test_out_of_memory_in_a_change_of_adapter_is_tried_again_without_them(
+    base_weights, plain, adapters, monkeypatch
+) -> None:
+    """The device has less memory than the budget says: nothing fits beside one transformer."""
+    found = make(base_weights)
+    for key in found.at_start:
+        found.reconcile(key, [(adapters["b"], 1.0)])
+    real = WorkingWeights.reconcile
+
+    def reconcile(weights: WorkingWeights, *arguments: Any) -> Any:
+        if copied(found) or len(found.resident) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return real(weights, *arguments)
+
+    monkeypatch.setattr(WorkingWeights, "reconcile", reconcile)
+    found.reconcile(DEV, [(adapters["a"], 1.0)])
+    assert found.resident == (DEV,)
+    assert_same(bits(found, DEV), plain(DEV, [(adapters["a"], 1.0)]))
 
 
 class CancelledError(Exception):
