@@ -23,6 +23,8 @@ cores cut off where they accumulate.
 This module imports Triton; flux/transformers/one_pass.py imports it where a card will use it.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -31,10 +33,18 @@ from torchao.quantization.quantize_.workflows import Float8Tensor
 
 from flux.transformers.quantize import FLOAT8, LARGEST, TINY
 
-ROWS, COLUMNS = 64, 128  # of a tile that is rounded
-FLOAT8_ROWS, FLOAT8_COLUMNS = 16, 128  # few rows, so that all multiprocessors have some
+
+class Tile(NamedTuple):
+    """What a program rounds at a time, and the warps that do it."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+TILE = Tile(64, 128, 4)
+FLOAT8_TILE = Tile(16, 128, 4)  # few rows, so that all multiprocessors have some
 DEPTHS = (16, 32)  # of a product; Triton's least is 16
-WARPS = 4
 ROUNDS_ONCE_CAPABILITY = (9, 0)  # before, Triton's values pass through fp16: rounded twice
 UNALIGNED = ("scales",)  # parts of one vector, wherever they begin: no reason to compile anew
 PLAIN = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,6 +58,7 @@ def write(
     scales: Tensor,
     *,
     float8: bool = True,
+    tile: Tile | None = None,
 ) -> bool:
     """Write a weight with LoRA deltas in place; return whether it is of a kind that can be.
 
@@ -58,6 +69,7 @@ def write(
         down: [rank, columns], as `up`.
         scales: [rank], fp32; of each column of `up`.
         float8: whether the card rounds fp32 to float8 once; see ROUNDS_ONCE_CAPABILITY.
+        tile: by default TILE or FLOAT8_TILE.
     """
     target: Tensor = working.qdata if isinstance(working, Float8Tensor) else working
     if not (base.dim() == 2 and base.is_contiguous() and target.is_contiguous()):
@@ -69,16 +81,18 @@ def write(
     sizes = (rows, columns, rank, up.shape[0])
     depth = DEPTHS[rank > DEPTHS[0]]
     if isinstance(working, Float8Tensor):
-        _quantized[(-(-rows // FLOAT8_ROWS),)](
+        tile = tile or FLOAT8_TILE
+        _quantized[(-(-rows // tile.rows),)](
             *(base, up, down, scales, target, working.scale, *sizes),
-            *(LARGEST, TINY, FLOAT8_ROWS, FLOAT8_COLUMNS, depth),
-            num_warps=WARPS,
+            *(LARGEST, TINY, tile.rows, tile.columns, depth),
+            num_warps=tile.warps,
         )
     else:
-        _rounded[(-(-rows // ROWS), -(-columns // COLUMNS))](
+        tile = tile or TILE
+        _rounded[(-(-rows // tile.rows), -(-columns // tile.columns))](
             *(base, up, down, scales, target, *sizes),
-            *(ROWS, COLUMNS, depth),
-            num_warps=WARPS,
+            *(tile.rows, tile.columns, depth),
+            num_warps=tile.warps,
         )
     return True
 

@@ -17,10 +17,8 @@ SIZES = ("rows", "columns", "rank", "changed")
 
 
 def assembly(kernel, capability, depth, factors, working, multiple):
-    tile = lora_kernel.ROWS, lora_kernel.COLUMNS
-    if working == "*fp8e4nv":
-        tile = lora_kernel.FLOAT8_ROWS, lora_kernel.FLOAT8_COLUMNS
-    constants = dict(zip(("ROWS", "COLUMNS"), tile, strict=True)) | {"DEPTH": depth}
+    tile = lora_kernel.FLOAT8_TILE if working == "*fp8e4nv" else lora_kernel.TILE
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": depth}
     constants |= {"LARGEST": LARGEST, "TINY": TINY}
     known = POINTERS | {"up": factors, "down": factors, "working": working, "values": working}
     known |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constants, "constexpr")
@@ -37,7 +35,7 @@ def assembly(kernel, capability, depth, factors, working, multiple):
         {index: [["tt.divisibility", 16]] for index in divisible},
     )
     target = GPUTarget("cuda", capability, 32)
-    return compiled(source, target=target, options={"num_warps": lora_kernel.WARPS}).asm["ptx"]
+    return compiled(source, target=target, options={"num_warps": tile.warps}).asm["ptx"]
 
 
 def main():

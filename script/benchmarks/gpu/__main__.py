@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import ours, plain
+from benchmarks.gpu import ours, plain, tiles
 from benchmarks.gpu import start as begin
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
@@ -42,6 +42,7 @@ STEPS = (
     Step("schnell", 60, ours.schnell),
     Step("memory", 30, ours.memory),
     Step("numbers", 40, ours.numbers),
+    Step("tiles", 45, tiles.tiles),
     Step("restart", 180, begin.restart, anew=True),
     Step("plain", 120, plain.plain),
     Step("peft", 60, plain.peft),
