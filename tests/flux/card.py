@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from torch._dynamo import device_interface
+from torch._subclasses import fake_tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -45,6 +46,7 @@ class Stream:
 def pretend() -> None:
     """Give torch and Triton what they ask of CUDA's driver. torch must be built with CUDA."""
     torch._C._ensureCUDADeviceGuardSet()
+    fake_tensor.init_gpu_context = lambda _: None  # torch 2.11 makes a tensor there
     number = 10 * CAPABILITY[0] + CAPABILITY[1]
     answers = {
         "is_available": True,
