@@ -196,11 +196,12 @@ class Predictor(BaseRunner):
         with importing_libraries():
             import torch
 
-            from flux.deployment import Deployment
+            from flux.deployment import Deployment, compute_fp32_in_fp32
             from flux.load import load_engine
             from lora.formats.adapter import Targets, load_adapter
 
         torch.set_grad_enabled(False)  # of this thread, which serves every request
+        compute_fp32_in_fp32()
         deployment = Deployment.choose(self._settings)
         deployment.fetch_checkpoints(
             parts_of(self._settings, deployment.checkpoint), self._settings

@@ -71,6 +71,16 @@ def chosen_checkpoint(settings: Settings) -> str:
     return _unless_auto(settings.checkpoint, "official" if _has_cuda() else "nano")
 
 
+def compute_fp32_in_fp32() -> None:
+    """Forbid TF32 in products of fp32 tensors, in which adapters are summed up.
+
+    torch allows it for convolutions, and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some images with
+    CUDA set, for matrices.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def source_of(variant: str, checkpoint: str, settings: Settings) -> Path:
     """The directory that a variant is loaded from; missing files are downloaded.
 

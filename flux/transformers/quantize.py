@@ -10,7 +10,7 @@ Weights are quantized here and not by torchao's `quantize_` for three reasons. A
 adapters change must be written in place, so that a compiled graph keeps its storage. The scale is
 taken in fp32, from the exact sum of the base weight and the deltas, where torchao rounds it
 to the weight's dtype, so that the largest value of a row may be clipped. And a row of zeros has
-scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own.
+scale 0 in torchao, and so NaN for values. For the rest the bits are torchao's own on a CPU.
 
 `flux/transformers/scaled.py` multiplies if activations are quantized too, because not every shape
 has a kernel.

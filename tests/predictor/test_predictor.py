@@ -271,6 +271,20 @@ def test_an_output_directory_that_cannot_be_written_fails_setup(start) -> None:
         start(FLUX_OUTPUT_DIRECTORY="/dev/null/outputs")
 
 
+def test_fp32_is_computed_in_fp32_whatever_was_allowed(start) -> None:
+    """By TORCH_ALLOW_TF32_CUBLAS_OVERRIDE for one, which counts when torch is imported."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = True
+        start()
+        assert not any(backend.allow_tf32 for backend in backends)
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
 def test_the_healthcheck(start, monkeypatch) -> None:
     start()
     predictor = Predictor()
