@@ -1,12 +1,21 @@
-"""What everything from the Hugging Face hub shares: quiet logs, and errors in plain words."""
+"""What everything from the Hugging Face hub shares: HTTP, quiet logs, and errors in plain words.
+
+Files come over HTTP. With hf_xet, huggingface_hub would fetch large ones by the Hub's own protocol,
+Xet, which reports progress in a thread of its own and goes on whatever that raises (its issue
+4632). A cancelled request would hold the server until a file of gigabytes is whole. Operators who
+want it all the same set HF_HUB_DISABLE_XET=0.
+"""
 
 import contextlib
+import errno
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -60,7 +69,24 @@ def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[A
 
 
 @contextlib.contextmanager
-def discreet() -> Iterator[None]:
+def hub_call(name: str, token: str | None) -> Iterator[None]:
+    """Call huggingface_hub.
+
+    Args:
+        name: of what is fetched, for messages.
+        token: only says whether one is set.
+
+    Raises:
+        WeightsError: with a message for the user.
+    """
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True
+    with _translated(name, token), _discreet():
+        yield
+
+
+@contextlib.contextmanager
+def _discreet() -> Iterator[None]:
     """Cut the queries off the URLs in the libraries' log lines: those of the storage are secret."""
 
     def redact(record: logging.LogRecord) -> bool:
@@ -81,8 +107,8 @@ def discreet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated(name: str, token: str | None) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into ours; `token` only says whether one is set.
+def _translated(name: str, token: str | None) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into ours.
 
     Without their chain: their messages quote whole URLs, and those of the storage are presigned.
     """
@@ -112,12 +138,19 @@ def translated(name: str, token: str | None) -> Iterator[None]:
         ) from None
     except EntryNotFoundError:
         raise NotFoundError(f"{name}: no such file in the repository") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise SourceUnavailableError(
-            f"{name}: the download from Hugging Face broke off. Try again later."
-        ) from None
+    except (OSError, RuntimeError) as error:
+        raise _broken_off(name, error) from None
+
+
+def _broken_off(name: str, error: OSError | RuntimeError) -> Exception:
+    """What a failure on this machine or on the way is; hf_xet raises RuntimeErrors for all."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    if f"os error {errno.ENOSPC}" in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return SourceUnavailableError(
+        f"{name}: the download from Hugging Face broke off. Try again later."
+    )
 
 
 def _from_status(name: str, status: int, token: str | None) -> WeightsError:

@@ -20,7 +20,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import sha256_of
-from weights.hub import discreet, progress_bar, translated
+from weights.hub import hub_call, progress_bar
 from weights.manifest import Repository
 from weights.serving.directories import is_full
 from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
@@ -93,7 +93,7 @@ class RepositoryDownload:
     def plan(self) -> None:
         """Ask what the revision is and holds; raises SourceUnavailableError to be tried again."""
         repository = self.wanted.repository
-        with translated(self.wanted.name, self._hub.token), discreet():
+        with hub_call(self.wanted.name, self._hub.token):
             self._revision = self._api.resolve_revision(
                 repository.name, revision=self.wanted.revision, cache_dir=self._hub.cache_dir
             )
@@ -121,7 +121,7 @@ class RepositoryDownload:
         title = f"{repository.title} at {commit[:12]}"
         logger.info("%s: %d files, %.2f GB to fetch", title, len(self._files), self.size / 1e9)
         try:
-            with translated(self.wanted.name, self._hub.token), discreet():
+            with hub_call(self.wanted.name, self._hub.token):
                 self.path = self._download(report)
         except OSError as error:
             if not is_full(error):

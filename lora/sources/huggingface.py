@@ -27,7 +27,7 @@ from lora.sources.reference import Access, Artifact, FetchedFile, Reference, fin
 from weights.download.http import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
-from weights.hub import discreet, progress_bar, translated
+from weights.hub import hub_call, progress_bar
 from weights.serving.errors import InvalidFileError, NotFoundError
 
 TIMEOUT = 10.0
@@ -118,7 +118,7 @@ class HuggingFaceReference(Reference):
         """Ask the Hub for the commit and the file, in one request."""
         endpoint, token = access.settings.hf_endpoint, access.settings.hf_token
         api = HfApi(endpoint=endpoint, token=token or False)
-        with translated(self.display, token), discreet():
+        with hub_call(self.display, token):
             info = api.model_info(
                 self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT
             )
@@ -160,7 +160,7 @@ class HubArtifact(Artifact):
             on_progress(done, total)
 
         cached = try_to_load_from_cache(self.repo, self.file, cache, self.commit)
-        with translated(self.source, settings.hf_token), discreet():
+        with hub_call(self.source, settings.hf_token):
             if isinstance(cached, str):
                 url = hf_hub_url(self.repo, self.file, revision=self.commit, endpoint=endpoint)
                 get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)

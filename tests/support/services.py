@@ -10,6 +10,11 @@ from typing import Any
 
 from tests.support.hub import Hub, Reply, Request, redirect
 
+DEAD_XET = {  # where the Hub's own protocol would find a file: nobody listens there
+    "X-Xet-Cas-Url": "http://127.0.0.1:9",
+    "X-Xet-Access-Token": "xet_secret",
+    "X-Xet-Token-Expiration": "4102444800",
+}
 CIVITAI_LOGIN = "The creator of this asset requires you to be logged in to download it"
 
 
@@ -57,7 +62,10 @@ class Repository:
 
 
 class HuggingFace:
-    """The Hub: model info, resolve with its headers, error codes, and storage elsewhere."""
+    """The Hub: model info, resolve with its headers, error codes, and storage elsewhere.
+
+    Large files are announced for its own protocol, Xet, too, as the Hub does.
+    """
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
@@ -98,6 +106,8 @@ class HuggingFace:
                 404,
                 **{"X-Error-Code": "RevisionNotFound"},
             )
+        if rest and rest[0] == "xet-read-token":
+            return json_reply({}, **DEAD_XET)
         files = repository.commits[commit].items()
         if rest and rest[0] == "tree":
             return json_reply([_tree_entry(path, content) for path, content in files])
@@ -131,7 +141,11 @@ class HuggingFace:
             f"{self._hub.storage_url}{stored}?Signature=secret-of-the-storage",
             **{"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"'},
             **{"X-Linked-Size": str(len(content)), "ETag": f'"{digest}"'},
+            **{"X-Xet-Hash": digest, "Link": f'<{self._xet(name, commit)}>; rel="xet-auth"'},
         )
+
+    def _xet(self, name: str, commit: str) -> str:
+        return f"{self._hub.url}/api/models/{name}/xet-read-token/{commit}"
 
 
 class Civitai:

@@ -1,13 +1,16 @@
 """Adapters on Hugging Face, through the real client against the stand-in hub."""
 
 import logging
+import traceback
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 
 from tests.lora.files import safetensors
 from weights.serving.errors import (
     AccessDeniedError,
+    DiskSpaceError,
     InvalidFileError,
     NotFoundError,
     SourceUnavailableError,
@@ -196,6 +199,43 @@ def test_cancel_during_a_download_leaves_nothing_half_done(hub, loader, huggingf
     with pytest.raises(KeyboardInterrupt):
         loader.load("huggingface.co/o/n", cancel_when_bytes_come)
     assert loader.load("huggingface.co/o/n").hit == "download"
+
+
+@pytest.fixture
+def xet(monkeypatch):
+    """The Hub's own protocol, as an operator may want it."""
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CLIENT_RETRY_MAX_ATTEMPTS", "1")
+
+
+def test_the_hubs_own_protocol_is_taken_only_where_the_operator_says_so(
+    hub, loader, huggingface, xet, caplog
+):
+    """Nobody listens where it would find the file."""
+    repository = huggingface.add("o/n", {"a.safetensors": OLD})
+    with pytest.raises(SourceUnavailableError, match=r"o/n.*broke off\. Try again later") as caught:
+        loader.load("huggingface.co/o/n")
+    assert hub.count("GET", "/cdn/") == 0
+    assert "127.0.0.1:9" not in "".join(traceback.format_exception(caught.value))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_HUB_DISABLE_XET")
+        assert loader.load("huggingface.co/o/n").adapter.content == "old"
+    assert hub.count("GET", "/cdn/") == 1
+    repository.commit({"a.safetensors": NEW})
+    huggingface_hub.constants.HF_HUB_DISABLE_XET = False
+    assert loader.load("huggingface.co/o/n").adapter.content == "old"
+    assert "Using the file from before" in caplog.text
+
+
+def test_a_disk_that_fills_up_on_the_way(loader, huggingface, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("Task error: IO error: No space left on device (os error 28)")
+
+    huggingface.add("o/n", {"a.safetensors": OLD})
+    monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", full)
+    with pytest.raises(DiskSpaceError, match="the disk is full"):
+        loader.load("huggingface.co/o/n")
 
 
 def test_checkpoint_is_refused_by_its_size_before_it_is_fetched(
