@@ -41,12 +41,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """What to answer; ranges says whether the server honours a Range header for it."""
+    """What to answer; `ranges` and `if_range` say whether such headers are honoured for it."""
 
     body: bytes = b""
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     ranges: bool = False
+    if_range: bool = True
 
 
 Responder = Callable[[Request], Reply]
@@ -122,12 +123,17 @@ class Hub:
         *,
         etag: bool = True,
         ranges: bool = True,
+        if_range: bool = True,
         headers: Mapping[str, str] | None = None,
     ) -> str:
-        """Serve a file and return its URL; adding it again replaces it."""
+        """Serve a file and return its URL; adding it again replaces it.
+
+        Some servers ignore If-Range, and send a range of whatever the file is now.
+        """
         digest = hashlib.md5(content).hexdigest()
         validators = {"ETag": f'"{digest}"'} if etag else {}
-        reply = Reply(content, headers={**validators, **(headers or {})}, ranges=ranges)
+        named = {**validators, **(headers or {})}
+        reply = Reply(content, headers=named, ranges=ranges, if_range=if_range)
         self.route(path, lambda _: reply)
         return self.url + path
 
@@ -234,7 +240,7 @@ def _ranged(request: Request, reply: Reply) -> tuple[int, bytes, dict[str, str]]
     condition = request.headers.get("if-range")
     if asked is None or not reply.ranges or reply.status != 200:
         return reply.status, reply.body, {}
-    if condition is not None and condition != reply.headers.get("ETag"):
+    if reply.if_range and condition not in (None, reply.headers.get("ETag")):
         return reply.status, reply.body, {}
     start = int(asked.removeprefix("bytes=").partition("-")[0])
     if start >= len(reply.body):

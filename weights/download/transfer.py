@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 18
 LOG_SECONDS = 5.0
+VALIDATORS = ("ETag", "Last-Modified")
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes there are so far and the bytes there will be, if known."""
@@ -160,6 +161,10 @@ class _Transfer:
         if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             self._part.unlink()
             raise SourceUnavailableError(f"{self._remote.name}: the server sent a wrong range")
+        seen = {response.headers.get(name) for name in VALIDATORS} - {None}
+        if self._validator and seen and self._validator not in seen:  # If-Range was ignored
+            self._part.unlink()
+            raise SourceUnavailableError(f"{self._remote.name}: changed while it was fetched")
         return offset
 
     def _check_total(self, total: int | None) -> None:

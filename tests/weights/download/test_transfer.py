@@ -83,14 +83,15 @@ def test_breaks_without_progress_end(hub, fetch):
     assert len(hub.requests) == 3
 
 
-def test_file_replaced_between_two_tries_is_fetched_anew(hub, fetch):
+@pytest.mark.parametrize("if_range", [True, False])
+def test_file_replaced_between_two_tries_is_fetched_anew(hub, fetch, if_range):
     url = hub.add_file("/x", CONTENT)
     hub.cut("/x", after=600_000)
     replaced = CONTENT[::-1]
 
     def replace_after_the_first():
         if len(hub.requests) == 1:
-            hub.add_file("/x", replaced)
+            hub.add_file("/x", replaced, if_range=if_range)
 
     assert fetch(url, check=replace_after_the_first).read_bytes() == replaced
 
