@@ -100,7 +100,7 @@ def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
         the size of the file in bytes.
 
     Raises:
-        CheckpointError: the disk has no room for it.
+        CheckpointError: the disk has no room for it, or cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -125,6 +125,10 @@ def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
             save_file(tensors, draft, metadata=metadata)
             draft.chmod(0o644)  # safetensors makes it private, and a server may be another user
             draft.replace(path)
+        except SafetensorError as error:  # the disk has filled up meanwhile, for example
+            raise CheckpointError(
+                f"{path}: cannot be written ({error}); free some space"
+            ) from error
         finally:
             draft.unlink(missing_ok=True)
     return path.stat().st_size

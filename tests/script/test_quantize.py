@@ -1,6 +1,8 @@
 """script/quantize: the files that it writes, and what it says."""
 
 import os
+import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -114,6 +116,19 @@ def test_an_interrupted_run_leaves_the_files_as_they_were(
     assert status() == 1
     assert "0.00 GB are to be written, and the disk has 0.00 GB free" in caplog.text
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_named(monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", str(tmp_path)])
+    monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        assert status() == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search(r"dev\.safetensors: cannot be written .*File too large", caplog.text)
+    assert list(tmp_path.glob("*.draft")) == []
 
 
 def test_torchao_reads_the_files_and_finds_its_own_bits(quantized) -> None:
