@@ -15,6 +15,7 @@ host, provided that the hooks read the same memory that is written. Three choice
   write the parameters that the hooks have installed.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -142,5 +143,10 @@ class OnHost:
         offload(module, self._device)
 
     def leave(self, module: nn.Module) -> None:
-        """See `Placement.leave`."""
+        """See `Placement.leave`.
+
+        The hooks hold the page-locked weights and refer to each other, so only the collector frees
+        them; and what comes next takes as much.
+        """
         stop_offloading(module)
+        gc.collect()

@@ -1,5 +1,7 @@
 """Weights that live on the host: the same bits, whatever is merged, and little on the device."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from flux.memory.offload import OnHost, offload, offloaded
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
+from flux.transformers.quantize import storage
 from flux.transformers.skeleton import size
 from tests.flux.merging import SIZE
 from tests.flux.streams import Streams
@@ -95,6 +98,25 @@ def test_one_that_leaves_the_host_comes_back_whole(base_weights, adapters, strea
         assert torch.equal(step(there, found), expected[found])
         assert torch.equal(step(there, found), expected[found])
         assert there.resident == (found,)
+
+
+def test_one_that_leaves_gives_its_page_locked_memory_back(base_weights, monkeypatch) -> None:
+    """At once: the next one takes as much, and the host has no room for both."""
+    streams = Streams(monkeypatch)
+    there = make(base_weights, placement=OnHost(CPU), budget=size(base_weights["dev"], frozenset()))
+    gc.disable()
+    try:
+        for key, other in ((DEV, SCHNELL8), (SCHNELL8, DEV)):
+            there.reconcile(key, [])
+            for _ in range(2):
+                step(there, key)
+            held = [weakref.ref(t) for p in there.modules[key].parameters() for t in storage(p)]
+            streams.locked.clear()
+            there.reconcile(other, [])
+            assert there.resident == (other,)
+            assert [ref for ref in held if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_little_is_on_the_device_at_a_time(base_weights, monkeypatch) -> None:
