@@ -1,6 +1,6 @@
 """Which weights are on the device: a decision over declared sizes and a budget.
 
-FLUX.1 dev and schnell in both precisions are 71.7 GB beside 9.9 GB of text encoders and VAE, which
+FLUX.1 dev and schnell in both precisions are 71.5 GB beside 9.9 GB of text encoders and VAE, which
 does not fit on an 80 GB card beside activations. This module decides what is on the device, by pure
 logic over names and bytes; `flux.transformers.pool` acts on it. A transformer that is not on the
 device is not kept elsewhere. It is made again from the variant's base weights on the host, in the

@@ -1,8 +1,9 @@
 """What is where on which card: the tables of docs/memory.md, from FLUX.1's own configurations.
 
 Nothing is measured or loaded. Sizes are those of the official checkpoints on the meta device, and
-what fits is decided by the code that serves (flux/memory/residency.py). A card or host is taken to
-have its nominal size in GiB, and a card less what CUDA and the safety checkers take.
+what fits is decided by the code that serves (flux/memory/residency.py). A card is taken to have
+what torch reports of the least of its size, less what CUDA and the safety checkers take; a host has
+its nominal size in GiB.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,16 @@ from flux.transformers.skeleton import size
 from flux.variants import VARIANTS, Key
 from weights.serving.settings import GB, Settings
 
-CARDS = (16, 24, 32, 40, 48, 80, 96, 141)
+CARDS = {  # nominal size, and what an out-of-memory message of torch calls the total, in GiB
+    16: 15.7,
+    24: 22.03,  # A10G, L4
+    32: 31.36,  # RTX 5090
+    40: 39.38,  # A100
+    48: 44.39,  # L40S
+    80: 79.11,  # H100
+    96: 94.5,  # GH200
+    141: 139.8,  # H200
+}
 HOSTS = (48, 64, 96, 128)
 CHECKERS = int(0.8 * GB)
 ADAPTERS = Settings().lora_device_bytes
@@ -71,13 +81,13 @@ def cards(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[st
         **sizes,
         **{BaseCopy(variant): sizes[Key(variant, "bf16")] for variant in VARIANTS},
     }
-    for gibibytes in CARDS:
-        free = gibibytes * GIB - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE - ADAPTERS
+    for gigabytes, gibibytes in CARDS.items():
+        free = int(gibibytes * GIB) - CUDA_CONTEXT - CHECKERS - DEVICE_RESERVE - ADAPTERS
         found = []
         for setting in ("none", "t5"):
             there = [part for name, part in shared.items() if name not in COMPONENTS[setting]]
             found.append(at_start(items, free - sum(map(bytes_of, there))))
-        lines.append(f"| {gibibytes} GB | {' | '.join(found)} |")
+        lines.append(f"| {gigabytes} GB | {' | '.join(found)} |")
     return lines
 
 
