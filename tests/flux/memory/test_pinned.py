@@ -206,16 +206,38 @@ print(torch._C._accelerator_getAllocatorSettings())
 def test_budgets_as_set_and_as_measured(tmp_path) -> None:
     assert device_budget(None, CPU, loaded=5) is None
     assert device_budget(100, CPU, loaded=5) == 95
-    limit = tmp_path / "memory.max"
-    limit.write_text(f"{HOST_RESERVE + 7}\n")
-    assert host_budget(3, [limit]) == 3
-    assert host_budget(None, [limit]) == 7
-    older = tmp_path / "memory.limit_in_bytes"
-    older.write_text(f"{HOST_RESERVE + 5}\n")
-    assert host_budget(None, [older, limit]) == 5
-    limit.write_text("max\n")
-    older.write_text(f"{2**63 - 4096}\n")  # there is no limit
-    assert host_budget(None, [older, limit]) == host_budget(None, [tmp_path / "absent"])
+
+
+NO_LIMIT = f"{2**63 - 4096}\n"
+
+
+@pytest.mark.parametrize(
+    ("limits", "own", "left"),
+    [
+        ({"memory.max": 7}, "0::/", 7),
+        ({"memory.max": 7}, "0::/docker/4f2a", 7),  # the container's own is mounted as the root
+        ({"system.slice/flux.service/memory.max": 6}, "0::/system.slice/flux.service", 6),
+        ({"a/memory.max": 8, "a/b/memory.max": "max\n"}, "0::/a/b", 8),
+        ({"memory/memory.limit_in_bytes": 5, "memory.max": 7}, "0::/", 5),
+        (
+            {"memory/job/memory.limit_in_bytes": 4, "memory/memory.limit_in_bytes": NO_LIMIT},
+            "4:memory:/job\n1:name=systemd:/\n0::/",
+            4,
+        ),
+        ({"memory.max": "max\n", "memory/memory.limit_in_bytes": NO_LIMIT}, "0::/", None),
+        ({"other.slice/memory.max": 3}, "0::/mine", None),
+    ],
+)
+def test_limits_of_control_groups_count(tmp_path, limits, own, left) -> None:
+    for name, limit in limits.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(limit if isinstance(limit, str) else f"{HOST_RESERVE + limit}\n")
+    (tmp_path / "own").write_text(own)
+    found = host_budget(None, tmp_path / "cgroup", tmp_path / "own")
+    machine = host_budget(None, tmp_path / "nothing", tmp_path / "nothing")
+    assert found == (machine if left is None else left)
+    assert host_budget(3, tmp_path / "cgroup", tmp_path / "own") == 3
 
 
 @pytest.mark.parametrize(
