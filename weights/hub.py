@@ -10,10 +10,12 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -29,6 +31,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
@@ -38,6 +41,9 @@ from weights.serving.errors import (
 )
 from weights.serving.redact import without_secrets
 
+T = TypeVar("T")
+
+POLL_SECONDS = 0.1
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""
 HTTP_CLIENT = HTTPError.__module__.partition(".")[0]
@@ -66,6 +72,27 @@ def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[A
             return None
 
     return Bar
+
+
+def cancellable(work: Callable[[], T], check_cancelled: CheckCancelled) -> T:
+    """Do work in a thread of its own, and stop waiting for it if the caller has gone.
+
+    huggingface_hub sleeps where nobody can wake it, for minutes if the Hub limits the rate. Work
+    that nobody waits for ends with its next progress.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="hub", daemon=True).start()
+    while not done.done():
+        check_cancelled()
+        wait([done], POLL_SECONDS)
+    return done.result()
 
 
 @contextlib.contextmanager
@@ -124,7 +151,7 @@ def _translated(name: str, token: str | None) -> Iterator[None]:
     except RevisionNotFoundError:
         raise NotFoundError(f"{name}: no such branch, tag or commit in the repository") from None
     except HfHubHTTPError as error:
-        raise _from_status(name, error.response.status_code, token) from None
+        raise _from_status(name, error.response, token) from None
     except HFValidationError as error:
         raise ReferenceFormatError(f"{name}: not a valid name of a repository: {error}") from error
     except (
@@ -153,7 +180,8 @@ def _broken_off(name: str, error: OSError | RuntimeError) -> Exception:
     )
 
 
-def _from_status(name: str, status: int, token: str | None) -> WeightsError:
+def _from_status(name: str, response: Any, token: str | None) -> WeightsError:  # noqa: ANN401
+    status = response.status_code
     if status == HTTPStatus.UNAUTHORIZED and not token:
         return _unseen(name, token)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
@@ -164,8 +192,15 @@ def _from_status(name: str, status: int, token: str | None) -> WeightsError:
     if status == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"{name}: no such file in the repository")
     return SourceUnavailableError(
-        f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later."
+        f"{name}: Hugging Face is busy or down (HTTP {status}). Try again later.",
+        retry_after=_wait_of(response),
     )
+
+
+def _wait_of(response: Any) -> float | None:  # noqa: ANN401
+    """Seconds until the Hub's limit of the rate lets more through: t in `"api";r=0;t=158`."""
+    limit = re.search(r";\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else None
 
 
 def _unseen(name: str, token: str | None) -> NotFoundError:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import (
     HfApi,
+    ModelInfo,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -27,7 +28,7 @@ from lora.sources.reference import Access, Artifact, FetchedFile, Reference, fin
 from weights.download.http import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
-from weights.hub import hub_call, progress_bar
+from weights.hub import cancellable, hub_call, progress_bar
 from weights.serving.errors import InvalidFileError, NotFoundError
 
 TIMEOUT = 10.0
@@ -118,10 +119,14 @@ class HuggingFaceReference(Reference):
         """Ask the Hub for the commit and the file, in one request."""
         endpoint, token = access.settings.hf_endpoint, access.settings.hf_token
         api = HfApi(endpoint=endpoint, token=token or False)
-        with hub_call(self.display, token):
-            info = api.model_info(
-                self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT
-            )
+
+        def ask() -> ModelInfo:
+            with hub_call(self.display, token):
+                return api.model_info(
+                    self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT
+                )
+
+        info = retry.run(ask)
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
         file = files[_choose(self, list(files))]
         commit, name = info.sha or "", file.rfilename
@@ -160,20 +165,23 @@ class HubArtifact(Artifact):
             on_progress(done, total)
 
         cached = try_to_load_from_cache(self.repo, self.file, cache, self.commit)
-        with hub_call(self.source, settings.hf_token):
-            if isinstance(cached, str):
-                url = hf_hub_url(self.repo, self.file, revision=self.commit, endpoint=endpoint)
-                get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
-            found = hf_hub_download(
-                self.repo,
-                self.file,
-                revision=self.commit,
-                cache_dir=cache,
-                endpoint=endpoint,
-                token=token,
-                tqdm_class=progress_bar(report),
-            )
-        path = Path(found)
+
+        def download() -> str:
+            with hub_call(self.source, settings.hf_token):
+                if isinstance(cached, str):
+                    url = hf_hub_url(self.repo, self.file, revision=self.commit, endpoint=endpoint)
+                    get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
+                return hf_hub_download(
+                    self.repo,
+                    self.file,
+                    revision=self.commit,
+                    cache_dir=cache,
+                    endpoint=endpoint,
+                    token=token,
+                    tqdm_class=progress_bar(report),
+                )
+
+        path = Path(cancellable(download, retry.check_cancelled))
         digest = sha256_of(path)
         if self.sha256 not in (None, digest):
             remove(path, cache)

@@ -125,9 +125,39 @@ def test_hub_down_serves_the_file_from_before(hub, new_loader, huggingface, capl
 
 def test_hub_down_without_a_file_says_try_again(hub, loader, huggingface):
     huggingface.add("o/n", {"a.safetensors": OLD})
-    hub.fail("/api/models/o/n", 503)
+    hub.fail("/api/models/o/n", 503, times=9)
     with pytest.raises(SourceUnavailableError, match=r"HTTP 503.*Try again later"):
         loader.load("huggingface.co/o/n")
+
+
+def test_one_failure_of_the_hub_is_tried_again(hub, loader, huggingface):
+    huggingface.add("o/n", {"a.safetensors": OLD})
+    hub.fail("/api/models/o/n", 503)
+    assert loader.load("huggingface.co/o/n").adapter.content == "old"
+
+
+def test_a_limit_of_the_rate_that_lasts_long_is_not_waited_for(hub, loader, huggingface):
+    huggingface.add("o/n", {"a.safetensors": OLD})
+    hub.fail("/api/models/o/n", 429, headers={"RateLimit": '"api";r=0;t=158'}, times=9)
+    with pytest.raises(SourceUnavailableError, match="HTTP 429"):
+        loader.load("huggingface.co/o/n")
+    assert hub.count("GET", "/api/models/") == 1
+
+
+def test_a_cancel_is_heard_while_the_client_waits_for_the_limit_of_the_rate(
+    hub, loader, huggingface
+):
+    huggingface.add("o/n", {"a.safetensors": OLD})
+    hub.fail("/resolve/", 429, headers={"RateLimit": '"resolvers";r=0;t=1'}, times=2)
+
+    def cancel_once_it_waits():
+        if hub.count("HEAD", "/resolve/") == 2:  # the first is not tried again
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loader.load("huggingface.co/o/n", cancel_once_it_waits)
+    assert hub.count("HEAD", "/resolve/") == 2  # the client still sleeps
+    assert loader.load("huggingface.co/o/n").adapter.content == "old"
 
 
 def test_deleted_repository_is_not_served_from_before(new_loader, huggingface):
