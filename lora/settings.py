@@ -7,7 +7,7 @@ from weights.download.cache import CacheSettings
 from weights.download.http import HttpSettings
 from weights.serving.settings import GB, Settings
 
-CIVITAI_OTHERS = ("https://civitai.red", "https://civitai.green")
+CIVITAI_OTHERS = ("https://civitai.red",)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ fetches somebody else's file.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 from lora.settings import SourceSettings
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 BASE_MODEL = "Flux.1"
 EXACT = (f"{BASE_MODEL} D", f"{BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
 HOSTS = {"civitai.com", "civitai.red", "civitai.green"}
+TYPES = ("Model", "Pruned Model")  # of files that may be adapters
+MENU = ("type", "format", "size", "fp")
 MAX_LISTED = 10
 
 Json = Mapping[str, Any]
@@ -33,17 +36,19 @@ Json = Mapping[str, Any]
 class CivitaiReference(Reference):
     """A model page or a version on CivitAI. Both have numbers, which are not the same ones.
 
-    CivitAI is several sites (civitai.com, .red, .green) with the same numbers.
+    CivitAI is several sites (civitai.com, .red and once .green) with the same numbers.
 
     Attributes:
         token: one that the user put into the link.
         file: one of several in a version, by its number.
+        wanted: what the menu of downloads says of a file: its type, or keys of its metadata.
     """
 
     model: int | None = None
     version: int | None = None
     token: str | None = field(default=None, repr=False)
     file: int | None = None
+    wanted: tuple[tuple[str, str], ...] = ()
 
     forms = (
         "civitai.com/models/123 or civitai.com/models/123?modelVersionId=456",
@@ -62,15 +67,14 @@ class CivitaiReference(Reference):
             )
         if link.url.host not in HOSTS:
             return None
-        token = link.url.query.get("token", [None])[0]
-        asked = link.url.query.get("modelVersionId", [None])[0]
+        query = {name: values[0] for name, values in link.url.query.items()}
+        token, asked, file = map(query.get, ("token", "modelVersionId", "fileId"))
         match link.url.segments:
-            case ["api", "download", "models", number, *_] | [
-                "api",
-                "v1",
-                "model-versions",
-                number,
-            ]:
+            case ["api", "download", "models", number, *_]:
+                wanted = tuple((name, query[name]) for name in MENU if name in query)
+                chosen = None if file is None else _number(link, file)
+                return cls(None, _number(link, number), token, chosen, wanted)
+            case ["model-versions", number] | ["api", "v1", "model-versions", number]:
                 return cls(version=_number(link, number), token=token)
             case ["models", number, *_] | ["api", "v1", "models", number]:
                 version = None if asked is None else _number(link, asked)
@@ -88,7 +92,7 @@ class CivitaiReference(Reference):
     @property
     def key(self) -> str:
         """Identity, with the token: what one token may see is not for another."""
-        return f"{self.display} {self.token or ''}"
+        return f"{self.display} {self.wanted or ''} {self.token or ''}"
 
     @property
     def immutable(self) -> bool:
@@ -136,8 +140,9 @@ def _ask(
     missing: NotFoundError | None = None
     for site in (credential.origin, *credential.others):
         remote = Remote(f"{site}/api/v1/{path}", reference.display, credential)
+        tries = retry if missing is None else replace(retry, attempts=1)
         try:
-            answer = client.get_json(remote, retry)
+            answer = client.get_json(remote, tries)
             if isinstance(answer, dict):
                 return answer
             raise _unreadable(reference)
@@ -219,7 +224,7 @@ def _artifact(reference: CivitaiReference, version: Json, credential: Credential
 def _file(reference: CivitaiReference, version: Json) -> Json:
     """The file of a version that holds the weights: the one asked for, else the primary one."""
     files = list(_dicts(version.get("files")))
-    usable = [file for file in files if file.get("type") == "Model" and _is_safetensors(file)]
+    usable = [file for file in files if file.get("type") in TYPES and _is_safetensors(file)]
     if reference.file is not None:
         named = [file for file in usable if file.get("id") == reference.file]
         if not named:
@@ -230,12 +235,20 @@ def _file(reference: CivitaiReference, version: Json) -> Json:
             )
         usable = named
     if usable:
-        return max(usable, key=lambda file: file.get("primary") is True)
+        return max(usable, key=partial(_rank, reference.wanted))
     names = ", ".join(str(file.get("name")) for file in files[:MAX_LISTED]) or "no files"
     raise NotFoundError(
         f"{reference.display}: the version holds no .safetensors model, only {names}. "
         f"Choose another version."
     )
+
+
+def _rank(wanted: Sequence[tuple[str, str]], file: Json) -> tuple[int, bool, bool]:
+    """The higher the more a file is what is wanted, or the main one."""
+    metadata = file.get("metadata")
+    said = {**(metadata if isinstance(metadata, dict) else {}), "type": file.get("type")}
+    fits = sum(str(said.get(name)).lower() == value.lower() for name, value in wanted)
+    return fits, file.get("primary") is True, file.get("type") == TYPES[0]
 
 
 def _is_safetensors(file: Json) -> bool:

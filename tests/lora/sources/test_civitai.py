@@ -215,6 +215,7 @@ def test_another_site_that_is_down_leaves_the_answer_of_the_first(new_loader, ot
     other.fail("/api/v1/", 503, times=9)
     with pytest.raises(NotFoundError, match=r"civitai\.com/models/5: not found"):
         new_loader(settings).load("civitai.com/models/5")
+    assert other.count("GET", "/api/v1/") == 1  # or a misspelt number would take long to be refused
 
 
 def test_a_file_of_several_by_its_number(loader, civitai):
@@ -225,12 +226,33 @@ def test_a_file_of_several_by_its_number(loader, civitai):
     version["files"][:] = [{**main, "id": 1}, {**second, "id": 2, "primary": False}]
     assert loader.load("urn:air:flux1:lora:civitai:5@50").adapter.content == "old"
     assert loader.load("urn:air:flux1:lora:civitai:5@50+2").adapter.content == "new"
+    assert loader.load("civitai.com/api/download/models/50").adapter.content == "old"
+    assert loader.load("civitai.com/api/download/models/50?fileId=2").adapter.content == "new"
     with pytest.raises(NotFoundError, match=r"no such \.safetensors file.*1 \(lora-50\.safetens"):
         loader.load("urn:air:flux1:lora:civitai:5@50+3")
 
 
+def test_a_file_of_several_by_what_the_download_menu_asks_for(loader, civitai):
+    version = civitai.add(5, 50, OLD)
+    (main,) = version["files"]
+    (second,) = civitai.add(6, 60, NEW)["files"]
+    full = {**main, "metadata": {"format": "SafeTensor", "size": "full", "fp": "fp32"}}
+    half = {**second, "metadata": {"format": "SafeTensor", "size": "pruned", "fp": "fp16"}}
+    version["files"][:] = [full, {**half, "primary": False, "type": "Pruned Model"}]
+    link = "civitai.com/api/download/models/50"
+    assert loader.load(f"{link}?type=Model&format=SafeTensor").adapter.content == "old"
+    menu = f"{link}?type=Pruned%20Model&format=SafeTensor&size=pruned&fp=fp16"
+    assert loader.load(menu).adapter.content == "new"
+    assert loader.load(f"{link}?type=Model&format=Diffusers&fp=bf16").adapter.content == "old"
+
+
+def test_a_version_whose_only_file_is_pruned(loader, civitai):
+    civitai.add(5, 50, OLD)["files"][0]["type"] = "Pruned Model"
+    assert loader.load("civitai.com/model-versions/50").adapter.content == "old"
+
+
 def test_only_the_public_site_has_others():
     public = LoaderSettings.of(Settings()).sources
-    assert public.civitai_others == ("https://civitai.red", "https://civitai.green")
+    assert public.civitai_others == ("https://civitai.red",)
     mirror = LoaderSettings.of(Settings(civitai_endpoint="https://mirror.example")).sources
     assert mirror.civitai_others == ()

@@ -54,7 +54,7 @@ ACCEPTED = {
     "civitai.com/models/618692?modelVersionId=691639": CivitaiReference(618692, 691639),
     "https://www.civitai.com/models/1/x?modelVersionId=2&token=t": CivitaiReference(1, 2, "t"),
     "https://civitai.com/api/download/models/691639?type=Model&format=SafeTensor": (
-        CivitaiReference(version=691639)
+        CivitaiReference(version=691639, wanted=(("type", "Model"), ("format", "SafeTensor")))
     ),
     **{
         link: CivitaiReference(123, 456)
@@ -68,7 +68,9 @@ ACCEPTED = {
     },
     "civitai.red/models/123": CivitaiReference(123),
     "https://civitai.green/api/download/models/456?type=Model&format=SafeTensor&token=t": (
-        CivitaiReference(version=456, token="t")
+        CivitaiReference(
+            version=456, token="t", wanted=(("type", "Model"), ("format", "SafeTensor"))
+        )
     ),
     "urn:air:flux1:lora:civitai:123@456": CivitaiReference(123, 456),
     "air:flux1:lora:civitai:123@456": CivitaiReference(123, 456),
