@@ -16,6 +16,7 @@ from weights.serving.redact import one_line, without_secrets
 
 WEIGHTS_NAME = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)\b", re.IGNORECASE)
 WEIGHTS_PATH = re.compile(r"\.(safetensors|tar|tar\.gz|tgz)/*$", re.IGNORECASE)
+GITHUB_PAGE = re.compile(r"^(/[^/]+/[^/]+)/blob/")  # of a file: /owner/name/blob/branch/path
 SIGNING_PREFIXES = ("x-amz-", "x-goog-")
 SIGNING = {
     *("awsaccesskeyid", "googleaccessid", "signature", "expires", "policy", "key-pair-id"),
@@ -39,7 +40,7 @@ class UrlReference(Reference):
             return None
         is_weights = WEIGHTS_PATH.search(url.path) or WEIGHTS_NAME.search(unquote(url.raw_query))
         if (url.named_scheme or "." in url.host) and is_weights:
-            return cls(url.full)
+            return cls(_shared(url.full, url.host))
         if url.named_scheme:
             raise link.refused("the URL does not name a .safetensors or .tar file")
         return None
@@ -115,6 +116,17 @@ def probe(remote: Remote, identity: str, access: Access, retry: RetryPolicy) -> 
         size=answer.size,
         validator=answer.validator,
     )
+
+
+def _shared(url: str, host: str) -> str:
+    """The file behind a link that a site's button for sharing gives, which is that of a page."""
+    parts = urlsplit(url)
+    if host == "github.com":
+        return parts._replace(path=GITHUB_PAGE.sub(r"\1/raw/", parts.path)).geturl()
+    if host == "dropbox.com":
+        others = [(k, v) for k, v in parse_qsl(parts.query, keep_blank_values=True) if k != "dl"]
+        return parts._replace(query=urlencode([*others, ("dl", "1")])).geturl()
+    return url
 
 
 def unsigned(url: str) -> str:

@@ -119,6 +119,16 @@ ACCEPTED = {
     "huggingface.co/datasets/o/n/resolve/main/x.safetensors": UrlReference(
         "https://huggingface.co/datasets/o/n/resolve/main/x.safetensors"
     ),
+    "https://www.dropbox.com/scl/fi/a1/x.safetensors?rlkey=k&st=s&dl=0": UrlReference(
+        "https://www.dropbox.com/scl/fi/a1/x.safetensors?rlkey=k&st=s&dl=1"
+    ),
+    "dropbox.com/s/a1/x.tar": UrlReference("https://dropbox.com/s/a1/x.tar?dl=1"),
+    "https://github.com/o/n/blob/main/blob/x.safetensors": UrlReference(
+        "https://github.com/o/n/raw/main/blob/x.safetensors"
+    ),
+    "https://github.com/o/n/releases/download/v1/x.safetensors": UrlReference(
+        "https://github.com/o/n/releases/download/v1/x.safetensors"
+    ),
     "http://host.example:8080/x.tar#top": UrlReference("http://host.example:8080/x.tar"),
 }
 
