@@ -160,13 +160,21 @@ def _translated(name: str, token: str | None) -> Iterator[None]:
         OfflineModeIsEnabled,
         RevisionResolutionError,
     ) as error:
-        raise SourceUnavailableError(
-            f"{name}: Hugging Face cannot be reached ({type(error).__name__}). Try again later."
-        ) from None
+        raise _not_reached(name, error, token) from None
     except EntryNotFoundError:
         raise NotFoundError(f"{name}: no such file in the repository") from None
     except (OSError, RuntimeError) as error:
         raise _broken_off(name, error) from None
+
+
+def _not_reached(name: str, error: Exception, token: str | None) -> WeightsError:
+    """Why a file cannot be had; huggingface_hub takes a refusal for a lack of network."""
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError) and cause.response.status_code == HTTPStatus.FORBIDDEN:
+        return _from_status(name, cause.response, token)
+    return SourceUnavailableError(
+        f"{name}: Hugging Face cannot be reached ({type(error).__name__}). Try again later."
+    )
 
 
 def _broken_off(name: str, error: OSError | RuntimeError) -> Exception:
@@ -187,7 +195,8 @@ def _from_status(name: str, response: Any, token: str | None) -> WeightsError:  
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return AccessDeniedError(
             f"{name}: Hugging Face denies access (HTTP {status}). Check the token in HF_TOKEN "
-            f"({_token_state(token)})."
+            f"({_token_state(token)}); a fine-grained one needs read access to the contents of "
+            "all public gated repositories."
         )
     if status == HTTPStatus.NOT_FOUND:
         return NotFoundError(f"{name}: no such file in the repository")

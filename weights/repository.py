@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash
@@ -30,6 +36,7 @@ from weights.stamp import write_stamp
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
+LEFT_SECONDS = 3600.0  # without a byte: no download that is under way
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,28 @@ class RepositoryDownload:
         base = self.wanted.directory or self._snapshot()
         missing = [file for file in self._files if not (base / file.rfilename).is_file()]
         self.size = sum(file.size or 0 for file in missing)
+        if missing:
+            self._drop_leftovers()
+            self._knock(missing[0].rfilename)
+
+    def _knock(self, file: str) -> None:
+        """Ask for a file, without its content: everybody may list a gated repository."""
+        endpoint = self._hub.endpoint
+        url = hf_hub_url(
+            self.wanted.repository.name, file, revision=self._revision.resolved, endpoint=endpoint
+        )
+        with hub_call(self.wanted.name, self._hub.token):
+            get_hf_file_metadata(
+                url, token=self._hub.token or False, timeout=TIMEOUT, endpoint=endpoint
+            )
+
+    def _drop_leftovers(self) -> None:
+        """Remove what killed downloads have left: huggingface_hub never goes on with it."""
+        directory = self.wanted.directory
+        place = directory / ".cache" if directory else self._snapshot().parents[1] / "blobs"
+        for part in place.rglob("*.incomplete"):
+            if time.time() - part.stat().st_mtime > LEFT_SECONDS:
+                part.unlink(missing_ok=True)
 
     def download(self, report: Callable[[int], None]) -> None:
         """Fetch and verify; raises SourceUnavailableError to be tried again.

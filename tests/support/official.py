@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from flux.deployment import NANO
-from weights.manifest import REPOSITORIES
+from weights import snapshot
+from weights.manifest import REPOSITORIES, Repository
+from weights.repository import HubSettings, PinnedRepository
 
 TOWER = {
     "hidden_size": 16,
@@ -89,6 +91,12 @@ def falconsai(directory: Path) -> None:
 
 def wanted(files: Files, part: str) -> set[str]:
     return set(files) - set(UNWANTED[part])
+
+
+def obtain(repository: Repository, revision: str, settings: HubSettings) -> Path:
+    """Fetch one repository; return the directory of its files."""
+    (path,) = snapshot.obtain([PinnedRepository(repository, revision)], settings)
+    return path
 
 
 def _shard(directory: Path, kind: type, size: str) -> None:

@@ -1,26 +1,22 @@
 """The official repositories through huggingface_hub's own client, against the stand-in hub."""
 
-import errno
 import logging
+import os
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
-from huggingface_hub.utils import close_session
 
-from tests.support.official import wanted
-from tests.support.services import HuggingFace, sha256
+from tests.support.official import obtain, wanted
+from tests.support.services import sha256
 from weights import snapshot
-from weights.download.retry import RetryPolicy
 from weights.download.transfer import LogProgress
 from weights.manifest import REPOSITORIES
-from weights.repository import HubSettings, PinnedRepository
+from weights.repository import PinnedRepository
 from weights.serving.errors import (
-    AccessDeniedError,
-    DiskSpaceError,
     InvalidFileError,
-    NotFoundError,
     SourceUnavailableError,
 )
 
@@ -29,24 +25,6 @@ COMPVIS = REPOSITORIES["safety/compvis"]
 SHARDS = 4
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00004.safetensors"
 NOWHERE = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def settings(hub, tmp_path):
-    yield HubSettings(hub.url, cache_dir=tmp_path / "hf", retry=RetryPolicy(2, backoff=0.01))
-    close_session()
-
-
-@pytest.fixture
-def huggingface(hub, official_files):
-    """The hub with the four repositories, by their part."""
-    huggingface = HuggingFace(hub)
-    return {part: huggingface.add(r.name, official_files[part]) for part, r in REPOSITORIES.items()}
-
-
-def obtain(repository, revision, settings):
-    (path,) = snapshot.obtain([PinnedRepository(repository, revision)], settings)
-    return path
 
 
 def files(path):
@@ -211,6 +189,19 @@ def test_a_failed_start_keeps_the_files_that_are_whole(hub, settings, huggingfac
     assert hub.count("GET", "/cdn/") < SHARDS
 
 
+def test_what_a_killed_download_has_left_is_removed(settings, huggingface):
+    path = obtain(SCHNELL, "main", settings)
+    blobs = path.parents[1] / "blobs"
+    for name, age in (("old", 7200), ("of another process", 60)):
+        part = blobs / f"{name}.incomplete"
+        part.touch()
+        os.utime(part, (time.time() - age,) * 2)
+    (path / SHARD).resolve().unlink()
+    (path / SHARD).unlink()
+    assert obtain(SCHNELL, "main", settings)
+    assert [part.name for part in blobs.glob("*.incomplete")] == ["of another process.incomplete"]
+
+
 @pytest.mark.parametrize("name", [SHARD, "transformer/config.json"])
 def test_a_wrong_hash_is_refused_and_fetched_anew(hub, settings, huggingface, name):
     huggingface["schnell"].damaged.add(name)
@@ -220,77 +211,3 @@ def test_a_wrong_hash_is_refused_and_fetched_anew(hub, settings, huggingface, na
     hub.requests.clear()
     obtain(SCHNELL, "main", settings)
     assert asked_for(hub, SCHNELL) == {name}
-
-
-# --- refusals
-
-
-def test_a_gated_model_names_the_token_and_the_page(hub, settings, huggingface):
-    huggingface["dev"].token, huggingface["dev"].gated = "hf_mine", True
-    with pytest.raises(AccessDeniedError, match=r"gated\. Accept .* HF_TOKEN \(none is set\)"):
-        obtain(DEV, "main", settings)
-    with pytest.raises(AccessDeniedError, match=r"HF_TOKEN \(one is set\)"):
-        obtain(DEV, "main", replace(settings, token="hf_other"))
-    obtain(DEV, "main", replace(settings, token="hf_mine"))
-    assert {request.token for request in hub.seen("GET", "/cdn/")} == {None}
-
-
-def test_an_unknown_revision_names_its_setting(settings, huggingface):
-    with pytest.raises(NotFoundError, match=r"at v9 \(dev in FLUX_REVISIONS\): no such branch"):
-        obtain(DEV, "v9", settings)
-
-
-def test_an_unknown_repository(settings, hub):
-    HuggingFace(hub)
-    with pytest.raises(NotFoundError, match=r"FLUX\.1-dev .*no such repository, or it is private"):
-        obtain(DEV, "main", settings)
-
-
-def test_a_revision_without_safetensors_names_its_setting(settings, huggingface, official_files):
-    part = "safety/compvis"
-    left = {k: v for k, v in official_files[part].items() if k != "model.safetensors"}
-    huggingface[part].commit(left, branch="old")
-    with pytest.raises(NotFoundError, match=r"no model\.safetensors.*FLUX_REVISIONS=compvis="):
-        obtain(REPOSITORIES[part], "old", settings)
-    assert obtain(REPOSITORIES[part], "main", settings)
-
-
-@pytest.mark.parametrize("status", [500, 503])
-def test_a_hub_that_is_down_is_asked_again(hub, settings, huggingface, status):
-    hub.fail("/api/models/", status)
-    assert obtain(SCHNELL, "main", settings)
-
-
-def test_a_full_disk_is_noticed_before_anything_is_fetched(hub, settings, huggingface, monkeypatch):
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr("weights.snapshot.shutil.disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DiskSpaceError, match=r"no room for .* GB .* in .*/hf.* HF_HOME"):
-        obtain(DEV, "main", settings)
-    assert hub.count("GET", "/cdn/") == 0
-
-
-def test_a_disk_with_room_for_one_of_two_is_noticed_before_anything_is_fetched(
-    hub, settings, huggingface, official_files, monkeypatch
-):
-    both = [PinnedRepository(SCHNELL, "main"), PinnedRepository(DEV, "main")]
-    sizes = [
-        sum(len(official_files[part][name]) for name in wanted(official_files[part], part))
-        for part in ("schnell", "dev")
-    ]
-    free = shutil.disk_usage("/")._replace(free=max(sizes) + min(sizes) // 2)
-    monkeypatch.setattr("weights.snapshot.shutil.disk_usage", lambda _: free)
-    with pytest.raises(DiskSpaceError, match=r"FLUX\.1-schnell at main.*FLUX\.1-dev at main.*room"):
-        snapshot.obtain(both, settings)
-    assert hub.count("GET", "/cdn/") == 0
-    obtain(SCHNELL, "main", settings)
-    assert snapshot.obtain(both, settings)  # what is there already takes no more room
-
-
-def test_a_disk_that_fills_up_on_the_way(settings, huggingface, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("weights.snapshot.cached", lambda *_: None)
-    monkeypatch.setattr("weights.repository.snapshot_download", full)
-    with pytest.raises(DiskSpaceError, match="HF_HOME"):
-        obtain(DEV, "main", settings)
