@@ -230,7 +230,7 @@ def _translated(remote: Remote) -> Iterator[None]:
 
 def _raise_for_status(response: requests.Response, remote: Remote) -> None:
     status = response.status_code
-    if status < HTTPStatus.BAD_REQUEST:
+    if status < HTTPStatus.MULTIPLE_CHOICES:
         return
     detail = _detail(response)
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):

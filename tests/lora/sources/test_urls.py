@@ -17,6 +17,7 @@ from weights.serving.errors import (
     NotFoundError,
     ReferenceFormatError,
     SourceUnavailableError,
+    WeightsError,
 )
 
 OLD, NEW = safetensors("old"), safetensors("new")
@@ -144,6 +145,14 @@ def test_other_files_that_pose_as_weights_are_named(hub, loader, settings, conte
         loader.load(url)
     left = [*settings.cache.root.glob("objects/*"), *settings.cache.root.glob("parts/*")]
     assert left == []
+
+
+def test_a_redirect_to_nowhere_is_a_refusal(hub, loader):
+    """As S3 answers where the link names a wrong region."""
+    url = hub.add_file("/files/x.safetensors", OLD)
+    hub.fail("/files/", 301, b"<Error><Code>PermanentRedirect</Code></Error>", times=9)
+    with pytest.raises(WeightsError, match=r"refuses the request \(HTTP 301\)"):
+        loader.load(url)
 
 
 def test_web_page_is_refused_before_it_is_fetched(hub, loader):
