@@ -9,6 +9,7 @@ header is bounded and checked here first; only then does the library open the fi
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -126,13 +127,22 @@ def refuse_other_files(start: bytes, size: int) -> None:
         if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
             found = "a web page (an error or a login page), not the file behind it"
         elif text.startswith((b"{", b"[")):
-            answer = start[:200].decode("utf-8", "replace")
-            found = f"a JSON answer, probably an error: {short(answer, 200)}"
+            found = f"a JSON answer, probably an error{_said(start)}"
     if found:
         raise HeaderError(
             f"this is not a safetensors file: it is {found}. "
             "Check that the reference points at the .safetensors file itself."
         )
+
+
+def _said(answer: bytes) -> str:
+    """What a JSON error says; not the whole of it, which may hold secrets, as links do."""
+    with suppress(ValueError):
+        body = json.loads(answer)
+        said = (body.get("message") or body.get("error")) if isinstance(body, dict) else None
+        if isinstance(said, str) and "://" not in said:
+            return f" ({short(said, 200)})"
+    return ""
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Files come over HTTP. With hf_xet, huggingface_hub would fetch large ones by the Hub's own protocol,
 Xet, which reports progress in a thread of its own and goes on whatever that raises (its issue
-4632). A cancelled request would hold the server until a file of gigabytes is whole. Operators who
-want it all the same set HF_HUB_DISABLE_XET=0.
+4632). The download of a cancelled request would go on to its end. Operators who want Xet all the
+same set HF_HUB_DISABLE_XET=0.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def cancellable(work: Callable[[], T], check_cancelled: CheckCancelled) -> T:
     """Do work in a thread of its own, and stop waiting for it if the caller has gone.
 
     huggingface_hub sleeps where nobody can wake it, for minutes if the Hub limits the rate. Work
-    that nobody waits for ends with its next progress.
+    that nobody waits for ends with its next progress; by Xet, it does not.
     """
     done: Future[T] = Future()
 

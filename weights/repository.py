@@ -9,6 +9,7 @@ announces are checked here, once per revision: a stamp says that it was done.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,7 +51,9 @@ class HubSettings:
     endpoint: str = Settings.hf_endpoint
     token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
-    retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(attempts=3))
+    retry: RetryPolicy = field(  # the hub's limit of the rate lasts up to five minutes
+        default_factory=lambda: RetryPolicy(attempts=3, longest_wait=310.0)
+    )
 
     @classmethod
     def of(cls, settings: Settings) -> "HubSettings":
@@ -135,8 +138,9 @@ class RepositoryDownload:
         directory = self.wanted.directory
         place = directory / ".cache" if directory else self._snapshot().parents[1] / "blobs"
         for part in place.rglob("*.incomplete"):
-            if time.time() - part.stat().st_mtime > LEFT_SECONDS:
-                part.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process may have completed it
+                if time.time() - part.stat().st_mtime > LEFT_SECONDS:
+                    part.unlink()
 
     def download(self, report: Callable[[int], None]) -> None:
         """Fetch and verify; raises SourceUnavailableError to be tried again.

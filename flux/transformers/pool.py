@@ -6,9 +6,9 @@ from it in working weights of its own: memory on the device, every record UNKNOW
 reconciliation, which writes base values and adapters in one pass, fp8 weight by weight. For a small
 card, that memory is on the host (flux/memory/offload.py), where all else is the same. While the
 base copy is not open, fp8 comes from its file instead (flux/transformers/prequantized.py), every
-record empty, and the reconciliation opens the copy for what adapters touch, and only then.
-Leaving the device drops the working weights together with their records, so no record can outlive
-what it describes. The module objects stay, and with them the pipelines.
+record empty, and the reconciliation opens the copy for what adapters touch, and only then. Leaving
+the device drops the working weights together with their records, so no record can outlive what it
+describes. The module objects stay, and with them the pipelines.
 """
 
 import logging
@@ -116,14 +116,14 @@ class Transformers:
             BudgetError: there is not enough memory for it.
         """
 
-        def write(*, base_copies: bool = True) -> Swap:
+        def write() -> Swap:
             start = time.perf_counter()
             self._make_room(self._residency.admit(key))
             fresh = key not in self._seconds  # or never finished: memory may have run out
             if key not in self._weights:
                 logger.info("Loading %s %s", *key)
                 self._load(key, check_cancelled)
-            if base_copies and self._wants_copy(key, adapters, fresh=fresh):
+            if self._wants_copy(key, adapters, fresh=fresh):
                 self._copy_base(key.variant, check_cancelled)
             swap = self._weights[key].reconcile(adapters, check_cancelled)
             if not fresh:
@@ -132,23 +132,26 @@ class Transformers:
             logger.info("%s %s is on %s: %s", *key, self._placement.memory, self._entry(key).cost)
             return replace(swap, restored=0)  # they were never anything else
 
-        return self.with_room(key, write, partial(write, base_copies=False))
+        def write_alone() -> Swap:  # the device has less memory than its budget says
+            self._residency.exclude(BaseCopy(key.variant))
+            self._to_copy.discard(key.variant)
+            return write()
+
+        return self.with_room(key, write, write_alone)
 
     def with_room(self, key: Key, work: Callable[[], T], alone: Callable[[], T] | None = None) -> T:
         """Do some work; where the device's memory does not suffice, alone with one transformer.
 
-        Args:
-            alone: the work that is done then; by default the same.
+        What is done then is `alone`, by default the same.
 
         Raises:
             BudgetError: it does not suffice then either.
         """
 
         def recoverable(error: Exception) -> bool:
-            if is_out_of_memory(error):
+            if lacks_memory := is_out_of_memory(error):
                 logger.warning("Out of memory on %s, trying with less: %s", self._device, error)
-                return True
-            return False
+            return lacks_memory
 
         return with_fallback(work, partial(self._alone, key, alone or work), recoverable)
 
@@ -213,11 +216,9 @@ class Transformers:
     def _empty(self, key: Key, name: str, like: Tensor, empty: Empty) -> Tensor:
         if name not in self._float8[key]:
             return empty(like.shape, like.dtype)
-        values, dynamic = empty(like.shape, FLOAT8), self._dynamic
-        weight: Tensor = empty_float8(
-            like.shape, like.dtype, values.device, dynamic=dynamic, values=values
-        )
-        return weight
+        values = empty(like.shape, FLOAT8)
+        make: Callable[..., Tensor] = partial(empty_float8, dynamic=self._dynamic, values=values)
+        return make(like.shape, like.dtype, values.device)
 
     def _wants_copy(
         self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool

@@ -69,16 +69,16 @@ class CivitaiReference(Reference):
             return None
         query = {name: values[0] for name, values in link.url.query.items()}
         token, asked, file = map(query.get, ("token", "modelVersionId", "fileId"))
+        chosen = None if file is None else _number(link, file)
         match link.url.segments:
             case ["api", "download", "models", number, *_]:
                 wanted = tuple((name, query[name]) for name in MENU if name in query)
-                chosen = None if file is None else _number(link, file)
                 return cls(None, _number(link, number), token, chosen, wanted)
             case ["model-versions", number] | ["api", "v1", "model-versions", number]:
-                return cls(version=_number(link, number), token=token)
+                return cls(None, _number(link, number), token, chosen)
             case ["models", number, *_] | ["api", "v1", "models", number]:
                 version = None if asked is None else _number(link, asked)
-                return cls(_number(link, number), version, token)
+                return cls(_number(link, number), version, token, chosen)
         raise link.refused("a CivitAI page is written civitai.com/models/123")
 
     @property
@@ -92,7 +92,7 @@ class CivitaiReference(Reference):
     @property
     def key(self) -> str:
         """Identity, with the token: what one token may see is not for another."""
-        return f"{self.display} {self.wanted or ''} {self.token or ''}"
+        return " ".join(map(str, (self.display, *self.wanted, self.token or "")))
 
     @property
     def immutable(self) -> bool:
@@ -231,7 +231,7 @@ def _file(reference: CivitaiReference, version: Json) -> Json:
             listed = ", ".join(f"{file.get('id')} ({file.get('name')})" for file in usable)
             raise NotFoundError(
                 f"{reference.display}: the version has no such .safetensors file. It has "
-                f"{listed or 'none'}; leave out the + and the number for the main one."
+                f"{listed or 'none'}; leave out the number of the file for the main one."
             )
         usable = named
     if usable:

@@ -6,7 +6,7 @@ with a token that is gone. So a file found there is used only after the Hub said
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Self
 from urllib.parse import unquote
@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from huggingface_hub import (
     HfApi,
     ModelInfo,
+    constants,
     get_hf_file_metadata,
     hf_hub_download,
     hf_hub_url,
@@ -126,7 +127,8 @@ class HuggingFaceReference(Reference):
                     self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT
                 )
 
-        info = retry.run(ask)
+        offline = constants.HF_HUB_OFFLINE  # it will not pass
+        info = (replace(retry, attempts=1) if offline else retry).run(ask)
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
         file = files[_choose(self, list(files))]
         commit, name = info.sha or "", file.rfilename

@@ -169,7 +169,7 @@ def test_out_of_memory_while_they_come_leaves_them_on_the_host(
 
 
 def test_out_of_memory_in_a_change_of_adapter_is_tried_again_without_them(
-    base_weights, plain, adapters, monkeypatch
+    base_weights, plain, adapters, monkeypatch, caplog
 ) -> None:
     """The device has less memory than the budget says: nothing fits beside one transformer."""
     found = make(base_weights)
@@ -183,9 +183,11 @@ def test_out_of_memory_in_a_change_of_adapter_is_tried_again_without_them(
         return real(weights, *arguments)
 
     monkeypatch.setattr(WorkingWeights, "reconcile", reconcile)
-    found.reconcile(DEV, [(adapters["a"], 1.0)])
-    assert found.resident == (DEV,)
-    assert_same(bits(found, DEV), plain(DEV, [(adapters["a"], 1.0)]))
+    for name in ("a", "b"):
+        found.reconcile(DEV, [(adapters[name], 1.0)])
+        assert found.resident == (DEV,)
+        assert_same(bits(found, DEV), plain(DEV, [(adapters[name], 1.0)]))
+    assert caplog.text.count("Out of memory") == 1  # the next change is not tried with them
 
 
 class CancelledError(Exception):

@@ -227,7 +227,8 @@ def test_a_file_of_several_by_its_number(loader, civitai):
     assert loader.load("urn:air:flux1:lora:civitai:5@50").adapter.content == "old"
     assert loader.load("urn:air:flux1:lora:civitai:5@50+2").adapter.content == "new"
     assert loader.load("civitai.com/api/download/models/50").adapter.content == "old"
-    assert loader.load("civitai.com/api/download/models/50?fileId=2").adapter.content == "new"
+    for page in ("api/download/models/50?", "models/5?modelVersionId=50&", "model-versions/50?"):
+        assert loader.load(f"civitai.com/{page}fileId=2").adapter.content == "new"
     with pytest.raises(NotFoundError, match=r"no such \.safetensors file.*1 \(lora-50\.safetens"):
         loader.load("urn:air:flux1:lora:civitai:5@50+3")
 

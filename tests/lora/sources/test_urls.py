@@ -131,6 +131,8 @@ def test_secrets_of_a_url_stay_out_of_logs_errors_and_the_cache(hub, loader, set
     [
         (b"<!DOCTYPE html><title>Sign in</title>", "a web page"),
         (b'{"error": "expired"}', "a JSON answer, .*expired"),
+        (b'{"url": "https://b.example/x?X-Amz-Signature=geheim"}', r"probably an error\. Check"),
+        (b'{"error": "see https://b.example/x?token=geheim"}', r"probably an error\. Check"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
         (b"PK\x03\x04\x14\x00\x08\x08" + bytes(40), "never read"),
         (b"", "it is empty"),
