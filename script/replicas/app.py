@@ -40,6 +40,6 @@ def build(settings: Settings) -> serve.Application:
             request_router_class=AdapterRouter, initial_backoff_s=0.01, max_backoff_s=0.1
         ),
         **LIFE,
-    ).bind()
+    ).bind(settings.gpus)
     options = {"max_ongoing_requests": ANY_NUMBER, "ray_actor_options": {"num_cpus": 0}}
     return serve.deployment(Front, **options, **LIFE).bind(replicas)

@@ -30,10 +30,19 @@ class Replica:
 
     When the server cannot predict any more, the process ends with it. Serve then starts another
     replica, and the front learns of the loss as of any other.
+
+    Args:
+        gpus: that Ray has given to it. A server that cannot use its card must not start: left to
+            itself, it would serve the miniature on the CPU.
     """
 
-    def __init__(self) -> None:
-        self._server = Server(on_log=print, command=(*TIED_TO_THIS_PROCESS, SERVE))
+    def __init__(self, gpus: int = 0) -> None:
+        on_card = gpus and os.environ.get("FLUX_DEVICE") != "cpu"
+        self._server = Server(
+            {"FLUX_DEVICE": "cuda"} if on_card else None,
+            on_log=print,
+            command=(*TIED_TO_THIS_PROCESS, SERVE),
+        )
         self._server.__enter__()
         self._front = serve.get_deployment_handle("Front")
         self._turn = asyncio.Lock()  # Serve sends the next call while a cancelled one still ends

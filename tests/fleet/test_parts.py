@@ -96,6 +96,31 @@ def test_a_replica_does_not_send_what_the_front_does_not_want(ends) -> None:
     assert (ends["unwanted"]["status"], ends["unwanted"]["cancels"]) == ("READY", 0)
 
 
+STARTED_ON = """
+import json, os, types
+import replicas.replica
+
+class Server:
+    def __init__(self, environment=None, **_):
+        started.append((environment or {}).get("FLUX_DEVICE"))
+    __enter__ = stop = lambda self: None
+
+started = []
+replicas.replica.Server = Server
+replicas.replica.serve = types.SimpleNamespace(get_deployment_handle=lambda _: None)
+for gpus, device in ((0, None), (1, None), (1, "cuda:3"), (1, "cpu")):
+    os.environ.pop("FLUX_DEVICE", None)
+    os.environ |= {"FLUX_DEVICE": device} if device else {}
+    replicas.replica.Replica(gpus)
+print(json.dumps(started))
+"""
+
+
+def test_a_replica_with_a_card_does_not_fall_back_to_the_cpu() -> None:
+    """Ray shows it one card, which is the first that it sees; an operator may still say cpu."""
+    assert json.loads(run(STARTED_ON)) == [None, "cuda", "cuda", None]
+
+
 # --- the front
 
 LOST_CANCEL = """
