@@ -3,12 +3,19 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from flux.transformers.scaled import rows_taken
 from lora.formats.adapter import Adapter
 from tests.flux.library import Library
 from tests.flux.merging import SIZE, files
 from tests.support import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _factories() -> None:
+    """Have torch list what `with torch.device(...)` is for, once and before tests replace any."""
+    _device_constructors()
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
