@@ -13,13 +13,12 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from weights.header import HeaderError, refuse_other_files
+from weights.header import HEAD_BYTES, HeaderError, refuse_other_files
 from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import InvalidFileError
 
 Kind = Literal["safetensors", "tar"]
 
-HEAD_BYTES = 512
 MAX_MEMBERS = 10_000
 MAX_TEXT_BYTES = 1 << 16
 MAX_EXTENDED_HEADER = 1 << 20

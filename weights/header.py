@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+HEAD_BYTES = 512  # that other files are told by
 MAX_HEADER_BYTES = 8 << 20
 MAX_BRACKETS = 100_000  # opening ones, strings included: bounds what parsing can allocate
 MAX_TENSORS = 16_384
@@ -79,7 +80,7 @@ def read_header(path: Path) -> Header:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(512)
+        start = file.read(HEAD_BYTES)
         refuse_other_files(start, size)
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
@@ -110,7 +111,7 @@ def refuse_other_files(start: bytes, size: int) -> None:
     """Name the usual things that are downloaded in place of a safetensors file.
 
     Args:
-        start: the first 512 bytes, or all of them.
+        start: the first HEAD_BYTES, or all there are.
         size: of the file, in bytes.
 
     Raises:

@@ -15,6 +15,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.start import checkpoint, gpu_tests
 from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
+from benchmarks.gpu.tiles import TILES
 
 ROOT = Path(__file__).parents[2]
 IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
@@ -129,6 +130,13 @@ def test_tests_that_run_out_of_time_say_why_some_failed(monkeypatch, tmp_path) -
     assert "1 failed" in figures["pytest"]
     assert [line.split()[0] for line in figures["bad"]] == ["tests/flux/test_x.py::test_a"]
     assert "OSError: the reason" in (tmp_path / "gpu_tests.txt").read_text()
+
+
+def test_the_first_tile_that_is_tried_is_the_one_in_use() -> None:
+    pytest.importorskip("triton", reason="Triton has wheels for Linux only")
+    from flux.transformers.lora_kernel import FLOAT8_TILE, TILE
+
+    assert (TILES["bf16"][0], TILES["fp8"][0]) == (TILE, FLOAT8_TILE)
 
 
 # --- steps

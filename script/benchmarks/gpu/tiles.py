@@ -26,9 +26,10 @@ def tiles(session: Session) -> None:
     """Microseconds of the kernel for one weight, by tile."""
     for name, shape, rank in product(TILES, SHAPES, RANKS):
         found: dict[tuple[int, ...], float | str] = {}
+        tensors = _weight(session, name, shape, rank)
         for tile in TILES[name]:
             try:
-                work = partial(_write, *_weight(session, name, shape, rank), tile)
+                work = partial(_write, *tensors, tile)
                 found[tile] = round(1e6 * card.seconds_of(work, session.device), 1)
             except Exception as error:  # Triton's are of many classes: one more result
                 found[tile] = f"{type(error).__name__}: {error}"[:100]
