@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.start import checkpoint, gpu_tests
 from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
 from benchmarks.gpu.tiles import TILES
+from tests.support.server import wait_for
 
 ROOT = Path(__file__).parents[2]
 IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
@@ -113,19 +116,31 @@ def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path
     assert not list(made[0].glob("half*"))
 
 
-def test_tests_that_run_out_of_time_say_why_some_failed(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "&"])
+def test_tests_that_run_out_of_time_say_why_some_failed(monkeypatch, tmp_path, handler) -> None:
+    """Also where a shell has started all of it with `&`, which ignores SIGINT."""
     (tmp_path / "tests" / "flux").mkdir(parents=True)
     (tmp_path / "tests" / "flux" / "test_x.py").write_text(
         "import pytest, time\n"
         "@pytest.mark.gpu\ndef test_a(): raise OSError('the reason')\n"
-        "@pytest.mark.gpu\ndef test_b(): time.sleep(60)\n"
+        "@pytest.mark.gpu\ndef test_b(): open('under way', 'w').close(); time.sleep(60)\n"
     )
     (tmp_path / "tests" / "predictor").mkdir()
     (tmp_path / "tests" / "predictor" / "test_memory.py").touch()
     monkeypatch.setattr("benchmarks.gpu.start.ROOT", tmp_path)
     results = Results(tmp_path / "results.jsonl")
     session = Session(tmp_path, results, None, rehearse=False)
-    do([Step("gpu_tests", 4, gpu_tests)], session, results, time.time() + 60)
+
+    def time_is_over() -> None:
+        wait_for((tmp_path / "under way").exists)
+        os.kill(os.getpid(), signal.SIGALRM)
+
+    threading.Thread(target=time_is_over).start()
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        do([Step("gpu_tests", 50, gpu_tests)], session, results, time.time() + 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     (figures,) = [row["figures"] for row in results.rows() if "figures" in row]
     assert "1 failed" in figures["pytest"]
     assert [line.split()[0] for line in figures["bad"]] == ["tests/flux/test_x.py::test_a"]

@@ -71,15 +71,20 @@ def gpu_tests(session: Session) -> None:
 
 def _run(command: Sequence[str], sink: IO[str]) -> None:
     """Run pytest to its end; when its time is over, it still says why tests have failed."""
-    with subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT) as tests:
-        try:
-            tests.wait()
-        except BaseException:
-            tests.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                tests.wait(TO_SAY_WHY)
-            tests.kill()
-            raise
+    # A command that a shell has started with `&` ignores SIGINT, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT) as tests:
+            try:
+                tests.wait()
+            except BaseException:
+                tests.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    tests.wait(TO_SAY_WHY)
+                tests.kill()
+                raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def checkpoint(session: Session) -> None:
