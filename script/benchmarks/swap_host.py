@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.shared import full_depth
 from benchmarks.shared.report import interleave, medians, report
-from flux.memory.staging import Staging
 from flux.transformers.lora_kernel import write
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass
@@ -69,17 +67,6 @@ class IdleDriver:
         return GPUTarget("cuda", 90, 32)
 
 
-class Here:
-    """A copy stream of a device on which everything is already."""
-
-    def carries(self, _: Tensor) -> bool:
-        """Nothing."""
-        return False
-
-    def wait_for_each_other(self) -> None:
-        """There is nothing to wait for."""
-
-
 def main() -> None:
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(IdleDriver())
@@ -97,7 +84,6 @@ def main() -> None:
         weights = WorkingWeights(
             {"transformer": model},
             lambda _, name: base[name],
-            staging=Staging(torch.device("cpu"), Here()),  # type: ignore[arg-type]
             one_pass=one_pass,
         )
         turns = itertools.cycle(adapters)
