@@ -18,8 +18,6 @@ from tests.support.inputs import UNCHECKED
 from tests.support.pictures import colours, data_uri, difference, same
 from tests.support.predictor import Generate, set_up_predictor, without_decoding
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:

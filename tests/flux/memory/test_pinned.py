@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.shared import flux1
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_budget, host_budget
-from flux.memory.device import is_out_of_memory
+from flux.memory.device import empty_cache, is_out_of_memory
 from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
 from flux.memory.residency import BudgetError
 from flux.transformers.quantize import float8_parameters
@@ -267,6 +267,7 @@ def test_on_a_gpu(base_weights) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
+    empty_cache(device)  # of what other tests left with the allocator
     free, _ = torch.cuda.mem_get_info(device)
     assert device_budget(None, device, loaded=0) <= free - DEVICE_RESERVE
     assert move_parameters(base_weights["dev"], pinned=True)
