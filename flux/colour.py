@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PROFILE_BYTES = 4 << 20  # CMYK profiles are the largest, at about 2 MB
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of the profile's colour space
+FITTING = {("RGB", "RGB"), ("L", "L"), ("L", "RGB"), ("CMYK", "CMYK")}  # image's mode, profile's
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -65,9 +66,6 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
         result.putalpha(alpha)
     logger.info("The image's colours are converted from %s to sRGB", description[:80] or space)
     return result
-
-
-FITTING = {("RGB", "RGB"), ("L", "L"), ("L", "RGB"), ("CMYK", "CMYK")}
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

@@ -15,7 +15,6 @@ from flux.autoencoder import Autoencoder
 from flux.canvas import Canvas, prepare
 from flux.components import TRANSFORMER
 from flux.inpaint import soft_alpha
-from flux.memory.device import with_fallback
 from flux.memory.residency import BudgetError
 from flux.positions import keep_positions
 from flux.prompts import PromptEmbeddings, PromptEncoder
@@ -242,17 +241,14 @@ class Engine:
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
         decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
-
-        def recoverable(error: Exception) -> bool:
-            if isinstance(error, BudgetError):
-                logger.warning("Decoding in tiles: %s", error.__cause__ or error)
-            return isinstance(error, BudgetError)
-
-        generated = with_fallback(
-            partial(self._on_device, request.key, decode),
-            partial(self._on_device, request.key, decode, tiled=True),
-            recoverable,
-        ).crop((0, 0, request.width, request.height))
+        generated = None
+        try:
+            generated = self._on_device(request.key, decode)
+        except BudgetError as error:
+            logger.warning("Decoding in tiles: %s", error.__cause__ or error)
+        if generated is None:  # tried when the error, which holds tensors, is gone
+            generated = self._on_device(request.key, decode, tiled=True)
+        generated = generated.crop((0, 0, request.width, request.height))
         if request.image and request.mask:
             return Image.composite(generated, request.image, soft_alpha(request.mask))
         return generated

@@ -21,7 +21,7 @@ def main() -> int:
     """Write the files of the variants named on the command line; returns the exit code."""
     name = os.environ.get(
         "FLUX_COMMAND", "python -m flux.quantize"
-    )  # script/quantize calls it by its own
+    )  # script/quantize gives its own
     parser = argparse.ArgumentParser(
         prog=name,
         description="Write the float8 weights of a checkpoint's transformers to files that a "

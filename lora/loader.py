@@ -43,12 +43,11 @@ class LoadedAdapter:
     """A loaded adapter and its origin.
 
     Attributes:
-        digest, size: SHA-256 and bytes of its file.
+        size: bytes of its file.
         hit: where it was found.
     """
 
     adapter: "Adapter"
-    digest: str
     source: str
     revision: str
     size: int
@@ -184,7 +183,6 @@ class AdapterLoader:
             self._memory.put(record.sha256, adapter, adapter.nbytes)
         return LoadedAdapter(
             adapter=adapter,
-            digest=record.sha256,
             source=record.source,
             revision=record.revision,
             size=record.size,

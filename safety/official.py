@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPImageProcessorPil, ViTForImageClassification, ViTImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
 from safety.checker import CheckerError, Verdict
+from weights.serving.quiet import without_progress_bars
 
 SPECIAL_CARE = 0.01  # what the class adds to every concept once a special one is seen
 DIGITS = 3  # to which the class rounds before it compares with zero
@@ -82,8 +82,7 @@ class Falconsai:
 
 def _load(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401
     """Load a transformers model; unlike from_pretrained, a missing weight is an error."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    without_progress_bars()
     try:
         model, found = kind.from_pretrained(
             directory, dtype=torch.float32, use_safetensors=True, output_loading_info=True

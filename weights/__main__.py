@@ -17,9 +17,7 @@ from weights.snapshot import fetch_snapshots
 
 def main() -> int:
     """Fetch the parts named on the command line; returns the exit code."""
-    name = os.environ.get(
-        "FLUX_COMMAND", "python -m weights"
-    )  # script/download calls it by its own
+    name = os.environ.get("FLUX_COMMAND", "python -m weights")  # script/download gives its own
     parser = argparse.ArgumentParser(
         prog=name,
         description="Fetch and verify the official checkpoints and safety checkers. Settings are "

@@ -1,16 +1,12 @@
 """A device in use: whether it answers, whether it lacked memory, and giving memory back."""
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
 from flux.memory.residency import BudgetError
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 OUT_OF_MEMORY = (  # of the driver, cuBLAS and cuDNN; the last is cuDNN's where no workspace fits
     "out of memory",
@@ -56,22 +52,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, BudgetError) or not isinstance(error, RuntimeError):
         return False  # a budget's message may quote a lack of page-locked memory
     return any(message in str(error) for message in OUT_OF_MEMORY)
-
-
-def with_fallback(
-    work: Callable[[], T], fallback: Callable[[], T], recoverable: Callable[[Exception], bool]
-) -> T:
-    """Do some work; if it fails in a way that can be recovered from, do other work instead.
-
-    An exception keeps the frames that it passed through, and with them tensors on the device, until
-    its except block ends. So the other work starts after that.
-
-    Args:
-        recoverable: called with the exception; it is raised again if the answer is no.
-    """
-    try:
-        return work()
-    except Exception as error:
-        if not recoverable(error):
-            raise
-    return fallback()

@@ -17,7 +17,6 @@ host, provided that the hooks read the same memory that is written. Three choice
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from diffusers.hooks import HookRegistry, apply_group_offloading
@@ -77,75 +76,53 @@ def stop_offloading(module: nn.Module) -> None:
         registry.remove_hook(name, recurse=True)
 
 
-class Placement(Protocol):
-    """Where working weights are between forward passes.
+class Placement:
+    """Where working weights are between forward passes: here, on the device that computes.
 
     Attributes:
         memory: the device whose memory they take.
-        stream: copies base values there.
+        stream: copies base values there; None where it has no stream, as a CPU.
         shares_device: whether they share memory with activations.
     """
 
-    memory: torch.device
-    stream: CopyStream | None
-    shares_device: bool
-
-    def allocator(self) -> Empty:
-        """Return a function that allocates the weights of one module."""
-        ...
-
-    def enter(self, module: nn.Module) -> None:
-        """Prepare a module for forward passes; its parameters are in the allocator's memory now."""
-        ...
-
-    def leave(self, module: nn.Module) -> None:
-        """Undo `enter` if it was called."""
-        ...
-
-
-class OnDevice:
-    """On the device that computes; `stream` copies base values there.
-
-    A CUDA device has a stream of its own for copies; a CPU needs none.
-    """
+    shares_device = True
 
     def __init__(self, device: torch.device, stream: CopyStream | None = None) -> None:
         self.memory = device
         self.stream = stream or copy_stream(device)
-        self.shares_device = True
 
     def allocator(self) -> Empty:
-        """See `Placement.allocator`."""
+        """Return a function that allocates the weights of one module."""
         return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=self.memory)
 
     def enter(self, module: nn.Module) -> None:
-        """See `Placement.enter`."""
+        """Prepare a module for forward passes; its parameters are in the allocator's memory now."""
 
     def leave(self, module: nn.Module) -> None:
-        """See `Placement.leave`."""
+        """Undo `enter` if it was called."""
 
 
-class OnHost:
+class OnHost(Placement):
     """On the host; layers are copied to the device while they run."""
 
+    shares_device = False
+
     def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("cpu"))
         self._device = device
-        self.memory = torch.device("cpu")
-        self.stream: CopyStream | None = None
-        self.shares_device = False
 
     def allocator(self) -> Empty:
-        """See `Placement.allocator`."""
+        """Of page-locked memory with CUDA."""
         return Arena(pinned=self._device.type == "cuda").empty
 
     def enter(self, module: nn.Module) -> None:
-        """See `Placement.enter`."""
+        """Install the hooks of offloading."""
         offload(module, self._device)
 
     def leave(self, module: nn.Module) -> None:
-        """See `Placement.leave`.
+        """Remove the hooks.
 
-        The hooks hold the page-locked weights and refer to each other, so only the collector frees
+        They hold the page-locked weights and refer to each other, so only the collector frees
         them; and what comes next takes as much.
         """
         stop_offloading(module)

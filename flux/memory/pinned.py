@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from flux.memory.budget import bytes_of
-from flux.memory.device import with_fallback
 from flux.memory.residency import BudgetError
 from weights.serving.settings import GB
 
@@ -82,22 +81,17 @@ def move_parameters(module: nn.Module, *, pinned: bool) -> bool:
     Returns:
         whether there was memory for it; if not, the parameters are unchanged.
     """
-
-    def copy() -> bool:
-        for parameter, view in zip(module.parameters(), _copies(module, pinned), strict=True):
-            parameter.data = view
-        return True
-
-    def without() -> bool:
-        empty_host_cache()  # the chunks that there was memory for
+    copies = None
+    try:
+        copies = _copies(module, pinned)
+    except BudgetError as error:
+        logger.warning("Weights stay in the memory map: %s", str(error))  # no traceback kept
+    if copies is None:
+        empty_host_cache()  # the chunks that there was memory for; the error held them
         return False
-
-    def recoverable(error: Exception) -> bool:
-        if isinstance(error, BudgetError):
-            logger.warning("Weights stay in the memory map: %s", str(error))  # no traceback kept
-        return isinstance(error, BudgetError)
-
-    return with_fallback(copy, without, recoverable)
+    for parameter, copy in zip(module.parameters(), copies, strict=True):
+        parameter.data = copy
+    return True
 
 
 class PinnedBudget:

@@ -15,7 +15,6 @@ piece before. docs/decisions.md says why no thread reads ahead.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,65 +25,37 @@ PIECE = 32 << 20  # bytes: some milliseconds of reading, so that starting a copy
 PIECES = 4
 
 
-class CopyStream(Protocol):
-    """Copies to the device that run beside the current stream."""
-
-    def needs_copy(self, source: Tensor) -> bool:
-        """Whether a tensor is not on the device."""
-        ...
-
-    def blocks_host(self, source: Tensor) -> bool:
-        """Whether a copy of the tensor makes the host wait, because its memory is pageable."""
-        ...
-
-    def pinned_buffer(self, size: int) -> Tensor:
-        """Page-locked bytes on the host."""
-        ...
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Enqueue a copy. It runs at any time between the joins before and after it."""
-        ...
-
-    def record_event(self) -> Callable[[], None]:
-        """Return a function that makes the host wait for all copies enqueued so far."""
-        ...
-
-    def join(self) -> None:
-        """Make what is enqueued on either stream from now on run after all before, on both."""
-        ...
-
-
-class CudaCopyStream:
-    """Copies from host memory on a CUDA stream; asynchronous where that memory is page-locked."""
+class CopyStream:
+    """Copies from host memory to a CUDA device, on a stream beside the current one."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def needs_copy(self, source: Tensor) -> bool:
-        """See `CopyStream.needs_copy`."""
+        """Whether a tensor is not on the device."""
         return source.device.type == "cpu"
 
     def blocks_host(self, source: Tensor) -> bool:
-        """See `CopyStream.blocks_host`."""
+        """Whether a copy of the tensor makes the host wait, because its memory is pageable."""
         return not source.is_pinned()
 
     def pinned_buffer(self, size: int) -> Tensor:
-        """See `CopyStream.pinned_buffer`."""
+        """Page-locked bytes on the host."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Enqueue a copy. It runs at any time between the joins before and after it."""
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
     def record_event(self) -> Callable[[], None]:
-        """See `CopyStream.record_event`."""
+        """Return a function that makes the host wait for all copies enqueued so far."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return event.synchronize
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """See `CopyStream.copy`."""
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-
     def join(self) -> None:
-        """See `CopyStream.join`; the host does not wait."""
+        """Make what is enqueued on either stream from now on run after all before, on both."""
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
         self._stream.wait_stream(current)
@@ -92,7 +63,7 @@ class CudaCopyStream:
 
 def copy_stream(device: torch.device) -> CopyStream | None:
     """A copy stream for a device; None where it has none, as on a CPU."""
-    return CudaCopyStream(device) if device.type == "cuda" else None
+    return CopyStream(device) if device.type == "cuda" else None
 
 
 class Ring:

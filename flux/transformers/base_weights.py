@@ -84,7 +84,7 @@ class BaseWeights:
         Until `at_hand` or `entry` has returned, nobody else may read them.
         """
         self.open()
-        if self._module is not None and self._pin and not self._pinning:
+        if self._module and self._pin and not self._pinning:
             thread = ThreadPoolExecutor(1, thread_name_prefix="pin")
             self._pinning = thread.submit(_timed, partial(self._pin, self._module))
             thread.shutdown(wait=False)  # it ends with its work

@@ -43,7 +43,7 @@ from torch._dynamo.utils import counters
 
 from flux.components import TRANSFORMER
 from flux.deployment import Deployment
-from flux.memory.device import is_out_of_memory, with_fallback
+from flux.memory.device import is_out_of_memory
 from flux.memory.residency import ORDER, BudgetError
 from flux.request import Mode, Request
 from flux.variants import VARIANTS, Key, Precision
@@ -136,29 +136,21 @@ class Compilation:
         """
         if tokens == 1 or not self.serves(key):
             return _eagerly(work)
-
-        def compiled() -> T:
-            before = graphs()
-            try:
-                with dynamo.patch(DYNAMO):  # it holds in this thread alone
-                    return work()
-            finally:
-                if made := graphs() - before:
-                    logger.info("Compiled %d graphs for %s %s", made, *key)
-
-        def eagerly() -> T:
-            result = _eagerly(work)
-            self._eager.add(key)
-            logger.warning("%s %s generates eagerly until the next start: that went well", *key)
-            return result
-
-        def recoverable(error: Exception) -> bool:
+        before = graphs()
+        try:
+            with dynamo.patch(DYNAMO):  # it holds in this thread alone
+                return work()
+        except Exception as error:
             if isinstance(error, Cancelled | BudgetError) or is_out_of_memory(error):
-                return False
+                raise
             logger.warning("%s %s failed compiled; trying it eagerly", *key, exc_info=error)
-            return True
-
-        return with_fallback(compiled, eagerly, recoverable)
+        finally:
+            if made := graphs() - before:
+                logger.info("Compiled %d graphs for %s %s", made, *key)
+        result = _eagerly(work)  # not within `except`: the error holds tensors
+        self._eager.add(key)
+        logger.warning("%s %s generates eagerly until the next start: that went well", *key)
+        return result
 
 
 def to_warm_up(at_start: Iterable[Key], precisions: Collection[Precision]) -> list[Key]:

@@ -26,6 +26,7 @@ from flux.transformers.adapters import (
     MergeRecord,
     ParameterName,
 )
+from flux.transformers.quantize import store
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.recent import Recent
 
@@ -76,11 +77,6 @@ class ClonedBaseValues:
         return self._copies[key]
 
 
-def store_rounded(working: Tensor, exact: Tensor) -> None:
-    """Round `exact` to the working dtype, once, into the same storage."""
-    working.copy_(exact)
-
-
 class WorkingWeights:
     """The parameters that serve, and the record of what each contains.
 
@@ -88,7 +84,7 @@ class WorkingWeights:
         modules: "transformer", "text_encoder", "text_encoder_2" -> module. Their parameters
             must hold their base values now, unless blank, and nobody else may write them.
         base: where base values come from; by default a copy before the first write.
-        store: how a result is put into a working weight; quantised weights bring their own.
+        store: how a result is put into a working weight.
         staging: brings base values to the device; by default they are used where they are.
         one_pass: writes weights with LoRA deltas; None: torch's operators do, as for all others.
         blank: the parameters hold nothing yet; the first reconciliation writes all of them.
@@ -98,7 +94,7 @@ class WorkingWeights:
         self,
         modules: Mapping[str, nn.Module],
         base: BaseValues | None = None,
-        store: Store = store_rounded,
+        store: Store = store,
         staging: Staging | None = None,
         *,
         one_pass: "OnePass | None" = None,

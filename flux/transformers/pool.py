@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from flux.components import TRANSFORMER
-from flux.memory.device import empty_cache, is_out_of_memory, with_fallback
-from flux.memory.offload import Empty, OnDevice, Placement
+from flux.memory.device import empty_cache, is_out_of_memory
+from flux.memory.offload import Empty, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging
 from flux.transformers.adapters import AdapterLike, BaseValues
@@ -31,7 +31,7 @@ from flux.transformers.base_weights import BaseWeights
 from flux.transformers.copies import DeviceCopies
 from flux.transformers.merge import Swap, WorkingWeights
 from flux.transformers.one_pass import OnePass
-from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage, store
+from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage
 from flux.transformers.skeleton import set_parameter, size, skeleton
 from flux.variants import Key, Precision
 from weights.serving.cancel import CheckCancelled, never_cancelled
@@ -71,7 +71,7 @@ class Transformers:
         self._device = device
         self._dynamic = dynamic
         self._one_pass = one_pass
-        self._placement: Placement = placement or OnDevice(device)
+        self._placement = placement or Placement(device)
         self._staging = Staging(self._placement.memory, self._placement.stream)
         self.modules: dict[Key, nn.Module] = {
             key: skeleton(base_weights[key.variant].skeleton) for key in ORDER
@@ -147,13 +147,13 @@ class Transformers:
         Raises:
             BudgetError: it does not suffice then either.
         """
-
-        def recoverable(error: Exception) -> bool:
-            if lacks_memory := is_out_of_memory(error):
-                logger.warning("Out of memory on %s, trying with less: %s", self._device, error)
-            return lacks_memory
-
-        return with_fallback(work, partial(self._alone, key, alone or work), recoverable)
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("Out of memory on %s, trying with less: %s", self._device, error)
+        return self._alone(key, alone or work)  # not within `except`: the error holds tensors
 
     def _alone(self, key: Key, work: Callable[[], T]) -> T:
         """Do some work with one transformer alone on the device."""
@@ -204,8 +204,7 @@ class Transformers:
             self._weights[key] = WorkingWeights(
                 {TRANSFORMER: module},
                 self._base(key.variant),
-                store,
-                self._staging,
+                staging=self._staging,
                 one_pass=self._one_pass,
                 blank=not ready_made,
             )

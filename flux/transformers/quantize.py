@@ -26,7 +26,6 @@ from torchao.quantization import PerRow
 from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.quantize_.workflows import Float8Tensor, QuantizeTensorToFloat8Kwargs
 
-from flux.transformers.merge import store_rounded
 from flux.transformers.scaled import Float8Weight, rows_taken
 from weights.serving.settings import SettingsError
 
@@ -145,7 +144,7 @@ def store(working: Tensor, exact: Tensor) -> None:
     if isinstance(working, Float8Tensor):
         quantize_into(working, exact)
     else:
-        store_rounded(working, exact)
+        working.copy_(exact)
 
 
 def storage(parameter: Tensor) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """Transformers without memory for weights, the bytes that these take, and how they are put in."""
 
-import torch
+import copy
+
 from torch import Tensor, nn
 
 from weights.serving.inventory import size_of
@@ -8,11 +9,7 @@ from weights.serving.inventory import size_of
 
 def skeleton(base: nn.Module) -> nn.Module:
     """A module like `base`, with parameters of its shapes and dtype, and no memory."""
-    with torch.device("meta"):
-        module: nn.Module = type(base).from_config(base.config)  # type: ignore[attr-defined]
-    for name, parameter in base.named_parameters():
-        set_parameter(module, name, torch.empty_like(parameter, device="meta"))
-    return module.eval()
+    return copy.deepcopy(base).to("meta").eval().requires_grad_(False)
 
 
 def size(module: nn.Module, float8: frozenset[str]) -> int:

@@ -33,9 +33,10 @@ class AdapterSettings:
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
-        self._settings = _json_object(metadata.get(ADAPTER_SETTINGS, "{}"))
-        if self._settings is None:
+        settings = _json_object(metadata.get(ADAPTER_SETTINGS, "{}"))
+        if settings is None:
             raise AdapterError(f"the file's {ADAPTER_SETTINGS} is not a JSON object")
+        self._settings = settings
 
     def scaling(self, component: str, module: str, rank: int) -> float:
         """What a LoRA without an alpha of its own is multiplied by; 1.0 when nothing is said.
@@ -71,7 +72,6 @@ class AdapterSettings:
         return self._get(component, "lora_alpha")
 
     def _get(self, component: str, name: str) -> object:
-        assert self._settings is not None
         bare = self._settings.get(name) if component == "transformer" else None
         return self._settings.get(f"{component}.{name}", bare)
 

@@ -92,9 +92,8 @@ class Recipe:
         self._dev()
         self._done(self._models.schnell, "schnell", "transformer")
         unused = {"clip_tokenizer": clip_tokenizer(), "t5_tokenizer": t5_tokenizer()}
-        checkpoint.save(
-            replace(self._models, **unused), directory
-        )  # use leaves its padding in them
+        # a tokenizer that was used would be saved with its padding
+        checkpoint.save(replace(self._models, **unused), directory)
         (directory / "adapters").mkdir(exist_ok=True)
         for style in adapters.STYLES:
             path = self._work / f"{style}.safetensors"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flux.memory.budget import bytes_of
-from flux.memory.offload import OnDevice
+from flux.memory.offload import Placement
 from flux.memory.residency import ORDER
-from flux.memory.staging import CudaCopyStream, Staging, move
+from flux.memory.staging import CopyStream, Staging, move
 from flux.transformers.merge import UNKNOWN, WorkingWeights
 from flux.transformers.pool import Transformers
 from flux.variants import Key
@@ -37,7 +37,7 @@ def base_weights() -> dict[str, torch.nn.Module]:
 
 
 def transformers(base_weights, stream) -> Transformers:
-    placement = OnDevice(CPU, stream) if stream else None
+    placement = Placement(CPU, stream) if stream else None
     return Transformers(
         tiny.opened(base_weights), CPU, dynamic=False, budget=None, placement=placement
     )
@@ -214,7 +214,7 @@ def test_copies_on_a_gpu_come_between_what_is_computed() -> None:
     sources = [torch.full((1 << 24,), float(k)) for k in range(8)]
     sources = [source.pin_memory() if k % 2 else source for k, source in enumerate(sources)]
     busy, sums = torch.eye(4096, device=device), []
-    for near in Staging(device, CudaCopyStream(device)).prefetch(sources):
+    for near in Staging(device, CopyStream(device)).prefetch(sources):
         for _ in range(10):  # some milliseconds, before it is read
             busy = busy @ busy
         sums.append(near.double().sum())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux.memory.offload import OnDevice
+from flux.memory.offload import Placement
 from flux.memory.residency import ORDER, BaseCopy
 from flux.transformers.base_weights import BaseWeights
 from flux.transformers.merge import WorkingWeights
@@ -51,7 +51,7 @@ def make(base_weights, budget: int | None = None, pin: Any = None) -> Transforme
     }
     for base in opened.values():
         base.open()
-    return Transformers(opened, CPU, dynamic=False, budget=budget, placement=OnDevice(CPU, Late()))
+    return Transformers(opened, CPU, dynamic=False, budget=budget, placement=Placement(CPU, Late()))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flux.memory.offload import Empty, OnDevice
+from flux.memory.offload import Empty, Placement
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
@@ -39,7 +39,7 @@ def test_leaving_drops_weights_and_records_together(base_weights, pair) -> None:
         assert_bits(transformers.modules[DEV], expected)
 
 
-class Watched(OnDevice):
+class Watched(Placement):
     """A device that tells when memory is taken."""
 
     def __init__(self, events: list[str]) -> None:
