@@ -32,7 +32,7 @@ from weights.manifest import Repository
 from weights.serving.directories import is_full
 from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
 from weights.serving.settings import Settings
-from weights.stamp import write_stamp
+from weights.stamp import read_stamp, remove_stamp, write_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,8 @@ class RepositoryDownload:
         logger.info("%s (%s): licence: %s", repository.title, repository.name, repository.licence)
         title = f"{repository.title} at {commit[:12]}"
         logger.info("%s: %d files, %.2f GB to fetch", title, len(self._files), self.size / 1e9)
+        if self.wanted.directory:
+            self._drop_other_revision(self.wanted.directory)
         try:
             with hub_call(self.wanted.name, self._hub.token):
                 self.path = self._download(report)
@@ -163,6 +165,23 @@ class RepositoryDownload:
         self._verify(self.path)
         write_stamp(self.path, repository, commit, self.wanted.revision)
         logger.info("%s: complete and verified in %.1f s", title, time.monotonic() - start)
+
+    def _drop_other_revision(self, directory: Path) -> None:
+        """Remove the files of another revision that this one lacks, then that revision's mark.
+
+        huggingface_hub only adds and replaces files. What it leaves would be read: transformers
+        prefers one file to shards, and diffusers an index to one file.
+        """
+        repository = self.wanted.repository
+        stamp = read_stamp(directory, repository)
+        if stamp is None or stamp.commit == self._revision.resolved:
+            return
+        chosen = {file.rfilename for file in self._files}
+        for path in [path for path in directory.rglob("*") if path.is_file()]:
+            name = path.relative_to(directory).as_posix()
+            if name not in chosen and any(fnmatchcase(name, p) for p in repository.files):
+                path.unlink()
+        remove_stamp(directory)
 
     def _download(self, report: Callable[[int], None]) -> Path:
         def count(done: int, _: int | None, unit: str) -> None:

@@ -51,6 +51,11 @@ def write_stamp(path: Path, repository: Repository, commit: str, revision: str) 
         logger.info("%s: cannot be marked as verified (%s)", repository.title, error.strerror)
 
 
+def remove_stamp(path: Path) -> None:
+    """Take the mark off, because the files are about to change."""
+    _file(path).unlink(missing_ok=True)
+
+
 def _file(path: Path) -> Path:
     """Beside the snapshots of huggingface_hub's cache, where it looks for nothing; else inside."""
     if path.parent.name == "snapshots":

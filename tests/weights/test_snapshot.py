@@ -15,10 +15,8 @@ from weights import snapshot
 from weights.download.transfer import LogProgress
 from weights.manifest import REPOSITORIES
 from weights.repository import PinnedRepository
-from weights.serving.errors import (
-    InvalidFileError,
-    SourceUnavailableError,
-)
+from weights.serving.errors import InvalidFileError, SourceUnavailableError
+from weights.stamp import read_stamp
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
 COMPVIS = REPOSITORIES["safety/compvis"]
@@ -29,6 +27,11 @@ NOWHERE = "http://127.0.0.1:9"
 
 def files(path):
     return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+
+
+def visible(path):
+    """What the libraries read: not what huggingface_hub notes for itself."""
+    return {name for name in files(path) if not name.startswith(".cache/")}
 
 
 def asked_for(hub, repository):
@@ -147,6 +150,39 @@ def test_weights_stay_what_they_were_until_they_are_fetched_anew(
     snapshot.fetch_snapshots([PinnedRepository(SCHNELL, "main")], settings)
     assert obtain(SCHNELL, "main", settings).name == new
     assert obtain(SCHNELL, old, settings) == first
+
+
+@pytest.fixture
+def other_layout(huggingface, official_files):
+    """A newer commit of schnell, whose transformer is one file."""
+    content = official_files["schnell"]
+    kept = {name: text for name, text in content.items() if not name.startswith("transformer/d")}
+    single = {"transformer/diffusion_pytorch_model.safetensors": content[SHARD]}
+    return huggingface["schnell"].commit(kept | single)
+
+
+def test_a_directory_holds_the_files_of_one_revision(settings, huggingface, other_layout, tmp_path):
+    there, anew = (PinnedRepository(SCHNELL, "main", tmp_path / name) for name in "ab")
+    old = next(commit for commit in huggingface["schnell"].commits if commit != other_layout)
+    snapshot.fetch_snapshots([replace(there, revision=old)], settings)
+    own = there.directory / "transformer" / "notes.txt"
+    own.write_text("of somebody")
+    snapshot.fetch_snapshots([there, anew], settings)
+    own.unlink()
+    assert read_stamp(there.directory, SCHNELL).commit == other_layout
+    assert visible(there.directory) == visible(anew.directory)
+
+
+def test_an_update_that_breaks_off_leaves_no_mark_of_the_revision_before(
+    hub, settings, huggingface, other_layout, tmp_path
+):
+    there = PinnedRepository(SCHNELL, "main", tmp_path / "a")
+    old = next(commit for commit in huggingface["schnell"].commits if commit != other_layout)
+    snapshot.fetch_snapshots([replace(there, revision=old)], settings)
+    hub.fail("/cdn/", 503, times=20)
+    with pytest.raises(SourceUnavailableError):
+        snapshot.fetch_snapshots([there], settings)
+    assert read_stamp(there.directory, SCHNELL) is None
 
 
 def test_files_that_something_else_put_there_are_verified_or_named_unverified(
