@@ -208,7 +208,7 @@ class Predictor(BaseRunner):
         )
         inventory = Inventory()
         self._checker = load_checker(
-            self._settings, deployment.checkpoint, deployment.device, deployment.dtype, inventory
+            self._settings, deployment.checkpoint, deployment.device, inventory
         )
         self._engine = load_engine(deployment, self._settings, inventory)
         self._outputs = Outputs(self._settings.output_directory)

@@ -1,7 +1,8 @@
 """The two checkers that the official deployment uses, each through its library's own class.
 
-Both preprocess with transformers' own processors (those on PIL: torchvision is not needed). Half
-precision is for the networks alone; scores and thresholds are compared in fp32.
+Both preprocess with transformers' own processors (those on PIL: torchvision is not needed). With
+CUDA the networks compute in float16: CompVis' file holds float16, which bfloat16 would round, and
+scores are close to their limits. Scores and limits are compared in float32.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ DIGITS = 3  # to which the class rounds before it compares with zero
 UNSAFE_LABEL = "nsfw"
 COMPVIS_THRESHOLD = 0.0  # a concept that scores more is flagged, as in the class itself
 FALCONSAI_THRESHOLD = 0.5  # the probability of "nsfw" from which an image is flagged
+DTYPES = {"cuda": torch.float16}  # of the networks by kind of device; else float32
 
 
 class CompVis:
@@ -31,11 +33,11 @@ class CompVis:
     diffusers' class blacks flagged images out in its forward, so this asks its modules instead.
     """
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
         self._processor = _load_processor(CLIPImageProcessorPil, directory)
         self._model = _load(StableDiffusionSafetyChecker, directory).to(device)
-        self._model.vision_model.to(dtype)
-        self._model.visual_projection.to(dtype)
+        for network in (self._model.vision_model, self._model.visual_projection):
+            network.to(_dtype(device))
 
     def parameters(self) -> Iterator[torch.Tensor]:
         """What is on the device for it."""
@@ -59,9 +61,9 @@ class CompVis:
 class Falconsai:
     """Falconsai's ViT, which tells "normal" from "nsfw"."""
 
-    def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
         self._processor = _load_processor(ViTImageProcessorPil, directory)
-        self._model = _load(ViTForImageClassification, directory).to(device, dtype)
+        self._model = _load(ViTForImageClassification, directory).to(device, _dtype(device))
         labels = {str(label).lower(): i for i, label in self._model.config.id2label.items()}
         if UNSAFE_LABEL not in labels:
             raise CheckerError(f"{directory}: no label {UNSAFE_LABEL} among {', '.join(labels)}")
@@ -78,6 +80,10 @@ class Falconsai:
         logits = self._model(pixels).logits.float()
         score = float(logits.softmax(-1)[0, self._unsafe])
         return Verdict(flagged=not score < FALCONSAI_THRESHOLD, scores={"falconsai": score})
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return DTYPES.get(device.type, torch.float32)
 
 
 def _load(kind: type[Any], directory: Path) -> Any:  # noqa: ANN401

@@ -74,7 +74,6 @@ def load_checker(
     settings: Settings,
     checkpoint: str,
     device: "torch.device",
-    dtype: "torch.dtype",
     inventory: Inventory,
 ) -> Checker:
     """Load what the settings ask for, and list it; what is not there yet is fetched.
@@ -106,7 +105,7 @@ def load_checker(
         directory = directory_of(part, checkpoint, settings)
         try:
             with inventory.loading(f"safety {checker}", directory) as tensors:
-                loaded = kinds[checker](directory, device, dtype)
+                loaded = kinds[checker](directory, device)
                 tensors.extend(loaded.parameters())
         except CheckerError as error:
             problem = f"Safety checker {checker}: {error}"
