@@ -8,6 +8,7 @@ guessed: a spelling is in a table (`lora/formats/spellings.py`) or it is unknown
                  double_blocks.0.img_attn.qkv        BFL: q, k and v fused, as output rows
                  double_blocks.0.processor.qkv_lora1 XLabs
                  transformer_blocks.0.attn.processor.to_q_lora  diffusers before PEFT
+                 transformer_blocks.0.attn.to_qkv    diffusers with fused projections
     dialect      transformer.<name>  lora_unet_<name with underscores>  base_model.model.<name>
     role         .lora_A.weight  .lora_up.weight  .alpha  .lokr_w1  .dora_scale  .diff ...
 """
@@ -125,7 +126,7 @@ def _modules(
 
 
 def _transformer_spellings(modules: Mapping[str, Target]) -> tuple[list[Target], frozenset[str]]:
-    """BFL's and XLabs's names for the transformer's modules, and names of modules it lacks."""
+    """Other names for the transformer's modules, and names of modules that it lacks."""
     targets: list[Target] = []
     absent: set[str] = set()
     for naming, spelling, names in chain(_top_rows(), _block_rows(modules)):

@@ -66,6 +66,13 @@ BEFORE_PEFT_DOUBLE = (
     ("attn.processor.to_add_out_lora", ("attn.to_add_out",)),
 )
 XLABS_SINGLE = (("processor.qkv_lora", IMAGE_QKV), ("processor.proj_lora", ("proj_out",)))
+# diffusers' `fuse_projections`, with which SimpleTuner trains, and SimpleTuner's own name.
+FUSED_SINGLE = (("attn.to_qkv", IMAGE_QKV),)
+FUSED_DOUBLE = (
+    *FUSED_SINGLE,
+    ("attn.to_added_qkv", TEXT_QKV),
+    ("attn.add_qkv_proj", TEXT_QKV),
+)
 # Rows of (spelled prefix, model prefix, naming, table) for the two kinds of block.
 BLOCKS = (
     ("double_blocks", "transformer_blocks", "BFL", BFL_DOUBLE),
@@ -75,6 +82,8 @@ BLOCKS = (
     ("transformer_blocks", "transformer_blocks", "diffusers before PEFT", BEFORE_PEFT_DOUBLE),
     ("single_transformer_blocks", "single_transformer_blocks", "diffusers before PEFT",
      BEFORE_PEFT),
+    ("transformer_blocks", "transformer_blocks", "fused diffusers", FUSED_DOUBLE),
+    ("single_transformer_blocks", "single_transformer_blocks", "fused diffusers", FUSED_SINGLE),
 )  # fmt: skip
 
 
