@@ -116,6 +116,7 @@ DIALECTS = (
     Dialect("clip_l.", CLIP, False, "OneTrainer"),
     Dialect("lora_te1_", CLIP, True, "kohya"),
     Dialect("lora_te_", CLIP, True, "kohya"),
+    Dialect("lora_te1.", CLIP, False, "ai-toolkit"),
     Dialect("text_encoder_2.", T5, False, "diffusers"),
     Dialect("text_encoders.t5xxl.transformer.", T5, False, "ComfyUI"),
     Dialect("t5.", T5, False, "OneTrainer"),

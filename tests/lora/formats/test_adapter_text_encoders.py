@@ -12,6 +12,7 @@ KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.
 TEXT_ENCODERS = [
     (9, "lora_te1_text_model_encoder_layers_1_self_attn_q_proj", KOHYA, "text_encoder"),
     (9, "lora_te_text_model_encoder_layers_1_self_attn_q_proj", KOHYA, "text_encoder"),
+    (9, "lora_te1.text_model.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
     (9, "text_encoder.text_model.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
     (9, "text_encoder.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
     (
