@@ -22,6 +22,7 @@ from lora.formats.spellings import (
     BFL_TOP,
     BLOCKS,
     CLIP,
+    CLIP_LEVEL,
     DIALECTS,
     TRANSFORMER,
     Dialect,
@@ -102,8 +103,8 @@ def _candidates(spelling: str) -> Iterator[tuple[Dialect, str]]:
     for dialect in DIALECTS:
         if spelling.startswith(dialect.prefix):
             name = spelling[len(dialect.prefix) :]
-            if dialect.component == CLIP:  # transformers 5 dropped this level of CLIP's modules
-                name = name.removeprefix("text_model_" if dialect.joined else "text_model.")
+            if dialect.component == CLIP:
+                name = name.removeprefix(_join(CLIP_LEVEL) if dialect.joined else CLIP_LEVEL)
             yield dialect, name.rstrip("_") if dialect.joined else name
 
 
@@ -121,7 +122,7 @@ def _modules(
             rows = slice(0, shape[0])
             pieces = (Piece(name, rows, rows),)
             bias = f"{name}.bias" in parameters
-            spelling = name.removeprefix("text_model.") if component == CLIP else name
+            spelling = name.removeprefix(CLIP_LEVEL) if component == CLIP else name
             yield name, Target(component, spelling, "diffusers", tuple(shape), pieces, bias)
 
 

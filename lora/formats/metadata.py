@@ -6,6 +6,7 @@ from math import inf, sqrt
 from typing import Any
 
 from lora.formats.errors import AdapterError
+from lora.formats.spellings import CLIP_LEVEL
 from weights.header import short
 
 ADAPTER_SETTINGS = "lora_adapter_metadata"
@@ -43,6 +44,9 @@ class AdapterSettings:
 
         That is alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter.
 
+        Args:
+            module: its name in the model, without CLIP_LEVEL.
+
         Raises:
             AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad alpha.
         """
@@ -65,9 +69,10 @@ class AdapterSettings:
         pattern = self._get(component, "alpha_pattern")
         if isinstance(pattern, dict):
             for name, alpha in pattern.items():
-                if not PATTERN_SYNTAX.isdisjoint(name.lstrip("^")):
+                plain = name.lstrip("^").removeprefix(CLIP_LEVEL)
+                if not PATTERN_SYNTAX.isdisjoint(plain):
                     raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
-                if f".{module}".endswith(f".{name.lstrip('^')}"):
+                if f".{module}".endswith(f".{plain}"):
                     return alpha
         return self._get(component, "lora_alpha")
 

@@ -6,6 +6,7 @@ Every row is data. A new spelling is a new row; nothing here looks at a model.
 from dataclasses import dataclass
 
 TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"
+CLIP_LEVEL = "text_model."  # of CLIP's modules, which transformers 5 dropped
 
 # BFL name -> diffusers names whose output rows it fuses, in order.
 IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")

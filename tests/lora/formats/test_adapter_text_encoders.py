@@ -1,7 +1,11 @@
 """Rows 9 and 10 of the format table: adapters of CLIP and T5."""
 
+import copy
+import json
+
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from lora.formats.adapter import Targets, load_adapter
 from tests.support import tiny
@@ -62,3 +66,36 @@ def test_clip_of_older_transformers_has_one_more_level(tmp_path):
         )
         adapter = load_adapter(path, "digest", Targets(shapes))
         assert adapter.parameters == {("text_encoder", f"{name}.weight")}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "text_model.encoder.layers.1.self_attn.q_proj",
+        "^text_model.encoder.layers.1.self_attn.q_proj",
+        "text_model.encoder.layers.0.self_attn.q_proj",
+        "encoder.layers.1.self_attn.q_proj",
+        "q_proj",
+        "k_proj",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+def test_an_alpha_pattern_has_the_names_of_the_trainers_transformers(flux, tmp_path, pattern):
+    """With transformers 4, from which most files are; PEFT's own difference is expected."""
+    name = "encoder.layers.1.self_attn.q_proj"
+    config = LoraConfig(
+        r=RANK, lora_alpha=6, alpha_pattern={pattern: 16}, target_modules=[f"text_model.{name}"]
+    )
+    trained = torch.nn.ModuleDict({"text_model": copy.deepcopy(flux["text_encoder"])})
+    layer = inject_adapter_in_model(config, trained).get_submodule(f"text_model.{name}")
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    module = f"text_encoder.text_model.{name}"
+    tensors = {
+        f"{module}.lora_{x}.weight": getattr(layer, f"lora_{x}")["default"].weight.detach()
+        for x in "AB"
+    }
+    settings = {"text_encoder.lora_alpha": 6, "text_encoder.alpha_pattern": {pattern: 16}}
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    adapter = tiny.load(tmp_path / "a", flux, tensors, metadata)
+    expected = {("text_encoder", f"{name}.weight"): layer.get_delta_weight("default").detach()}
+    tiny.assert_same(tiny.deltas(adapter, flux), expected)
