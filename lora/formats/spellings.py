@@ -118,11 +118,13 @@ DIALECTS = (
     Dialect("lora_te1_", CLIP, True, "kohya"),
     Dialect("lora_te_", CLIP, True, "kohya"),
     Dialect("lora_te1.", CLIP, False, "ai-toolkit"),
+    Dialect("lora_clip_", CLIP, True, "invoke-training"),
     Dialect("text_encoder_2.", T5, False, "diffusers"),
     Dialect("text_encoders.t5xxl.transformer.", T5, False, "ComfyUI"),
     Dialect("t5.", T5, False, "OneTrainer"),
     Dialect("lora_te3_", T5, True, "kohya"),
     Dialect("lora_te2_", T5, True, "OneTrainer"),
+    Dialect("lora_t5_", T5, True, "invoke-training"),
 )
 
 SUFFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (

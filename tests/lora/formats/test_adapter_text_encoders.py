@@ -16,6 +16,7 @@ KOHYA, PEFT = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.
 TEXT_ENCODERS = [
     (9, "lora_te1_text_model_encoder_layers_1_self_attn_q_proj", KOHYA, "text_encoder"),
     (9, "lora_te_text_model_encoder_layers_1_self_attn_q_proj", KOHYA, "text_encoder"),
+    (9, "lora_clip_text_model_encoder_layers_1_self_attn_q_proj", KOHYA, "text_encoder"),
     (9, "lora_te1.text_model.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
     (9, "text_encoder.text_model.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
     (9, "text_encoder.encoder.layers.1.self_attn.q_proj", PEFT, "text_encoder"),
@@ -26,6 +27,7 @@ TEXT_ENCODERS = [
         "text_encoder",
     ),
     (10, "lora_te3_encoder_block_1_layer_0_SelfAttention_q", KOHYA, "text_encoder_2"),
+    (10, "lora_t5_encoder_block_1_layer_0_SelfAttention_q", KOHYA, "text_encoder_2"),
     (10, "lora_te2_encoder_block_1_layer_0_SelfAttention_q", KOHYA, "text_encoder_2"),
     (10, "text_encoder_2.encoder.block.1.layer.0.SelfAttention.q", PEFT, "text_encoder_2"),
     (
