@@ -9,6 +9,7 @@ guessed: a spelling is in a table (`lora/formats/spellings.py`) or it is unknown
                  double_blocks.0.processor.qkv_lora1 XLabs
                  transformer_blocks.0.attn.processor.to_q_lora  diffusers before PEFT
                  transformer_blocks.0.attn.to_qkv    diffusers with fused projections
+                 blocks.0.attn.a_to_qkv              DiffSynth
     dialect      transformer.<name>  lora_unet_<name with underscores>  base_model.model.<name>
     role         .lora_A.weight  .lora_up.weight  .alpha  .lokr_w1  .dora_scale  .diff ...
 """

@@ -74,6 +74,24 @@ FUSED_DOUBLE = (
     ("attn.to_added_qkv", TEXT_QKV),
     ("attn.add_qkv_proj", TEXT_QKV),
 )
+# DiffSynth-Studio renames BFL's modules and leaves their rows in BFL's order.
+DIFFSYNTH_DOUBLE = (
+    ("attn.a_to_qkv", IMAGE_QKV),
+    ("attn.b_to_qkv", TEXT_QKV),
+    ("attn.a_to_out", ("attn.to_out.0",)),
+    ("attn.b_to_out", ("attn.to_add_out",)),
+    ("ff_a.0", ("ff.net.0.proj",)),
+    ("ff_a.2", ("ff.net.2",)),
+    ("ff_b.0", ("ff_context.net.0.proj",)),
+    ("ff_b.2", ("ff_context.net.2",)),
+    ("norm1_a.linear", ("norm1.linear",)),
+    ("norm1_b.linear", ("norm1_context.linear",)),
+)
+DIFFSYNTH_SINGLE = (
+    ("to_qkv_mlp", (*IMAGE_QKV, "proj_mlp")),
+    ("proj_out", ("proj_out",)),
+    ("norm.linear", ("norm.linear",)),
+)
 # Rows of (spelled prefix, model prefix, naming, table) for the two kinds of block.
 BLOCKS = (
     ("double_blocks", "transformer_blocks", "BFL", BFL_DOUBLE),
@@ -85,6 +103,8 @@ BLOCKS = (
      BEFORE_PEFT),
     ("transformer_blocks", "transformer_blocks", "fused diffusers", FUSED_DOUBLE),
     ("single_transformer_blocks", "single_transformer_blocks", "fused diffusers", FUSED_SINGLE),
+    ("blocks", "transformer_blocks", "DiffSynth", DIFFSYNTH_DOUBLE),
+    ("single_blocks", "single_transformer_blocks", "DiffSynth", DIFFSYNTH_SINGLE),
 )  # fmt: skip
 
 

@@ -18,19 +18,36 @@ FUSED = [
     (DOUBLE, "attn.add_qkv_proj", TEXT),
     (SINGLE, "attn.to_qkv", IMAGE),
 ]
+# As DiffSynth-Studio's own loader turns diffusers' names into them.
+DIFFSYNTH = [
+    ("blocks.0.attn.a_to_qkv", DOUBLE, IMAGE),
+    ("blocks.0.attn.b_to_qkv", DOUBLE, TEXT),
+    ("blocks.0.attn.a_to_out", DOUBLE, ["attn.to_out.0"]),
+    ("blocks.0.attn.b_to_out", DOUBLE, ["attn.to_add_out"]),
+    ("blocks.0.ff_a.0", DOUBLE, ["ff.net.0.proj"]),
+    ("blocks.0.ff_a.2", DOUBLE, ["ff.net.2"]),
+    ("blocks.0.ff_b.0", DOUBLE, ["ff_context.net.0.proj"]),
+    ("blocks.0.ff_b.2", DOUBLE, ["ff_context.net.2"]),
+    ("blocks.0.norm1_a.linear", DOUBLE, ["norm1.linear"]),
+    ("blocks.0.norm1_b.linear", DOUBLE, ["norm1_context.linear"]),
+    ("single_blocks.1.to_qkv_mlp", SINGLE, [*IMAGE, "proj_mlp"]),
+    ("single_blocks.1.proj_out", SINGLE, ["proj_out"]),
+    ("single_blocks.1.norm.linear", SINGLE, ["norm.linear"]),
+]
 
 
-def assert_read_alike(flux, tmp_path, spelled, modules, component="transformer"):
-    """`spelled` makes up a file from a fused pair of factors of `modules`, diffusers' names."""
-    shapes = [flux[component].get_submodule(name).weight.shape for name in modules]
+def assert_read_alike(flux, tmp_path, keys, modules):
+    """Factors under `keys` are those of `modules`, one after the other."""
+    shapes = [flux["transformer"].get_submodule(name).weight.shape for name in modules]
     rows = [shape[0] for shape in shapes]
     down, up = tiny.factors(sum(rows), shapes[0][1], RANK)
     plain = {}
     for name, part in zip(modules, up.split(rows), strict=True):
-        plain[f"{component}.{name}.lora_A.weight"] = down
-        plain[f"{component}.{name}.lora_B.weight"] = part
+        plain[f"transformer.{name}.lora_A.weight"] = down
+        plain[f"transformer.{name}.lora_B.weight"] = part
     expected = tiny.load(tmp_path / "plain", flux, plain)
-    adapter = tiny.load(tmp_path / "spelled", flux, spelled(down, up))
+    spelled = dict(zip(keys, (down, up), strict=True))
+    adapter = tiny.load(tmp_path / "spelled", flux, spelled)
     assert adapter.ignored == ()
     tiny.assert_same(tiny.deltas(adapter, flux), tiny.deltas(expected, flux))
     return adapter
@@ -39,16 +56,11 @@ def assert_read_alike(flux, tmp_path, spelled, modules, component="transformer")
 @pytest.mark.parametrize(("block", "name", "parts"), FUSED)
 @pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", "lycoris_"])
 def test_fused_projections(flux, tmp_path, block, name, parts, prefix):
-    module = f"{block}.{name}"
+    module, roles = f"{block}.{name}", ("lora_A", "lora_B")
     if prefix == "lycoris_":
-        module = module.replace(".", "_")
-
-    def spelled(down, up):
-        names = ("lora_down", "lora_up") if prefix == "lycoris_" else ("lora_A", "lora_B")
-        pairs = zip(names, (down, up), strict=True)
-        return {f"{prefix}{module}.{name}.weight": factor for name, factor in pairs}
-
-    adapter = assert_read_alike(flux, tmp_path, spelled, [f"{block}.{part}" for part in parts])
+        module, roles = module.replace(".", "_"), ("lora_down", "lora_up")
+    keys = [f"{prefix}{module}.{role}.weight" for role in roles]
+    adapter = assert_read_alike(flux, tmp_path, keys, [f"{block}.{part}" for part in parts])
     assert adapter.format.endswith(" keys, fused diffusers names, LoRA")
 
 
@@ -69,3 +81,10 @@ def test_diffusers_fuses_projections_under_these_names(flux, tmp_path, block, na
             changed.get_parameter(parameter.removeprefix(f"{block}.attn.")).add_(delta)
     changed.fuse_projections()
     torch.testing.assert_close(changed.get_submodule(name).weight.detach(), weight + up @ down)
+
+
+@pytest.mark.parametrize(("module", "block", "parts"), DIFFSYNTH)
+def test_diffsynth(flux, tmp_path, module, block, parts):
+    keys = [f"{module}.lora_{x}.default.weight" for x in "AB"]
+    adapter = assert_read_alike(flux, tmp_path, keys, [f"{block}.{part}" for part in parts])
+    assert adapter.format == "bare keys, DiffSynth names, LoRA"
