@@ -92,6 +92,12 @@ DIFFSYNTH_SINGLE = (
     ("proj_out", ("proj_out",)),
     ("norm.linear", ("norm.linear",)),
 )
+MFLUX_DOUBLE = (
+    ("ff.linear1", ("ff.net.0.proj",)),
+    ("ff.linear2", ("ff.net.2",)),
+    ("ff_context.linear1", ("ff_context.net.0.proj",)),
+    ("ff_context.linear2", ("ff_context.net.2",)),
+)
 # Rows of (spelled prefix, model prefix, naming, table) for the two kinds of block.
 BLOCKS = (
     ("double_blocks", "transformer_blocks", "BFL", BFL_DOUBLE),
@@ -105,6 +111,7 @@ BLOCKS = (
     ("single_transformer_blocks", "single_transformer_blocks", "fused diffusers", FUSED_SINGLE),
     ("blocks", "transformer_blocks", "DiffSynth", DIFFSYNTH_DOUBLE),
     ("single_blocks", "single_transformer_blocks", "DiffSynth", DIFFSYNTH_SINGLE),
+    ("transformer_blocks", "transformer_blocks", "mflux", MFLUX_DOUBLE),
 )  # fmt: skip
 
 

@@ -34,6 +34,13 @@ DIFFSYNTH = [
     ("single_blocks.1.proj_out", SINGLE, ["proj_out"]),
     ("single_blocks.1.norm.linear", SINGLE, ["norm.linear"]),
 ]
+# As mflux maps the weights of diffusers' model to its own.
+MFLUX = {
+    "ff.linear1": "ff.net.0.proj",
+    "ff.linear2": "ff.net.2",
+    "ff_context.linear1": "ff_context.net.0.proj",
+    "ff_context.linear2": "ff_context.net.2",
+}
 
 
 def assert_read_alike(flux, tmp_path, keys, modules):
@@ -88,3 +95,10 @@ def test_diffsynth(flux, tmp_path, module, block, parts):
     keys = [f"{module}.lora_{x}.default.weight" for x in "AB"]
     adapter = assert_read_alike(flux, tmp_path, keys, [f"{block}.{part}" for part in parts])
     assert adapter.format == "bare keys, DiffSynth names, LoRA"
+
+
+@pytest.mark.parametrize("name", MFLUX)
+def test_mflux(flux, tmp_path, name):
+    keys = [f"transformer.{DOUBLE}.{name}.lora_{x}" for x in "AB"]
+    adapter = assert_read_alike(flux, tmp_path, keys, [f"{DOUBLE}.{MFLUX[name]}"])
+    assert adapter.format == "diffusers keys, mflux names, LoRA"
