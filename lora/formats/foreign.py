@@ -12,7 +12,7 @@ from lora.formats.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_ro
 from weights.header import Header, TensorInfo, short
 
 NEEDED = "give a LoRA, DoRA, LoKr, LoHa, OFT, BOFT, GLoRA or full difference for FLUX.1 instead"
-# (what one of the keys contains; what the file is; why it cannot be merged)
+# (what one of the keys contains; what the file is; why it is not read)
 KINDS = (
     (("vera_lambda_", "vera_A"), "a VeRA adapter", "which needs its trainer's random matrices"),
     (("lambda_layer", ".q_layer."), "a T-LoRA", "whose rank changes with the timestep"),
@@ -21,6 +21,9 @@ KINDS = (
     (("ip_adapter", "to_k_ip"), "an IP-Adapter", "which takes an image and has its own layers"),
     (("controlnet_", "input_hint_block"), "a ControlNet", "which is a model of its own"),
     (("oft_unet_",), "an OFT of sd-scripts", "whose blocks lie apart for q, k and v"),
+    ((".ia3_l", ".on_input"), "an IA3", "which scales inputs or outputs, and has no loader here"),
+    ((".boft_R", ".boft_s"), "a BOFT of PEFT",
+     "which turns the inputs of modules; only that of LyCORIS is read"),
     (("redux_",), "FLUX.1 Redux", "which makes prompts from images"),
 )  # fmt: skip
 # Full models: how many times the channels of the base model's input they have; their name.
@@ -85,7 +88,7 @@ def refuse_foreign(header: Header, targets: Targets) -> None:
 
 
 def _refuse_kind(header: Header, targets: Targets) -> None:
-    """Name adapters of a kind that cannot be merged into the weights."""
+    """Name adapters of a kind that is not read."""
     keys = _modules(header)
     for markers, kind, reason in KINDS:
         if any(marker in key for key in keys for marker in markers):

@@ -38,7 +38,8 @@ def test_every_tensor_is_named(text):
 
 
 def test_every_kind_that_is_refused_is_named(text):
-    words = ["VeRA", "T-LoRA", "nunchaku", "IP-Adapter", "ControlNet", "sd-scripts", "Redux"]
+    words = ["VeRA", "T-LoRA", "nunchaku", "IP-Adapter", "ControlNet", "sd-scripts"]
+    words += ["IA3", "BOFT of PEFT", "Redux"]
     assert len(words) == len(KINDS)
     assert all(word in text for word in words)
     assert all(word in kind for word, (_, kind, _) in zip(words, KINDS, strict=True))

@@ -58,6 +58,10 @@ KINDS = {
     "ip_adapter.0.to_k_ip.weight": "an IP-Adapter",
     "controlnet_blocks.0.weight": "a ControlNet",
     "input_hint_block.0.weight": "a ControlNet",
+    "base_model.model.transformer_blocks.0.attn.to_q.ia3_l": "an IA3",
+    "lycoris_transformer_blocks_0_attn_to_q.on_input": "an IA3",
+    "base_model.model.transformer_blocks.0.attn.to_q.boft_R": "a BOFT of PEFT",
+    "base_model.model.transformer_blocks.0.attn.to_q.boft_s": "a BOFT of PEFT",
     "redux_up.weight": "FLUX.1 Redux",
     "oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.0": "an OFT of sd-scripts",
 }
