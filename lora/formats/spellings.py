@@ -3,6 +3,7 @@
 Every row is data. A new spelling is a new row; nothing here looks at a model.
 """
 
+import re
 from dataclasses import dataclass
 
 TRANSFORMER, CLIP, T5 = "transformer", "text_encoder", "text_encoder_2"
@@ -178,7 +179,7 @@ ROLES = {suffix: role for role, suffixes in SUFFIXES for suffix in suffixes}
 LONGEST_ROLE = max(suffix.count(".") for suffix in ROLES) + 1
 # Modules under which PEFT inserts the adapter's name: `lora_A.default.weight`.
 PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
-
+UNDOTTED_LOHA = re.compile(r"_(hada_w[12]_[ab])$")  # of older OneTrainers
 
 BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
 EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
@@ -192,7 +193,7 @@ def is_embedding(key: str) -> bool:
 
 def split_role(key: str) -> tuple[str, str] | None:
     """Split a key into (module spelling, role); None when it ends in no known role."""
-    parts = key.split(".")
+    parts = UNDOTTED_LOHA.sub(r".\1", key).split(".")
     if len(parts) > 2 and parts[-1] in ("weight", "bias") and parts[-3] in PEFT_NAMED:
         del parts[-2]
     for count in range(LONGEST_ROLE, 0, -1):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tests.lora.adapters import RANK, lora
+from tests.lora.adapters import RANK, lora, random
 from tests.support import tiny
 
 DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.1"
@@ -102,3 +102,26 @@ def test_mflux(flux, tmp_path, name):
     keys = [f"transformer.{DOUBLE}.{name}.lora_{x}" for x in "AB"]
     adapter = assert_read_alike(flux, tmp_path, keys, [f"{DOUBLE}.{MFLUX[name]}"])
     assert adapter.format == "diffusers keys, mflux names, LoRA"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component", "module"),
+    [
+        ("lora_transformer", "transformer", "transformer_blocks.0.attn.to_q"),
+        ("lora_te1", "text_encoder", "encoder.layers.1.self_attn.q_proj"),
+    ],
+)
+def test_loha_of_older_onetrainers(flux, tmp_path, prefix, component, module):
+    """Their export to underscores took the last dot, before the role, but not that of alpha."""
+    rows, columns = flux[component].get_submodule(module).weight.shape
+    shapes = {"w1_a": (rows, RANK), "w1_b": (RANK, columns)}
+    shapes |= {"w2_a": (rows, RANK), "w2_b": (RANK, columns)}
+    tensors = {f"hada_{x}": random(*shape, seed=i) for i, (x, shape) in enumerate(shapes.items())}
+    flat = f"{prefix}_{module.replace('.', '_')}"
+    alpha = torch.tensor(3.0)
+    old = {f"{flat}_{role}": t for role, t in tensors.items()} | {f"{flat}.alpha": alpha}
+    new = {f"{component}.{module}.{role}": t for role, t in (tensors | {"alpha": alpha}).items()}
+    adapter = tiny.load(tmp_path / "old", flux, old)
+    expected = tiny.load(tmp_path / "new", flux, new)
+    tiny.assert_same(tiny.deltas(adapter, flux), tiny.deltas(expected, flux))
+    assert adapter.modules == 1
