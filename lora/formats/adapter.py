@@ -19,7 +19,7 @@ from lora.formats.foreign import refuse_foreign
 from lora.formats.keys import Targets
 from lora.formats.kinds import NUMBERS, Group, flat_shape
 from lora.formats.metadata import AdapterSettings, trigger_words
-from lora.formats.spellings import BOOKKEEPING, is_embedding, split_role
+from lora.formats.spellings import AUXILIARY, BOOKKEEPING, is_embedding, split_role
 from weights.header import Header, HeaderError, TensorInfo, read_header, short
 
 __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
@@ -190,7 +190,7 @@ def _group(header: Header, targets: Targets) -> tuple[list[Group], list[str]]:
 def _is_ignorable(key: str, info: TensorInfo, spelling: str, targets: Targets) -> bool:
     if key in BOOKKEEPING and prod(info.shape) == 1:
         return True
-    if is_embedding(key):
+    if is_embedding(key) or key.startswith(AUXILIARY):
         return True
     if any(name in spelling for name in UNUSED_BY_FLUX):
         return True

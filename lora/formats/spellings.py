@@ -182,6 +182,7 @@ PEFT_NAMED = frozenset({"lora_A", "lora_B", "lora_magnitude_vector", "oft_R"})
 UNDOTTED_LOHA = re.compile(r"_(hada_w[12]_[ab])$")  # of older OneTrainers
 
 BOOKKEEPING = frozenset({"step", "epoch", "iteration", "global_step"})  # of trainers, one number
+AUXILIARY = "_aux."  # what tools for sliders add, under hashes; no part of a module
 EMBEDDINGS = frozenset({"clip_l", "clip_g", "t5", "t5xxl", "emb_params"})
 EMBEDDING_PREFIXES = ("bundle_emb.", "string_to_param.")
 

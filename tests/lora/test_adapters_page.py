@@ -6,7 +6,7 @@ import pytest
 
 from lora.formats.foreign import KINDS
 from lora.formats.kinds import LAYOUTS
-from lora.formats.spellings import BOOKKEEPING, DIALECTS, ROLES
+from lora.formats.spellings import AUXILIARY, BOOKKEEPING, DIALECTS, ROLES
 
 PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 
@@ -45,8 +45,8 @@ def test_every_kind_that_is_refused_is_named(text):
     assert all(word in kind for word, (_, kind, _) in zip(words, KINDS, strict=True))
 
 
-def test_the_numbers_of_trainers_are_named(text):
-    assert all(f"`{name}`" in text for name in BOOKKEEPING)
+def test_what_trainers_and_tools_add_is_named(text):
+    assert all(f"`{name}`" in text for name in [*BOOKKEEPING, AUXILIARY])
 
 
 def rows(text, title):

@@ -153,6 +153,11 @@ def test_an_alpha_without_factors_is_reported(flux, tmp_path):
     assert adapter.ignored == ("lora_unet_final_layer_linear.alpha",)
 
 
+def test_what_tools_for_sliders_add_is_reported(flux, tmp_path):
+    tensors = lora(TO_Q, width(flux), width(flux)) | {"_aux.0f1e2d": torch.ones(7, 2)}
+    assert tiny.load(tmp_path / "a", flux, tensors).ignored == ("_aux.0f1e2d",)
+
+
 def test_parts_that_flux_does_not_run_are_reported(flux, tmp_path):
     tensors = lora(TO_Q, width(flux), width(flux))
     extra = lora("lora_te1_text_projection", 4, 4)
