@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HEAD_BYTES = 512  # that other files are told by
-MAX_HEADER_BYTES = 8 << 20
+MAX_HEADER_BYTES = 8 << 20  # at worst, JSON of so many takes 150 MB and a second to parse
 MAX_BRACKETS = 100_000  # opening ones, strings included: bounds what parsing can allocate
 MAX_TENSORS = 16_384
 MAX_DIMENSIONS = 5
@@ -84,9 +84,12 @@ def read_header(path: Path) -> Header:
         refuse_other_files(start, size)
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER_BYTES:
+            hint = "Save it again with less metadata, such as captions."
+            if length > size - 8:
+                hint = "It is damaged, or not a safetensors file."
             raise HeaderError(
                 f"the file's header claims {length} bytes; at most {MAX_HEADER_BYTES} are "
-                "accepted. It is damaged, or not a safetensors file."
+                f"accepted. {hint}"
             )
         if length > size - 8:
             raise HeaderError(

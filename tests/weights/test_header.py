@@ -73,7 +73,7 @@ MALFORMED = {
     "nested too deep": (b"[" * 90_000, b"", "not JSON"),
     "brackets without end": (b"[" * 200_000, b"", "too complex"),
     "many small objects": (b'{"a":[' + b"{}," * 200_000 + b"{}]}", b"", "too complex"),
-    "a long header": (METADATA_BOMB, b"", "at most"),
+    "a long header": (METADATA_BOMB, b"", "at most .* with less metadata"),
     "a number of many digits": (b'{"a":' + b"9" * 100_000 + b"}", b"", "not JSON"),
     "a name twice": (b'{"x":{},"x":{}}', b"", "'x' twice"),
     "many names, one twice": (
@@ -118,9 +118,10 @@ def test_malformed_headers(tmp_path, raw, data, message):
     assert peak < 150 << 20
 
 
-def test_a_length_beyond_the_file(tmp_path):
-    with pytest.raises(HeaderError, match="cut off"):
-        read_header(write(tmp_path / "f", {"x": entry()}, bytes(8), length=10_000))
+@pytest.mark.parametrize(("length", "message"), [(10_000, "cut off"), (1 << 40, "is damaged")])
+def test_a_length_beyond_the_file(tmp_path, length, message):
+    with pytest.raises(HeaderError, match=message):
+        read_header(write(tmp_path / "f", {"x": entry()}, bytes(8), length=length))
 
 
 def test_long_names_do_not_fill_the_message(tmp_path):
