@@ -66,7 +66,7 @@ def write(
         working: [rows, columns], bf16, fp16, fp32, or float8 with a scale for each row.
         base: [rows, columns], bf16, fp16 or fp32.
         up: [n, rank], bf16, fp16 or fp32, for the first n rows; the others get no delta.
-        down: [rank, columns], as `up`.
+        down: [rank, columns], as `up`. A rank of 0 writes the base value.
         scales: [rank], fp32; of each column of `up`.
         float8: whether the card rounds fp32 to float8 once; see ROUNDS_ONCE_CAPABILITY.
         tile: by default TILE or FLOAT8_TILE.
@@ -125,7 +125,8 @@ def _exact(
         scale = tl.load(scales + k, mask=k < rank, other=0.0)
         left = left.to(tl.float32) * scale[None, :]
         delta = tl.dot(left, right.to(tl.float32), delta, input_precision="tf32x3")
-    return value.to(tl.float32) + delta
+    value = value.to(tl.float32)
+    return tl.where(rank > 0, value + delta, value)  # a delta of zeros would change -0.0
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)  # type: ignore[untyped-decorator]

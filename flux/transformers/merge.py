@@ -203,10 +203,13 @@ class WorkingWeights:
     ) -> None:
         """Write one parameter from its base value; its record is unknown afterwards."""
         working = self._parameters[key]
-        self._records[key] = UNKNOWN
+        before, self._records[key] = self._records.get(key, ()), UNKNOWN
         factors = near.factors.get(key) if near and record else None
-        if factors and self._one_pass and self._one_pass.write(working, base, factors):
-            return
+        if self._one_pass:
+            if factors and self._one_pass.write(working, base, factors):
+                return
+            if before and not record and self._one_pass.restore(working, base):
+                return
         exact = base
         if record:
             here = base.to(working.device)  # before it is widened: half to carry

@@ -25,6 +25,7 @@ from itertools import product
 
 import torch
 from torch import Tensor
+from torchao.quantization.quantize_.workflows import Float8Tensor
 
 from flux.memory.device import is_out_of_memory
 from flux.transformers.adapters import (
@@ -127,6 +128,17 @@ class OnePass:
                 "Adapters are merged by torch's operators until a restart", exc_info=error
             )
             return False
+
+    def restore(self, working: Tensor, base: Tensor) -> bool:
+        """Write a float8 weight that had adapters, as it is without; return whether it is written.
+
+        Both are on the device. The bits are those of `quantize_into`. Other weights are left to a
+        copy, which is as fast.
+        """
+        if not isinstance(working, Float8Tensor):
+            return False
+        up, down = (base.new_empty(0, n, dtype=torch.bfloat16) for n in (0, base.shape[1]))
+        return self.write(working, base, (up, down, base.new_empty(0, dtype=torch.float32)))
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Have the kernel compiled for the usual factors; the first requests would wait for it.

@@ -181,6 +181,22 @@ def test_what_is_not_finite_shows_as_before(form, value):
     assert plain[0][4].isfinite().all()
 
 
+def test_a_float8_weight_without_adapters_is_what_it_was_before():
+    values = {"q": base(37, 80)}
+    values["q"][3] = 0
+    values["q"][5, ::2] = -0.0
+    kernel = Kernel()
+    merging = OnePass(kernel, 1 << 30, lambda tensor: tensor)
+    weights, found = working(values, merging, float8=True)
+    weights.reconcile([])
+    before = bits(found)
+    weights.reconcile([(whole("a", q=factors(37, 80, 4, torch.bfloat16)), 1.0)])
+    assert not same(bits(found), before)
+    weights.reconcile([])
+    assert same(bits(found), before)
+    assert kernel.written == 2
+
+
 def test_rows_of_zeros_are_zeros():
     values = {"w": torch.zeros(20, 40, dtype=torch.bfloat16)}
     delta = factors(20, 40, 4)
