@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import time
 import uuid
@@ -106,12 +107,12 @@ class LoggedServer:
 
 @contextmanager
 def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
-    """Run a server whose output files go to a directory."""
+    """Run a server whose output files go to a directory; on the device that TESTS_DEVICE names."""
     lines: list[str] = []
     settings = {
         "FLUX_OUTPUT_DIRECTORY": str(outputs),
         "FLUX_CHECKPOINT": "nano",
-        "FLUX_DEVICE": "cpu",
+        "FLUX_DEVICE": os.environ.get("TESTS_DEVICE", "cpu"),
         **THREADS,
         **environment,
     }
