@@ -26,7 +26,7 @@ from flux.memory.offload import OnHost, offload
 from flux.memory.pinned import PinnedBudget, move_parameters
 from flux.memory.residency import BudgetError
 from flux.memory.staging import move
-from flux.transformers.attention import attend, build_plans, builds_plans, set_attention_backend
+from flux.transformers.attention import attend, build_plans, needs_plans, set_attention_backend
 from flux.transformers.base_weights import BaseWeights
 from flux.transformers.compile import compile_blocks
 from flux.transformers.one_pass import one_pass
@@ -144,7 +144,7 @@ def working_transformers(
     )
     modules = list(transformers.modules.values())
     backend = set_attention_backend(modules, settings.attention_backend, device, deployment.dtype)
-    if builds_plans(backend, device):
+    if needs_plans(backend, device):
         over = partial(attend, modules[0], backend, device=device, dtype=deployment.dtype)
         build_plans(over, 2 * shared.vae_scale_factor)
     return transformers

@@ -102,7 +102,10 @@ class _Member(tarfile.TarInfo):
         but the patched Python 3.11.2 of Debian 12 does not call it.)
         """
         if self.type in EXTENDED and not 0 <= self.size <= MAX_EXTENDED_HEADER:
-            raise InvalidFileError("the tar has an extended header of absurd size")
+            raise InvalidFileError(
+                f"the tar has an extended header of {self.size} bytes; at most "
+                f"{MAX_EXTENDED_HEADER} are read. Pack it again."
+            )
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 

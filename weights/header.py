@@ -151,8 +151,11 @@ def _said(answer: bytes) -> str:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     """The header's JSON object; what parsing can allocate is bounded beforehand."""
-    if raw.count(b"{") + raw.count(b"[") > MAX_BRACKETS:
-        raise HeaderError("the file's header is too complex for a model")
+    if (brackets := raw.count(b"{") + raw.count(b"[")) > MAX_BRACKETS:
+        raise HeaderError(
+            f"the file's header has {brackets} opening brackets; at most {MAX_BRACKETS} are "
+            "accepted. It is damaged, or not a model."
+        )
     try:
         parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except HeaderError:

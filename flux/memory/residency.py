@@ -144,7 +144,7 @@ class Residency:
             self._resident.remove(key)
 
     def exclude(self, item: Item) -> None:
-        """Never load something again."""
+        """Forget an item and its size: it is never admitted again."""
         self.drop(item)
         self.sizes.pop(item, None)
 

@@ -83,7 +83,7 @@ def attend(
     dispatch_attention_fn(probe, probe, probe, backend=backend)
 
 
-def builds_plans(backend: AttentionBackendName, device: torch.device) -> bool:
+def needs_plans(backend: AttentionBackendName, device: torch.device) -> bool:
     """Whether attention may build a plan for each number of tokens."""
     return (
         device.type == "cuda"

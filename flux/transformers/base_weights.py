@@ -5,9 +5,9 @@ float8 weights on disk needs its base copy only for adapters and for bf16. That 
 when its first weight is read; the others are opened in setup.
 
 Opening maps the files into memory. With CUDA, weights that are read repeatedly from the host are
-then copied into page-locked memory, if there is room. If it is known in setup that they will be
-read, a thread copies them beside the rest of setup, else the first read does. Weights that have a
-copy on the device are not page-locked.
+then copied into page-locked memory, if there is room. A thread copies them beside the rest of setup
+if setup knows that they will be read; otherwise the first read does. Weights that have a copy on
+the device are not page-locked.
 """
 
 import logging

@@ -42,7 +42,7 @@ class DeviceCopies:
         plain: Callable[[], WorkingWeights | None],
         host: Callable[[], Mapping[str, Tensor]],
     ) -> BaseValues:
-        """Reads a variant's base values: the copy, else a weight that holds no adapter.
+        """Reads base values from the copy, else from a weight without adapters, else from the host.
 
         Args:
             variant: its name.

@@ -2,9 +2,9 @@
 
 Every parameter has a record of what its working value contains. `reconcile` compares the
 records with what is wanted and writes only the parameters that differ, each from its base
-value: `working = round(base + sum of scale * delta)`. There is no unload, no undo and no
-"currently loaded": a restored weight is the base weight copied back, so nothing drifts;
-and a merge that fails half-way leaves records that tell so, and the next reconcile heals it.
+value: `working = round(base + sum of scale * delta)`. Nothing is ever subtracted: a weight without
+adapters is made of the base weight alone, so rounding errors cannot add up. A merge that fails
+half-way leaves records that tell so, and the next reconcile heals it.
 
 Here a write is torch's operators, one pass each. On CUDA `flux/transformers/one_pass.py` does the
 same in one, for plain LoRA deltas.

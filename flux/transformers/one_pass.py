@@ -141,9 +141,9 @@ class OnePass:
         return self.write(working, base, (up, down, base.new_empty(0, dtype=torch.float32)))
 
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Have the kernel compiled for the usual factors; the first requests would wait for it.
+        """Have the kernel compiled for the usual factors.
 
-        Where there is no memory for it, they do.
+        If the device has no memory left for that, the first requests compile it.
 
         Args:
             dtype: of weights that are not float8.

@@ -232,7 +232,7 @@ class Transformers:
         if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
             return False
         if variant in self._to_copy:
-            return self._weights[key].differs(())  # from a file, they are base values already
+            return self._weights[key].differs(())  # those of a float8 file are base values
         plain = self._weights.get(Key(variant, "bf16"))
         if fresh or (plain and not plain.differs(())):
             return False
@@ -244,7 +244,7 @@ class Transformers:
         self._make_room(self._residency.admit(item))
         if variant in self._copies:
             return
-        # what is read once is not worth page-locking; what left, and comes again, may leave again
+        # In setup they are read once: no reason to page-lock. A copy that left may leave again.
         host = base.open if variant in self._to_copy else base.at_hand
         try:
             read = self._base(variant, host)

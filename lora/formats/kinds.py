@@ -187,7 +187,9 @@ class Group:
         if self.keys.keys() & {"up_bias", "diff_b"} and not self.target.has_bias:
             raise AdapterError(f"{short(self.spelling)} changes a bias, and that module has none")
         if "oft_scaled" in self.keys and "oft_R" not in self.keys:
-            raise AdapterError(f"{short(self.keys['oft_scaled'])} is there without a rotation")
+            raise AdapterError(
+                f"{short(self.keys['oft_scaled'])} scales a rotation that the file lacks"
+            )
         if "magnitude" in self.keys and not columns:
             raise AdapterError(f"{short(self.spelling)} has a magnitude, and is not a matrix")
 

@@ -107,7 +107,7 @@ def test_extended_header_of_absurd_size_is_refused_without_reading_it(take):
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 1 << 33
     content = header.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024
-    with pytest.raises(InvalidFileError, match="absurd size"):
+    with pytest.raises(InvalidFileError, match=r"extended header of [0-9]+ bytes; at most 1048576"):
         take(gzip.compress(content))
 
 

@@ -8,7 +8,7 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from flux.sampling import ASPECT_RATIOS
-from flux.transformers.attention import build_plans, builds_plans, set_attention_backend
+from flux.transformers.attention import build_plans, needs_plans, set_attention_backend
 from tests.support import tiny
 from tests.support.inputs import UNCHECKED
 from tests.support.predictor import without_decoding
@@ -80,14 +80,14 @@ def test_one_that_is_not_here_says_what_to_do(model, name: str, reason: str) -> 
 
 def test_a_device_without_cudnn_builds_no_plans(monkeypatch) -> None:
     cuda, native = torch.device("cuda"), AttentionBackendName.NATIVE
-    assert not builds_plans(native, CPU)
+    assert not needs_plans(native, CPU)
     for capability, expected in [((9, 0), True), ((8, 9), False)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert builds_plans(native, cuda) == expected
+        assert needs_plans(native, cuda) == expected
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not builds_plans(AttentionBackendName.FLASH, cuda)
+    assert not needs_plans(AttentionBackendName.FLASH, cuda)
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert not builds_plans(native, cuda)
+    assert not needs_plans(native, cuda)
 
 
 def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch, caplog) -> None:
@@ -98,7 +98,7 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
         seen.append(query.shape[-2])
         return query  # what is attended to does not matter
 
-    monkeypatch.setattr("flux.load.builds_plans", lambda *_: True)
+    monkeypatch.setattr("flux.load.needs_plans", lambda *_: True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     generate = start()
     assert "numbers of tokens tried in" in caplog.text
