@@ -25,7 +25,7 @@ SOURCES = {  # by what the library's name begins with
 }
 DRIVER = "libcuda.so.1"
 OPERATORS = "operators.so"
-HEADERS = "triton/backends/nvidia/include"
+HEADERS = ("nvidia/cu*/include", "triton/backends/nvidia/include")  # the first lack crt/
 NOT_SUPPORTED = 801  # cudaErrorNotSupported: of functions of the runtime that are not here
 SUCCEED = {  # functions of the runtime that have nothing to do, and give nothing back
     "__cudaLaunchKernel",
@@ -131,15 +131,20 @@ def _library(site: Path, directory: Path, soname: str, sources: tuple[str, ...])
 
 
 def _compile(site: Path, target: Path, sources: list[Path], linking: list[str]) -> None:
-    options = ["-shared", "-fPIC", "-O1", "-w", f"-I{site / HEADERS}"]
+    options = ["-shared", "-fPIC", "-O1", "-w", *_include(site)]
     files = [str(path) for path in (*sources, "-o", target)]
     subprocess.run(["gcc", *options, *files, *linking, "-ldl", "-lpthread"], check=True)
 
 
+def _include(site: Path) -> list[str]:
+    """Where CUDA's headers are: of its version, and what only Triton brings."""
+    return [f"-I{path}" for pattern in HEADERS for path in sorted(site.glob(pattern))]
+
+
 def _operators(site: Path, target: Path) -> None:
     torch = site / "torch"
-    include = [torch / "include", torch / "include/torch/csrc/api/include", site / HEADERS]
-    options = ["-std=c++20", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in include)]
+    include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+    options = ["-std=c++20", "-shared", "-fPIC", "-O1", "-w", *include, *_include(site)]
     linking = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-lc10_cuda"]
     command = ["g++", *options, str(HERE / "operators.cpp"), "-o", str(target), *linking]
     subprocess.run(command, check=True)

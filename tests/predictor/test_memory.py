@@ -236,7 +236,6 @@ def test_both_variants_on_a_gpu(start, offload) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("go_fast", [False, True])
 def test_no_step_waits_for_a_gpu(start, monkeypatch, go_fast) -> None:
     if not torch.cuda.is_available():
