@@ -219,8 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
         reply, fault = self.server.hub.answer(request)
         status, body, extra = _ranged(request, reply)
         self.send_response(status)
-        for name, value in {**reply.headers, **extra, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
+        for name, value in {"Content-Length": len(body), **reply.headers, **extra}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         if with_body:
             self._send(body, fault)

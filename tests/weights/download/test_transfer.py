@@ -3,11 +3,12 @@
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.services import sha256
-from weights.download.http import Credential, HttpClient, HttpSettings, Remote
+from weights.download.http import HttpClient, HttpSettings, Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, LogProgress, download
 from weights.serving.errors import (
@@ -56,6 +57,17 @@ def test_whole_file_and_its_progress_in_the_log(hub, fetch, caplog):
     assert "the file: 1.0 of 1.0 MB" in caplog.text
 
 
+def test_progress_is_in_the_log_now_and_then(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    now = iter(range(100))  # seconds
+    clock = SimpleNamespace(monotonic=lambda: next(now))
+    monkeypatch.setattr("weights.download.transfer.time", clock)
+    log = LogProgress("the file", every=5.0)
+    for done in range(20):
+        log(done * 1_000_000, None)
+    assert 2 <= len(caplog.messages) <= 4
+
+
 def test_broken_connection_goes_on_where_it_stopped(hub, fetch):
     url = hub.add_file("/x", CONTENT)
     hub.cut("/x", after=600_000)
@@ -72,6 +84,20 @@ def test_many_breaks_are_survived_as_long_as_bytes_come(hub, fetch):
 def test_server_without_ranges_starts_over(hub, fetch):
     url = hub.add_file("/x", CONTENT, ranges=False)
     hub.cut("/x", after=600_000)
+    assert fetch(url).read_bytes() == CONTENT
+
+
+def test_file_whose_validator_is_weak_starts_over(hub, fetch):
+    url = hub.add_file("/x", CONTENT, headers={"ETag": 'W/"a"'})
+    hub.cut("/x", after=600_000)
+    assert fetch(url).read_bytes() == CONTENT
+    assert ranges(hub) == [None, None]
+
+
+def test_another_range_than_asked_for_is_not_put_behind_the_part(hub, fetch):
+    url = hub.add_file("/x", CONTENT)
+    hub.cut("/x", after=600_000)
+    hub.fail("/x", 206, CONTENT, {"Content-Range": f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}"})
     assert fetch(url).read_bytes() == CONTENT
 
 
@@ -150,6 +176,18 @@ def test_unreasonable_retry_after_is_given_up(hub, fetch, later):
     assert len(hub.requests) == 1
 
 
+def test_a_short_retry_after_does_not_shorten_the_wait():
+    tries = []
+
+    def busy():
+        tries.append(1)
+        raise SourceUnavailableError("busy", retry_after=0.001)
+
+    with pytest.raises(SourceUnavailableError):
+        RetryPolicy(backoff=60.0).run(busy)  # longer than it waits for
+    assert len(tries) == 1
+
+
 def test_missing_file_is_asked_for_once(hub, fetch):
     with pytest.raises(NotFoundError, match="the file: not found"):
         fetch(hub.url + "/missing")
@@ -177,6 +215,13 @@ def test_file_beyond_the_limit_is_not_fetched(hub, fetch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_file_of_untold_size_is_fetched_up_to_the_limit(hub, fetch):
+    url = hub.add_file("/x", CONTENT, headers={"Content-Length": ""})
+    assert fetch(url, max_bytes=len(CONTENT)).read_bytes() == CONTENT
+    with pytest.raises(InvalidFileError, match="more than the"):
+        fetch(url, max_bytes=len(CONTENT) - 1)
+
+
 def test_unfinished_download_does_not_take_the_name_of_the_file(hub, fetch, tmp_path):
     url = hub.add_file("/x", CONTENT)
     hub.cut("/x", after=1000, times=9)
@@ -193,11 +238,14 @@ def test_silent_server_is_given_up(hub, fetch):
     hub.heal()
 
 
-def test_dripping_server_is_given_up(hub, fetch):
-    url = hub.add_file("/x", CONTENT)
-    hub.drip("/x", size=10, seconds=0.02)
-    with pytest.raises(WeightsError, match="less than 1000000 bytes per second"):
-        fetch(url, min_rate=1e6, min_rate_seconds=0.1)
+@pytest.mark.parametrize("before", [0, 900_000])
+def test_dripping_server_is_given_up(hub, fetch, tmp_path, before):
+    """However much came in an earlier run."""
+    (tmp_path / "file.part").write_bytes(CONTENT[:before])
+    url, expected = hub.add_file("/x", CONTENT), Expected(sha256=sha256(CONTENT))
+    hub.drip("/x", size=1000, seconds=0.02)
+    with pytest.raises(WeightsError, match="less than 100000 bytes per second"):
+        fetch(url, expected=expected, min_rate=1e5, min_rate_seconds=0.1)
 
 
 def test_cancel_reaches_a_slow_download_at_once(hub, fetch):
@@ -239,28 +287,3 @@ def test_disk_errors_are_not_blamed_on_the_network(hub, fetch, tmp_path):
     (tmp_path / "file.part").mkdir()
     with pytest.raises(IsADirectoryError):
         fetch(url)
-
-
-def test_redirect_is_followed_and_the_token_stays_behind(hub, tmp_path):
-    hub.add_file("/stored", CONTENT)
-    url = hub.add_redirect("/x", hub.storage_url + "/stored")
-    client = HttpClient(HttpSettings(allow_private_hosts=True))
-    remote = Remote(url, "x", Credential("TOKEN", hub.url, "mine"))
-    with client.open(remote) as response:
-        assert response.status_code == 200
-    client.close()
-    assert [request.token for request in hub.requests] == ["mine", None]
-
-
-def test_endless_redirects_end(hub, fetch):
-    with pytest.raises(WeightsError, match="redirects"):
-        fetch(hub.add_redirect("/x", hub.url + "/x"))
-
-
-def test_cookies_of_one_request_do_not_go_out_with_the_next(hub):
-    url = hub.add_file("/x", CONTENT, headers={"Set-Cookie": "session=mine; Path=/"})
-    client = HttpClient(HttpSettings(allow_private_hosts=True))
-    for _ in range(2):
-        client.probe(Remote(url, "x"), RetryPolicy())
-    client.close()
-    assert [request.headers.get("cookie") for request in hub.requests] == [None, None]
