@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 from collections import namedtuple
@@ -88,11 +89,23 @@ def test_damaged_record_is_no_hit(make, tmp_path):
     assert cache.find("key") is None
 
 
+def test_record_that_cannot_be_written_to_its_end_leaves_the_one_from_before(make):
+    cache, before = make(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = add(cache, "key", b"x")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            cache.remember("key", replace(record, source="x" * 2_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert cache.find("key") == record
+
+
 def test_least_recently_used_leaves_first(make):
     cache = make(max_bytes=25)
     for age, key in enumerate(["newest", "middle", "oldest"]):
         add(cache, key, key.encode().ljust(10), age * 60)
-    cache.make_room(0)
+    cache.make_room(5)
     assert [cache.find(key) is not None for key in ("newest", "middle", "oldest")] == [1, 1, 0]
     with cache.in_use(cache.find("middle")):
         pass
