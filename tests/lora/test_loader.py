@@ -3,6 +3,7 @@
 import multiprocessing
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from lora.formats.errors import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
 from tests.lora.files import parse, safetensors
-from tests.support.services import trained_on_replicate
+from tests.support.services import tar, trained_on_replicate
 from weights.download.cache import FileCache
 from weights.serving.errors import InvalidFileError, SourceUnavailableError
 from weights.serving.settings import Settings
@@ -80,7 +81,8 @@ def test_same_content_under_two_names_is_one_adapter(hub, loader):
     content = safetensors("same")
     one = loader.load(hub.add_file("/one.safetensors", content))
     two = loader.load(hub.add_file("/two.safetensors", content))
-    assert one.adapter is two.adapter
+    packed = loader.load(hub.add_file("/packed.tar", tar({"any.safetensors": content})))
+    assert one.adapter is two.adapter is packed.adapter
     assert (one.hit, two.hit) == ("download", "download")
     assert two.source.endswith("/two.safetensors")
 
@@ -197,6 +199,33 @@ def test_processes_that_ask_at_once_share_one_download(hub, settings):
         process.join()
         process.close()
     assert found == ["disk", "download"]
+
+
+def test_a_wait_for_another_process_that_fetches_the_same_can_be_cancelled(hub, new_loader):
+    text = hub.add_file("/x.safetensors", safetensors("x", 100_000))
+    hub.drip("/x.safetensors", size=5_000, seconds=0.1, times=2)  # until it is cancelled as well
+    waits = threading.Event()
+
+    def cancel_the_wait():
+        if hub.count("GET", "/x.safetensors") == 3:  # what is being fetched, and one look more
+            waits.set()
+            raise KeyboardInterrupt
+
+    def cancel_the_other():
+        if waits.is_set():
+            raise KeyboardInterrupt
+
+    def fetch():
+        with pytest.raises(KeyboardInterrupt):
+            new_loader().load(text, cancel_the_other)
+
+    other = threading.Thread(target=fetch)
+    other.start()
+    while hub.count("GET", "/x.safetensors") < 2:
+        assert other.is_alive()
+    with pytest.raises(KeyboardInterrupt):
+        new_loader().load(text, cancel_the_wait)
+    other.join()
 
 
 def test_two_processes_and_twenty_adapters_at_once_fetch_each_once(hub, settings):

@@ -65,6 +65,8 @@ def test_kin_of_flux_is_taken_with_a_warning_where_there_is_nothing_else(loader,
 def test_trained_words_are_reported(loader, civitai):
     civitai.add(5, 50, OLD, trainedWords=["ohwx", "style of x"])
     assert loader.load("civitai.com/models/5").trigger_words == ("ohwx", "style of x")
+    civitai.add(6, 60, OLD, trainedWords=list(map(str, range(1000))))
+    assert loader.load("civitai.com/models/6").trigger_words == tuple("0123456789")
 
 
 def test_primary_safetensors_model_file_is_chosen(loader, civitai):
@@ -77,6 +79,11 @@ def test_primary_safetensors_model_file_is_chosen(loader, civitai):
     version["files"] = [other, pickle]
     with pytest.raises(NotFoundError, match=r"no \.safetensors model, only data\.zip"):
         loader.load("civitai.com/models/5")
+
+
+def test_size_that_the_site_rounds_is_no_promise(loader, civitai):
+    civitai.add(5, 50, OLD)["files"][0]["sizeKB"] = 0.1
+    assert loader.load("civitai.com/models/5").adapter.content == "old"
 
 
 def test_checkpoint_is_refused(loader, civitai):
@@ -135,6 +142,7 @@ def test_token_is_not_sent_to_another_host_that_the_api_names(hub, new_loader, c
     ("status", "body", "error", "said"),
     [
         (403, {"error": "Early Access", "deadline": "2031-02-03"}, AccessDeniedError, "2031-02-03"),
+        (403, {"error": "no\nUsing seed: 1"}, AccessDeniedError, "no Using seed: 1"),
         (404, {"error": "Model not found"}, NotFoundError, "Model not found"),
         (410, {"error": "archived"}, NotFoundError, "archived"),
         (429, {"error": "Too many requests"}, SourceUnavailableError, "Try again later"),

@@ -113,6 +113,15 @@ def test_commit_is_never_asked_about_twice(hub, loader, huggingface):
     assert len(hub.requests) == asked
 
 
+def test_commit_of_one_hub_is_not_that_of_another(new_loader, huggingface, settings):
+    repository = huggingface.add("o/n", {"a.safetensors": OLD})
+    text = f"huggingface.co/o/n/tree/{repository.branches['main']}"
+    new_loader().load(text)
+    other = replace(settings.sources, hf_endpoint="http://127.0.0.1:9")
+    with pytest.raises(SourceUnavailableError):
+        new_loader(replace(settings, sources=other)).load(text)
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_hub_down_serves_the_file_from_before(hub, new_loader, huggingface, caplog, status):
     huggingface.add("o/n", {"a.safetensors": OLD})
@@ -265,6 +274,16 @@ def test_a_disk_that_fills_up_on_the_way(loader, huggingface, monkeypatch):
     huggingface.add("o/n", {"a.safetensors": OLD})
     monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", full)
     with pytest.raises(DiskSpaceError, match="the disk is full"):
+        loader.load("huggingface.co/o/n")
+
+
+def test_a_file_that_the_client_finds_too_short_broke_off(loader, huggingface, monkeypatch):
+    def short(*_, **__):
+        raise OSError("Consistency check failed: file should be of size 90 but has size 80")
+
+    huggingface.add("o/n", {"a.safetensors": OLD})
+    monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", short)
+    with pytest.raises(SourceUnavailableError, match="broke off"):
         loader.load("huggingface.co/o/n")
 
 

@@ -61,13 +61,14 @@ def test_unknown_fine_tune_points_to_hugging_face(hub, loader):
         loader.load("owner/name")
 
 
-def test_url_is_revalidated_without_being_fetched_again(hub, new_loader):
-    url = hub.add_file("/files/x.safetensors", OLD)
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
+def test_url_is_revalidated_without_being_fetched_again(hub, new_loader, header):
+    url = hub.add_file("/files/x.safetensors", OLD, etag=False, headers={header: '"old"'})
     assert new_loader().load(url).hit == "download"
     asked = hub.count("GET", "/files/")
     assert new_loader().load(url).hit == "disk"
     assert hub.count("GET", "/files/") == asked + 1
-    hub.add_file("/files/x.safetensors", NEW)
+    hub.add_file("/files/x.safetensors", NEW, etag=False, headers={header: '"new"'})
     assert new_loader().load(url).adapter.content == "new"
 
 
@@ -78,10 +79,11 @@ def test_url_without_validators_is_never_served_stale(hub, loader):
     assert loader.load(url).adapter.content == "new"
 
 
-def test_url_signed_anew_is_not_fetched_again(hub, loader):
+@pytest.mark.parametrize("store", ["Amz", "Goog"])
+def test_url_signed_anew_is_not_fetched_again(hub, loader, store):
     url = hub.add_file("/files/x.safetensors", OLD)
-    loader.load(f"{url}?X-Amz-Signature=one&X-Amz-Expires=9")
-    assert loader.load(f"{url}?X-Amz-Signature=two&X-Amz-Expires=9").hit == "memory"
+    loader.load(f"{url}?X-{store}-Signature=one&X-{store}-Expires=9")
+    assert loader.load(f"{url}?X-{store}-Signature=two&X-{store}-Expires=9").hit == "memory"
 
 
 def test_only_references_that_may_come_again_are_kept_for_good(hub, loader, settings):
@@ -118,12 +120,15 @@ def test_secrets_of_a_url_stay_out_of_logs_errors_and_the_cache(hub, loader, set
     hub.fail("/files/", 503, times=1)
     loader.load(url)
     hub.fail("/files/", 404)
-    with pytest.raises(NotFoundError) as caught:
+    with pytest.raises(NotFoundError) as missing:
         loader.load(url)
+    with pytest.raises(SourceUnavailableError) as unreachable:
+        loader.load(url.replace(hub.url.rpartition(":")[2], "9"))  # where nobody listens
     kept = [p for p in settings.cache.root.rglob("*") if p.is_file()]
     assert len(kept) > 3
     assert all(b"geheim" not in path.read_bytes() for path in kept)
-    assert "geheim" not in caplog.text + "".join(traceback.format_exception(caught.value))
+    errors = [line for e in (missing, unreachable) for line in traceback.format_exception(e.value)]
+    assert "geheim" not in "".join([caplog.text, *errors])
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,10 @@ def test_local_file_only_where_allowed_and_noticed_when_changed(new_loader, sett
     assert loader.load(str(file)).adapter.content == "old"
     file.write_bytes(NEW)
     assert loader.load(f"file://{file}").adapter.content == "new"
+    archive = tmp_path / "mine.tar"
+    archive.write_bytes(tar({"lora.safetensors": OLD}))
+    assert loader.load(str(archive)).adapter.content == "old"
+    assert archive.is_file()
     with pytest.raises(NotFoundError, match="no such file"):
         loader.load(str(tmp_path / "other.safetensors"))
 
