@@ -170,6 +170,7 @@ def test_a_directory_holds_the_files_of_one_revision(settings, huggingface, othe
     snapshot.fetch_snapshots([there, anew], settings)
     own.unlink()
     assert read_stamp(there.directory, SCHNELL).commit == other_layout
+    assert read_stamp(there.directory, replace(SCHNELL, files=SCHNELL.files[1:])) is None
     assert visible(there.directory) == visible(anew.directory)
 
 
@@ -192,6 +193,9 @@ def test_files_that_something_else_put_there_are_verified_or_named_unverified(
     shutil.rmtree(path.parent.parent / "verified")
     assert obtain(SCHNELL, "main", replace(settings, endpoint=NOWHERE)) == path
     assert "Using the files from before, which were not verified" in caplog.text
+    hub.fail("/api/models/", 404)  # as of a repository that was deleted, or made private
+    assert obtain(SCHNELL, "main", settings) == path
+    assert caplog.text.count("which were not verified") == 2
     fetched = hub.count("GET", "/cdn/")
     (path / SHARD).resolve().write_bytes(b"damaged on the disk")
     with pytest.raises(InvalidFileError, match=SHARD):

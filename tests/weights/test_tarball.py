@@ -44,7 +44,8 @@ def test_the_hash_in_the_url_is_checked(hub, tmp_path):
     with pytest.raises(InvalidFileError, match="announces 000"):
         unpacked(f"{url}#sha256={'0' * 64}", tmp_path, QUICK)
     digest = hashlib.sha256(content).hexdigest()
-    assert contents(unpacked(f"{url}#sha256={digest}", tmp_path, QUICK)) == FILES
+    for spelling in (digest, digest.upper()):
+        assert contents(unpacked(f"{url}#sha256={spelling}", tmp_path, QUICK)) == FILES
 
 
 def test_a_broken_connection_goes_on_where_it_stopped(hub, tmp_path, caplog):
@@ -145,3 +146,17 @@ def test_a_full_disk_names_the_setting(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("weights.tarball.shutil.copyfileobj", full)
     with pytest.raises(DiskSpaceError, match="FLUX_CACHE_DIRECTORY"):
         unpacked(url, tmp_path, QUICK)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_an_unpacking_that_was_cut_short_is_begun_anew(hub, tmp_path, monkeypatch):
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    url = hub.add_file("/store/flux.tar", tar(FILES))
+    with monkeypatch.context() as patch:
+        patch.setattr("weights.tarball.shutil.copyfileobj", killed)
+        with pytest.raises(KeyboardInterrupt):
+            unpacked(url, tmp_path, QUICK)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert contents(unpacked(url, tmp_path, QUICK)) == FILES

@@ -1,10 +1,11 @@
 """Directories that settings name."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from weights.serving.directories import usable
+from weights.serving.directories import is_full, usable
 from weights.serving.errors import DirectoryError
 
 
@@ -24,6 +25,12 @@ def test_one_that_cannot_be_made_is_named_with_its_setting(path: str, reason: st
     assert str(caught.value) == (
         f"{path}: this directory cannot be written ({reason}); set SETTING to one that can"
     )
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_is_full_also_when_the_users_share_of_it_is(code: int) -> None:
+    assert is_full(OSError(code, "no room"))
+    assert not is_full(OSError(errno.EACCES, "no permission"))
 
 
 def test_without_a_home_directory(monkeypatch) -> None:

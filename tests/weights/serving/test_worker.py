@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from queue import SimpleQueue
 
 import pytest
 
@@ -87,6 +88,29 @@ def test_a_cancel_waits_until_the_work_has_come_to_rest() -> None:
     throw(thread)  # a second cancel while the first is waiting
     thread.join(5)
     assert events == ["started", "at rest", "cancelled"]
+    assert engine.call(lambda _: "fine") == "fine"
+
+
+def test_a_cancel_before_the_work_is_queued_ends_the_wait(monkeypatch) -> None:
+    struck = []
+
+    class Inbox(SimpleQueue):
+        def put(self, task) -> None:
+            if not struck:
+                struck.append(task)
+                raise Interrupt
+            super().put(task)
+
+    monkeypatch.setattr("weights.serving.worker.SimpleQueue", Inbox)
+    engine, ended = EngineThread(), threading.Event()
+
+    def serve() -> None:
+        with pytest.raises(Interrupt):
+            engine.call(lambda _: None)
+        ended.set()
+
+    threading.Thread(target=serve, daemon=True).start()
+    assert ended.wait(5)
     assert engine.call(lambda _: "fine") == "fine"
 
 
