@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -147,6 +148,16 @@ def test_a_full_disk_names_the_setting(hub, tmp_path, monkeypatch):
     with pytest.raises(DiskSpaceError, match="FLUX_CACHE_DIRECTORY"):
         unpacked(url, tmp_path, QUICK)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_two_starts_at_once_fetch_it_once(hub, tmp_path):
+    url = hub.add_file("/store/flux.tar", tar(FILES))
+    hub.drip("/store/flux.tar", size=20_000, seconds=0.03, times=4)
+    with ThreadPoolExecutor(2) as starts:
+        one, other = starts.map(lambda _: unpacked(url, tmp_path, QUICK), range(2))
+    assert one == other
+    assert contents(one) == FILES
+    assert len(hub.requests) == 2  # the first asks what there is
 
 
 def test_an_unpacking_that_was_cut_short_is_begun_anew(hub, tmp_path, monkeypatch):
