@@ -102,6 +102,7 @@ def test_row_2_alpha_may_be_an_integer(flux, tmp_path):
             {"transformer.lora_alpha": 6, "transformer.alpha_pattern": {"attn.to_k": 3}},
             6 / RANK,
         ),
+        ({"transformer.lora_alpha": 6, "transformer.alpha_pattern": {"o_q": 3}}, 6 / RANK),
         ({"text_encoder.lora_alpha": 6}, 1.0),
     ],
 )

@@ -113,6 +113,11 @@ def overflowing(size):
             "lora_B.bias": torch.full((size,), BIG),
         },
         "LoHa": {"hada_w1_a": big.T, "hada_w1_b": big, "hada_w2_a": small.T, "hada_w2_b": small},
+        "LoHa of two ranks": {  # below the limit with either of them
+            name: values.T if name.endswith("a") else values
+            for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+            for values in [torch.full((4, size), 3e3)]
+        },
         "LoKr": {"lokr_w1": one * 1e10, "lokr_w2": torch.full((size, size), 1e10)},
         "factored LoKr": {
             "lokr_w1": one,

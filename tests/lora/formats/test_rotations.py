@@ -58,6 +58,17 @@ def test_oft_turns_blocks_of_rows(flux, tmp_path, name, count, alpha, rescaled):
     assert adapter.format.endswith(" names, OFT")
 
 
+def test_oft_of_large_values_keeps_its_digits(flux, tmp_path):
+    """The inverse loses as many as they are large."""
+    [weight] = weights(flux, [TO_OUT])
+    rows = weight.shape[0]
+    size = 3 if rows % 3 == 0 else 4
+    blocks = 1e5 * random(rows // size, size, size)
+    adapter = load(flux, tmp_path, PROJ, {"oft_blocks": blocks})
+    rotation = torch.block_diag(*cayley(blocks)).T
+    expect(flux, adapter, rotation @ weight - weight, [TO_OUT])
+
+
 def butterfly(blocks, rows):
     """B_m ... B_1 as one matrix: factor i turns row c k 2 + g k + j as row c k 2 + 2 j + g."""
     whole = torch.eye(rows, dtype=torch.float64)
