@@ -38,10 +38,11 @@ def test_images_pass_one_by_one_and_the_worst_score_is_kept(caplog) -> None:
 
 @pytest.mark.parametrize("broken", [RuntimeError("no"), float("nan"), float("-inf")])
 def test_a_checker_that_fails_withholds_its_image_and_no_other(broken) -> None:
-    inspection, passed = inspected(broken, 0.2)
-    assert passed == [False, True]
-    assert inspection.worst == {"nsfw": 0.2}
-    inspection.raise_if_none_passed()
+    for scores in ((broken, 0.2), (0.2, broken)):
+        inspection, passed = inspected(*scores)
+        assert passed == [score == 0.2 for score in scores]
+        assert inspection.worst == {"nsfw": 0.2}
+        inspection.raise_if_none_passed()
 
 
 def test_when_no_image_passes_the_error_says_whether_another_prompt_helps() -> None:

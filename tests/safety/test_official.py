@@ -72,8 +72,11 @@ def test_auto_takes_the_checkers_that_a_checkpoint_brings(planted, tmp_path, cap
     assert "compvis" in load(planted, "auto").check(picture).scores
     assert set(load(tmp_path, "auto").check(picture).scores) == {"open_nsfw"}
     assert "brings no safety checkers" in caplog.text
+    caplog.clear()
     nano = load_checker(Settings(), "nano", CPU, Inventory())
     assert set(nano.check(picture).scores) == {"open_nsfw"}
+    assert set(load(tmp_path, "open_nsfw").check(picture).scores) == {"open_nsfw"}
+    assert "brings no safety checkers" not in caplog.text
 
 
 # --- the libraries' own answers
@@ -87,7 +90,7 @@ def test_compvis_flags_what_the_class_itself_flags(planted, pictures, tmp_path) 
     for special in (2.0, float((views[0] @ views[2]) - 0.001)):
         care = {"special_care_embeds": views[2].repeat(3, 1)}
         plant(directory, **care, special_care_embeds_weights=torch.full((3,), special))
-        for margin in (-0.02, -0.005, 0.005, 0.02):
+        for margin in (-0.02, -0.005, -0.0003, 0.0003, 0.005, 0.02):  # the class rounds to 0.001
             cosine = float(views[0] @ views[1])
             thresholds = torch.full((17,), 2.0)
             thresholds[0] = cosine + margin
