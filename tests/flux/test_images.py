@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from flux.images import ImageError, read_image, read_mask
+from tests.support.pictures import colours
 
 LIMIT = 1 << 20
 GAMMA = 2.19921875  # Adobe RGB's, which an ICC curve holds exactly
@@ -179,9 +180,29 @@ def test_a_mask_is_not_colour(tmp_path) -> None:
     assert np.asarray(read).tolist() == np.asarray(mask).tolist()
 
 
-def test_heic_is_named_and_says_what_to_do(tmp_path) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path, orientation) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    colours(48, 32).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        turned = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(read_image(tmp_path / "x.png", LIMIT), turned)
+
+
+def test_values_that_are_no_number_are_black(tmp_path) -> None:
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    values[0, 1] = np.nan
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    read = np.asarray(read_image(tmp_path / "x.tif", LIMIT))
+    assert (read[0, 1, 0], read[-1, -1, 0]) == (0, 255)
+
+
+@pytest.mark.parametrize("first", [b"heic", b"mif1"])
+def test_heic_is_named_and_says_what_to_do(tmp_path, first) -> None:
     path = tmp_path / "IMG_0001.HEIC"
-    path.write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(400))
+    head = struct.pack(">I", 24) + b"ftyp" + first + bytes(4)
+    path.write_bytes(head + b"mif1heic" + bytes(400))
     with pytest.raises(ImageError, match=r"image: this is an HEIC image.* convert it to JPEG"):
         read_image(path, LIMIT)
 
