@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,20 @@ def test_host_memory_goes_to_who_opens_first(base_weights, monkeypatch) -> None:
     assert [p.data_ptr() for p in schnell.parameters()] == pointers
     enough = PinnedBudget(bytes_of(dev) + bytes_of(schnell))
     assert [enough.pin(module) for module in (dev, schnell)] == [True, True]
+
+
+def test_two_that_open_at_once_do_not_both_take_the_last_of_it(monkeypatch) -> None:
+    module = nn.Linear(10, 10)
+    scarce, both = PinnedBudget(bytes_of(module)), threading.Barrier(2)
+
+    def move(*_: object, **__: object) -> bool:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.1)  # for the other one
+        return True
+
+    monkeypatch.setattr("flux.memory.pinned.move_parameters", move)
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(scarce.pin, [module, module])) == [False, True]
 
 
 def test_without_memory_to_lock_the_map_serves(base_weights, monkeypatch, caplog) -> None:

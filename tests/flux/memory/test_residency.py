@@ -78,6 +78,7 @@ def test_base_weights_leave_for_a_transformer_and_return_by_use() -> None:
     assert residency.fits_beside(OF_DEV, DEV)
     assert residency.admit(OF_DEV) == [DEV8, DEV]
     assert residency.resident == (SCHNELL, OF_DEV)
+    assert Residency(WITH_BASE, 476).fits_beside(OF_DEV, DEV)
     assert not Residency(WITH_BASE, 475).fits_beside(OF_DEV, DEV)
 
 

@@ -1,10 +1,12 @@
 """Adapters on the device and a kernel's part in a merge, with a stand-in for the kernel."""
 
+import gc
 import logging
 from collections import Counter
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux.transformers.adapters import BaseValues
@@ -22,14 +24,23 @@ CPU = torch.device("cpu")
 
 
 class Bus:
-    """The way to the device; what passes it is counted."""
+    """The way to the device; what passes it is counted, and what is there."""
 
     def __init__(self) -> None:
-        self.sent = 0
+        self.sent = self.most = 0
+        self._brought: list[tuple[StorageWeakRef, int]] = []
+
+    @property
+    def there(self) -> int:
+        """Bytes on the device."""
+        return sum(size for storage, size in self._brought if not storage.expired())
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         self.sent += tensor.nbytes
-        return tensor.clone()
+        brought = tensor.clone()
+        self._brought.append((StorageWeakRef(brought.untyped_storage()), brought.nbytes))
+        self.most = max(self.most, self.there)
+        return brought
 
 
 @pytest.fixture
@@ -68,6 +79,8 @@ def test_the_least_recently_used_leave(values) -> None:
         return bus.sent > before
 
     assert [sent(x) for x in (a, b, a, c, a, b)] == [True, True, False, True, False, True]
+    scales = 3 * 3 * 4 * 4  # fp32, of three adapters at most
+    assert 2 * a.nbytes <= bus.most <= 2 * a.nbytes + scales
 
 
 def test_what_is_larger_than_the_limit_is_merged_from_the_host(values, caplog) -> None:
@@ -81,6 +94,16 @@ def test_what_is_larger_than_the_limit_is_merged_from_the_host(values, caplog) -
         assert same(bits(found), bits(expected))
     assert (kernel.written, bus.sent) == (0, 0)
     assert caplog.text.count("merged from the host") == 1
+
+
+def test_what_is_sent_beside_the_factors_counts_to_the_limit(adapters) -> None:
+    """Differences of all kinds, of which `d` has some."""
+    bus, both = Bus(), [(adapters["b"], 1.0), (adapters["d"], 1.0)]
+    WorkingWeights(tiny.modules(SIZE), one_pass=OnePass(Kernel(), ROOM, bus)).reconcile(both)
+    sent, bus = bus.sent, Bus()
+    limit = sent - adapters["d"].nbytes // 2
+    WorkingWeights(tiny.modules(SIZE), one_pass=OnePass(Kernel(), limit, bus)).reconcile(both)
+    assert bus.sent == 0
 
 
 class Operators(TorchDispatchMode):
@@ -133,6 +156,16 @@ def test_a_kernel_that_fails_is_left_alone_and_no_request_fails(values, caplog, 
     assert caplog.text.count("PTXAS error: injected") == 1
     assert "Traceback" in caplog.text
     assert "until" in caplog.text
+
+
+def test_a_kernel_that_failed_leaves_nothing_on_the_device(values, caplog) -> None:
+    caplog.set_level(logging.CRITICAL, "flux")  # what is caught of the log holds the traceback
+    kernel, bus = Kernel(RuntimeError("PTXAS error: injected")), Bus()
+    weights, _ = working(values, OnePass(kernel, ROOM, bus))
+    weights.reconcile([(lora("a"), 1.0)])
+    kernel.error = None  # as it does itself
+    gc.collect()
+    assert bus.sent > bus.there == 0
 
 
 def test_a_kernel_that_fails_while_it_is_compiled_in_setup_fails_no_request(values, caplog) -> None:
