@@ -61,6 +61,21 @@ def test_tiles_where_memory_asks_for_them(engine_and_decoder, caplog) -> None:
     assert same(generate(engine, **WIDE), whole)  # and not longer than that
 
 
+def test_what_is_no_lack_of_memory_is_not_tried_in_tiles(engine_and_decoder) -> None:
+    engine, decoder = engine_and_decoder
+    calls: list[object] = []
+
+    def broken(*arguments: object) -> None:
+        calls.append(arguments)
+        raise ValueError("a bug")
+
+    handle = decoder.register_forward_pre_hook(broken)
+    with pytest.raises(ValueError, match="a bug"):
+        generate(engine, **WIDE)
+    handle.remove()
+    assert len(calls) == 1
+
+
 def test_no_memory_for_a_tile_either(engine_and_decoder) -> None:
     engine, decoder = engine_and_decoder
     handle = decoder.register_forward_pre_hook(Memory(8))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
 from flux.memory.budget import bytes_of
+from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass
 from tests.flux.low_rank import Kernel
 from tests.flux.streams import Late
@@ -84,6 +85,20 @@ def test_out_of_memory_in_the_text_encoders(start, usual, monkeypatch, caplog) -
     monkeypatch.setattr(T5EncoderModel, "forward", runs_out)
     assert same(start()(prompt="a heart")[0], expected)
     assert "Out of memory on cpu, trying with less" in caplog.text
+
+
+def test_out_of_memory_in_a_merge_into_the_text_encoders(start, usual, monkeypatch) -> None:
+    """They come first, so the first merge is one into them."""
+    expected, generate = usual()[0], start()
+    reconcile, remaining = WorkingWeights.reconcile, iter(range(1))
+
+    def runs_out(*args: object) -> object:
+        if next(remaining, None) is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return reconcile(*args)
+
+    monkeypatch.setattr(WorkingWeights, "reconcile", runs_out)
+    assert same(generate()[0], expected)
 
 
 class Reads(TorchDispatchMode):

@@ -30,16 +30,18 @@ def largest_difference(a: Image.Image, b: Image.Image) -> int:
 # --- diffusers as the oracle
 
 
-@pytest.mark.parametrize(("model", "steps"), [("dev", 5), ("schnell", 4)])
-def test_text_to_image_is_diffusers_own(usual, model: str, steps: int) -> None:
-    inputs = {"model": model, "num_inference_steps": steps, "guidance_scale": 2.5, "seed": 3}
+@pytest.mark.parametrize(
+    ("model", "steps", "guidance"), [("dev", 5, 2.5), ("schnell", 4, 2.5), ("dev", 2, 0)]
+)
+def test_text_to_image_is_diffusers_own(usual, model: str, steps: int, guidance: float) -> None:
+    inputs = {"model": model, "num_inference_steps": steps, "guidance_scale": guidance, "seed": 3}
     (ours,) = usual(**inputs, megapixels="0.25")
     theirs = diffusers()[model](
         QUICK["prompt"],
         width=512,
         height=512,
         num_inference_steps=steps,
-        guidance_scale=2.5,
+        guidance_scale=guidance,
         max_sequence_length={"dev": 512, "schnell": 256}[model],
         generator=torch.Generator().manual_seed(3),
     ).images[0]
@@ -290,5 +292,8 @@ def test_the_healthcheck(start, monkeypatch) -> None:
     predictor = Predictor()
     predictor.setup()
     assert predictor.healthcheck()
+    with monkeypatch.context() as patch:
+        patch.setattr("weights.serving.worker.EngineThread.is_alive", False)
+        assert not predictor.healthcheck()
     monkeypatch.setattr("flux.memory.device.answers", lambda device: False)
     assert not predictor.healthcheck()

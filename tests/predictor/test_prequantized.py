@@ -139,6 +139,10 @@ def test_transformers_that_take_turns_come_from_the_files(usual, fast, small, ca
     assert "Loading dev base weights" not in caplog.messages
 
 
+def test_a_server_may_run_as_another_user_than_wrote_the_files(quantized) -> None:
+    assert {path.stat().st_mode & 0o777 for path in quantized.glob("*.safetensors")} == {0o644}
+
+
 # --- files that do not serve
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flux.deployment import NANO
+from tests.support.services import tar
 from weights.manifest import REPOSITORIES
 from weights.serving.inventory import HOST, MAPPED, place_of
 
@@ -130,6 +131,11 @@ def cut_off(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def in_a_pickle(directory: Path) -> None:
+    torch.save(load_file(weights(directory)), directory / "pytorch_model.bin")
+    without_the_file(directory)
+
+
 def without_the_file(directory: Path) -> None:
     weights(directory).unlink()
 
@@ -144,6 +150,7 @@ DAMAGES: list[tuple[str, Damage]] = [
     ("dev/text_encoder_2", cut_off),
     ("schnell/transformer", cut_off),
     ("dev/vae", without_the_file),
+    ("dev/text_encoder", in_a_pickle),
     ("schnell/transformer", without_the_file),
     ("schnell/transformer", without("config.json")),
     ("dev/tokenizer", without("tokenizer.json")),
@@ -161,3 +168,11 @@ def test_a_checkpoint_that_is_not_whole_fails_setup(start, copied, part, damage)
     name, directory = part.replace("/", " "), copied / part
     with pytest.raises(RuntimeError, match=f"{name}: cannot load {directory}: .*script/download"):
         start(FLUX_CHECKPOINT=str(copied))
+
+
+def test_the_secret_of_a_checkpoints_url_is_not_shown(hub, start, tmp_path, caplog) -> None:
+    url = hub.add_file("/flux.tar", tar({"dev/notes.txt": b"", "schnell/notes.txt": b""}))
+    with pytest.raises(RuntimeError, match=rf"{url}: .*holds no pipeline") as caught:
+        start(FLUX_CHECKPOINT=f"{url}?signature=geheim", FLUX_CACHE_DIRECTORY=str(tmp_path))
+    assert f"checkpoint {url} on cpu" in caplog.text
+    assert "geheim" not in f"{caught.value} {caplog.text}"

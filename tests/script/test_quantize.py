@@ -18,6 +18,7 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from flux.deployment import NANO
 from flux.quantize import main
 from flux.transformers.quantize import float8_parameters
+from tests.support.services import tar
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +65,21 @@ def test_the_script_says_what_it_writes_and_nothing_else(made) -> None:
         "schnell.safetensors",
     }
     assert not list(directory.glob("*.draft"))
+
+
+def test_the_secret_of_a_checkpoints_url_is_in_no_file(hub, monkeypatch, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    paths = [path for path in (NANO / "dev").rglob("*") if path.is_file()]
+    files = {path.relative_to(NANO).as_posix(): path.read_bytes() for path in paths}
+    url = hub.add_file("/flux.tar", tar(files | {"schnell/notes.txt": b""}))
+    monkeypatch.setenv("FLUX_CHECKPOINT", f"{url}?signature=geheim")
+    monkeypatch.setenv("FLUX_CACHE_DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", str(tmp_path), "dev"])
+    assert status() == 0
+    content = (tmp_path / "dev.safetensors").read_bytes()
+    assert url.encode() in content
+    assert b"geheim" not in content
+    assert "geheim" not in caplog.text
 
 
 @pytest.mark.parametrize(
