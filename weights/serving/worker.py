@@ -84,7 +84,7 @@ class EngineThread:
             task = self._inbox.get()
             if not task.finished:
                 task.run()
-            del task  # its error, if any, holds on to the frames and tensors of the work
+            del task  # whose work holds the inputs of its request: a picture, an adapter
 
     def _wait(self, task: _Task[T]) -> None:
         while not task.finished:

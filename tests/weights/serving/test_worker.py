@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from functools import partial
 from queue import SimpleQueue
 
 import pytest
@@ -57,6 +58,19 @@ def test_failed_work_lets_go_of_what_it_held() -> None:
         assert held[0]() is None
     finally:
         gc.enable()
+
+
+def test_work_that_is_done_is_not_kept_until_the_next() -> None:
+    class Inputs:
+        pass
+
+    engine, inputs = EngineThread(), Inputs()
+    engine.call(partial(lambda inputs, _: None, inputs))
+    held, inputs = weakref.ref(inputs), None
+    deadline = time.monotonic() + 5
+    while held() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_a_cancel_waits_until_the_work_has_come_to_rest() -> None:
