@@ -63,12 +63,12 @@ def load_module(name: str, kind: type[Any], directory: Path, dtype: torch.dtype)
     """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     module, found = load_component(name, kind, directory, **options)
-    missing = sorted({*found["missing_keys"], *map(str, found["mismatched_keys"])})
+    missing = sorted(found["missing_keys"])
     if missing or found["error_msgs"]:
         shown = ", ".join(missing[:3]) or found["error_msgs"][0]
         raise CheckpointError(
             f"{name}: cannot load {directory}: {len(missing)} weights of {kind.__name__} are "
-            f"missing or of another shape ({shown}). {ADVICE}"
+            f"missing ({shown}). {ADVICE}"
         )
     loaded: nn.Module = module
     return loaded

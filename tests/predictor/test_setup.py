@@ -126,6 +126,13 @@ def without_a_weight(directory: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def of_another_shape(directory: Path) -> None:
+    path = weights(directory)
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.endswith("weight"))
+    save_file(tensors | {name: tensors[name][:-1].clone()}, path, {"format": "pt"})
+
+
 def cut_off(directory: Path) -> None:
     path = weights(directory)
     path.write_bytes(path.read_bytes()[:-100])
@@ -147,6 +154,7 @@ def without(name: str) -> Damage:
 MODELS = ("dev/text_encoder", "dev/text_encoder_2", "dev/vae", "dev/transformer")
 DAMAGES: list[tuple[str, Damage]] = [
     *((part, without_a_weight) for part in (*MODELS, "schnell/transformer")),
+    *((part, of_another_shape) for part in (*MODELS, "schnell/transformer")),
     ("dev/text_encoder_2", cut_off),
     ("schnell/transformer", cut_off),
     ("dev/vae", without_the_file),
