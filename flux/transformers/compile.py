@@ -44,7 +44,7 @@ from torch._dynamo.utils import counters
 from flux.components import TRANSFORMER
 from flux.deployment import Deployment
 from flux.memory.device import is_out_of_memory
-from flux.memory.residency import ORDER, BudgetError
+from flux.memory.residency import ORDER
 from flux.request import Mode, Request
 from flux.variants import VARIANTS, Key, Precision
 from weights.serving.cancel import Cancelled
@@ -141,7 +141,7 @@ class Compilation:
             with dynamo.patch(DYNAMO):  # it holds in this thread alone
                 return work()
         except Exception as error:
-            if isinstance(error, Cancelled | BudgetError) or is_out_of_memory(error):
+            if isinstance(error, Cancelled) or is_out_of_memory(error):
                 raise
             logger.warning("%s %s failed compiled; trying it eagerly", *key, exc_info=error)
         finally:
