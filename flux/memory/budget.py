@@ -33,7 +33,7 @@ def device_budget(setting: int | None, device: torch.device, loaded: int) -> int
         return None
     empty_cache(device)  # which would count as taken
     free, _ = torch.cuda.mem_get_info(device)
-    return max(0, int(free) - DEVICE_RESERVE)
+    return int(free) - DEVICE_RESERVE
 
 
 def host_budget(
