@@ -37,6 +37,7 @@ from weights.stamp import read_stamp, remove_stamp, write_stamp
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
+NOTES = ".cache/huggingface/download"  # where huggingface_hub notes what it put into a directory
 LEFT_SECONDS = 3600.0  # without a byte: no download that is under way
 
 
@@ -167,20 +168,20 @@ class RepositoryDownload:
         logger.info("%s: complete and verified in %.1f s", title, time.monotonic() - start)
 
     def _drop_other_revision(self, directory: Path) -> None:
-        """Remove the files of another revision that this one lacks, then that revision's mark.
+        """Remove what huggingface_hub fetched there and this revision lacks, and another's mark.
 
         huggingface_hub only adds and replaces files. What it leaves would be read: transformers
         prefers one file to shards, and diffusers an index to one file.
         """
-        repository = self.wanted.repository
-        stamp = read_stamp(directory, repository)
-        if stamp is None or stamp.commit == self._revision.resolved:
+        stamp = read_stamp(directory, self.wanted.repository)
+        if stamp and stamp.commit == self._revision.resolved:
             return
-        chosen = {file.rfilename for file in self._files}
-        for path in [path for path in directory.rglob("*") if path.is_file()]:
-            name = path.relative_to(directory).as_posix()
-            if name not in chosen and any(fnmatchcase(name, p) for p in repository.files):
-                path.unlink()
+        chosen, notes = {file.rfilename for file in self._files}, directory / NOTES
+        for note in sorted(notes.rglob("*.metadata")):
+            name = note.relative_to(notes).as_posix().removesuffix(".metadata")
+            if name not in chosen:
+                (directory / name).unlink(missing_ok=True)
+                note.unlink()
         remove_stamp(directory)
 
     def _download(self, report: Callable[[int], None]) -> Path:

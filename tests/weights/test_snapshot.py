@@ -16,7 +16,7 @@ from weights.download.transfer import LogProgress
 from weights.manifest import REPOSITORIES
 from weights.repository import PinnedRepository
 from weights.serving.errors import InvalidFileError, SourceUnavailableError
-from weights.stamp import read_stamp
+from weights.stamp import read_stamp, remove_stamp
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
 COMPVIS = REPOSITORIES["safety/compvis"]
@@ -165,13 +165,17 @@ def test_a_directory_holds_the_files_of_one_revision(settings, huggingface, othe
     there, anew = (PinnedRepository(SCHNELL, "main", tmp_path / name) for name in "ab")
     old = next(commit for commit in huggingface["schnell"].commits if commit != other_layout)
     snapshot.fetch_snapshots([replace(there, revision=old)], settings)
-    own = there.directory / "transformer" / "notes.txt"
+    own = there.directory / "transformer" / "mine.safetensors"
     own.write_text("of somebody")
     snapshot.fetch_snapshots([there, anew], settings)
     own.unlink()
     assert read_stamp(there.directory, SCHNELL).commit == other_layout
     assert read_stamp(there.directory, replace(SCHNELL, files=SCHNELL.files[1:])) is None
     assert visible(there.directory) == visible(anew.directory)
+    remove_stamp(there.directory)  # as if it had broken off at its end
+    before = [replace(there, revision=old), PinnedRepository(SCHNELL, old, tmp_path / "c")]
+    snapshot.fetch_snapshots(before, settings)
+    assert visible(there.directory) == visible(tmp_path / "c")
 
 
 def test_an_update_that_breaks_off_leaves_no_mark_of_the_revision_before(
