@@ -7,7 +7,7 @@ adapters is made of the base weight alone, so rounding errors cannot add up. A m
 half-way leaves records that tell so, and the next reconcile heals it.
 
 Here a write is torch's operators, one pass each. On CUDA `flux/transformers/one_pass.py` does the
-same in one, for plain LoRA deltas.
+same in one, for plain LoRA deltas, and for float8 weights whose adapters leave.
 """
 
 import math
@@ -86,7 +86,8 @@ class WorkingWeights:
         base: where base values come from; by default a copy before the first write.
         store: how a result is put into a working weight.
         staging: brings base values to the device; by default they are used where they are.
-        one_pass: writes weights with LoRA deltas; None: torch's operators do, as for all others.
+        one_pass: writes weights with LoRA deltas, and restores float8 ones; None: torch's operators
+            do, as for all others.
         blank: the parameters hold nothing yet; the first reconciliation writes all of them.
     """
 

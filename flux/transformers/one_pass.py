@@ -7,7 +7,7 @@ gets plain LoRA deltas only, the factors of all adapters are one `up` and one `d
 for `flux/transformers/lora_kernel.py`. Where that leaves a weight alone (float8 on cards before
 Hopper), torch's operators add the same factors. Other differences are brought as they are, and take
 the path of torch's operators in flux/transformers/merge.py, which is also the reference for the
-kernel.
+kernel. A float8 weight that adapters leave is written by the kernel too, from its base value alone.
 
 The factors are kept by the set of adapters, without their scales, so that another scale brings
 only a vector. Two sets that share an adapter hold it twice, which the limit counts.

@@ -1,7 +1,7 @@
 /* Memory, streams and events of the imitated card.
  *
  * Memory of the device is memory of the host, and is counted. A copy from page-locked memory on a
- * stream of its own is made as late as CUDA allows: when something waits for that stream. So what
+ * stream of its own is made late: when something waits for that stream, or asks about it. So what
  * reads too early, or writes over the source too early, finds wrong values. All else is done at once.
  */
 #define _GNU_SOURCE
@@ -48,8 +48,15 @@ static void add(void *start, size_t size, enum kind kind) {
   pthread_mutex_lock(&lock);
   *b = (struct block){start, size, kind, blocks};
   blocks = b;
-  if (kind == DEVICE) used += size;
   pthread_mutex_unlock(&lock);
+}
+
+static int taken(size_t size) { /* memory of the device; 0 if there is not as much */
+  pthread_mutex_lock(&lock);
+  int fits = used + size <= total_memory();
+  if (fits) used += size;
+  pthread_mutex_unlock(&lock);
+  return fits;
 }
 
 static size_t removed(void *start) {
@@ -73,9 +80,9 @@ static cudaError_t allocate(void **pointer, size_t size, enum kind kind) {
   *pointer = NULL;
   if (!size) return cudaSuccess;
   size = (size + PAGES - 1) / PAGES * PAGES;
-  if (kind == DEVICE && used + size > total_memory()) return failed(cudaErrorMemoryAllocation);
+  if (kind == DEVICE && !taken(size)) return failed(cudaErrorMemoryAllocation);
   void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (start == MAP_FAILED) return failed(cudaErrorMemoryAllocation);
+  if (start == MAP_FAILED) abort(); /* the machine's own lack of memory */
   add(start, size, kind);
   *pointer = start;
   return cudaSuccess;
@@ -111,8 +118,10 @@ cudaError_t cudaHostUnregister(void *pointer) {
 }
 
 cudaError_t cudaMemGetInfo(size_t *free_, size_t *total_) {
+  pthread_mutex_lock(&lock);
   *total_ = total_memory();
   *free_ = *total_ - used;
+  pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
 

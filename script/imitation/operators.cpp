@@ -10,8 +10,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <map>
-#include <mutex>
 #include <set>
 
 using at::Tensor;
@@ -36,18 +34,13 @@ Tensor on_card(const Tensor& t) {
   return found;
 }
 
-// A generator of the card has one on the CPU, which starts with the same seed.
-at::Generator generator_on_cpu(const at::Generator& of_card) {
-  static std::mutex mutex;
-  static std::map<std::pair<void*, uint64_t>, at::Generator> found;
-  std::lock_guard<std::mutex> guard(mutex);
-  auto seed = of_card.current_seed();
-  auto [place, made] = found.try_emplace({of_card.unsafeGetGeneratorImpl(), seed});
-  if (made) {
-    place->second = at::globalContext().defaultGenerator(at::kCPU).clone();
-    place->second.set_current_seed(seed);
-  }
-  return place->second;
+// Numbers of the CPU, which depend on the seed and on how often the card's generator was used.
+at::Generator generator_on_cpu(at::Generator of_card) {
+  auto used = of_card.get_offset();
+  auto found = at::globalContext().defaultGenerator(at::kCPU).clone();
+  found.set_current_seed(of_card.current_seed() * 1000003 + used);
+  of_card.set_offset(used + 4);  // a multiple of 4, as torch insists
+  return found;
 }
 
 IValue for_cpu(const IValue& value) {

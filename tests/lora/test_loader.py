@@ -1,9 +1,11 @@
 """The cached loader: what is kept, what is logged, and what failures leave behind."""
 
+import itertools
 import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -203,11 +205,13 @@ def test_processes_that_ask_at_once_share_one_download(hub, settings):
 
 def test_a_wait_for_another_process_that_fetches_the_same_can_be_cancelled(hub, new_loader):
     text = hub.add_file("/x.safetensors", safetensors("x", 100_000))
-    hub.drip("/x.safetensors", size=5_000, seconds=0.1, times=2)  # until it is cancelled as well
-    waits = threading.Event()
+    hub.drip("/x.safetensors", size=500, seconds=0.1, times=2)  # until it is cancelled as well
+    waits, asked = threading.Event(), itertools.count(1)
 
     def cancel_the_wait():
-        if hub.count("GET", "/x.safetensors") == 3:  # what is being fetched, and one look more
+        if (
+            hub.count("GET", "/x.safetensors") == 3 and next(asked) == 2
+        ):  # it has tried for the lock
             waits.set()
             raise KeyboardInterrupt
 
@@ -219,10 +223,11 @@ def test_a_wait_for_another_process_that_fetches_the_same_can_be_cancelled(hub, 
         with pytest.raises(KeyboardInterrupt):
             new_loader().load(text, cancel_the_other)
 
-    other = threading.Thread(target=fetch)
+    other = threading.Thread(target=fetch, daemon=True)
     other.start()
     while hub.count("GET", "/x.safetensors") < 2:
         assert other.is_alive()
+        time.sleep(0.01)
     with pytest.raises(KeyboardInterrupt):
         new_loader().load(text, cancel_the_wait)
     other.join()
