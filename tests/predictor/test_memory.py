@@ -197,7 +197,8 @@ def test_adapters_on_the_device_generate_the_same(start, usual, monkeypatch, go_
         images = [generate(replicate_weights=weights, **request)[0] for generate in (usual, there)]
         assert difference(*images) < 1
         assert weights or same(*images)
-    assert kernel.written == len(adapter(1))  # two factors for each weight, and two merges
+    merged = len(adapter(1)) // 2  # two factors for each weight
+    assert kernel.written == (3 if go_fast else 2) * merged  # float8 weights are restored by it too
 
 
 def test_adapters_have_a_part_of_the_device(start, monkeypatch) -> None:
