@@ -240,18 +240,19 @@ class Engine:
         return self._compilation.run(request.key, canvas.image_seq_len, denoise)
 
     def _decode(self, request: Request, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
-        decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
-        generated = None
-        try:
-            generated = self._on_device(request.key, decode)
-        except BudgetError as error:
-            logger.warning("Decoding in tiles: %s", error.__cause__ or error)
-        if generated is None:  # tried when the error, which holds tensors, is gone
-            generated = self._on_device(request.key, decode, tiled=True)
+        generated = self._decode_canvas(request.key, canvas, latents)
         generated = generated.crop((0, 0, request.width, request.height))
         if request.image and request.mask:
             return Image.composite(generated, request.image, soft_alpha(request.mask))
         return generated
+
+    def _decode_canvas(self, key: Key, canvas: Canvas, latents: torch.Tensor) -> Image.Image:
+        decode = partial(self._autoencoder.decode, latents, canvas.width, canvas.height)
+        try:
+            return self._on_device(key, decode)
+        except BudgetError as error:
+            logger.warning("Decoding in tiles: %s", error.__cause__ or error)
+        return self._on_device(key, decode, tiled=True)  # not within `except`: it holds tensors
 
 
 def _sibling(

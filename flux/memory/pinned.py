@@ -81,17 +81,16 @@ def move_parameters(module: nn.Module, *, pinned: bool) -> bool:
     Returns:
         whether there was memory for it; if not, the parameters are unchanged.
     """
-    copies = None
     try:
         copies = _copies(module, pinned)
     except BudgetError as error:
         logger.warning("Weights stay in the memory map: %s", str(error))  # no traceback kept
-    if copies is None:
-        empty_host_cache()  # the chunks that there was memory for; the error held them
-        return False
-    for parameter, copy in zip(module.parameters(), copies, strict=True):
-        parameter.data = copy
-    return True
+    else:
+        for parameter, copy in zip(module.parameters(), copies, strict=True):
+            parameter.data = copy
+        return True
+    empty_host_cache()  # the chunks that there was memory for; the error held them
+    return False
 
 
 class PinnedBudget:

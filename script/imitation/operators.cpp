@@ -137,16 +137,15 @@ Tensor nothing(const Tensor& like, at::ScalarType type) {
 using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor,
                             Tensor>;
 
-Attended flash(const Tensor& q, const Tensor& k, const Tensor& v, double, bool causal, bool,
-               std::optional<double> scale) {
-  return {attention(q, k, v, {}, causal, scale), nothing(q, at::kFloat), Tensor(), Tensor(),
-          q.size(2), k.size(2), nothing(q, at::kLong), nothing(q, at::kLong), Tensor()};
-}
-
 Attended cudnn(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& bias, bool,
                double, bool causal, bool, std::optional<double> scale) {
   return {attention(q, k, v, bias, causal, scale), nothing(q, at::kFloat), Tensor(), Tensor(),
           q.size(2), k.size(2), nothing(q, at::kLong), nothing(q, at::kLong), Tensor()};
+}
+
+Attended flash(const Tensor& q, const Tensor& k, const Tensor& v, double dropout, bool causal,
+               bool mask, std::optional<double> scale) {
+  return cudnn(q, k, v, {}, false, dropout, causal, mask, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> efficient(const Tensor& q, const Tensor& k,

@@ -267,23 +267,24 @@ def test_the_hubs_own_protocol_is_taken_only_where_the_operator_says_so(
     assert "Using the file from before" in caplog.text
 
 
-def test_a_disk_that_fills_up_on_the_way(loader, huggingface, monkeypatch):
-    def full(*_, **__):
-        raise RuntimeError("Task error: IO error: No space left on device (os error 28)")
+FULL = "Task error: IO error: No space left on device (os error 28)"
+SHORT = "Consistency check failed: file should be of size 90 but has size 80"
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "said"),
+    [
+        (RuntimeError(FULL), DiskSpaceError, "the disk is full"),
+        (OSError(SHORT), SourceUnavailableError, "broke off"),
+    ],
+)
+def test_what_the_client_meets_on_the_way(loader, huggingface, monkeypatch, failure, error, said):
+    def fail(*_, **__):
+        raise failure
 
     huggingface.add("o/n", {"a.safetensors": OLD})
-    monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", full)
-    with pytest.raises(DiskSpaceError, match="the disk is full"):
-        loader.load("huggingface.co/o/n")
-
-
-def test_a_file_that_the_client_finds_too_short_broke_off(loader, huggingface, monkeypatch):
-    def short(*_, **__):
-        raise OSError("Consistency check failed: file should be of size 90 but has size 80")
-
-    huggingface.add("o/n", {"a.safetensors": OLD})
-    monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", short)
-    with pytest.raises(SourceUnavailableError, match="broke off"):
+    monkeypatch.setattr("lora.sources.huggingface.hf_hub_download", fail)
+    with pytest.raises(error, match=said):
         loader.load("huggingface.co/o/n")
 
 
