@@ -124,7 +124,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   c10::cuda::getCurrentCUDAStream().query();
   auto wide = [](const Tensor& t) { return on_cpu(t).to(at::kFloat); };
   auto mask = bias && bias->defined() ? MaybeTensor(wide(*bias)) : MaybeTensor();
-  auto found = at::scaled_dot_product_attention(wide(q), wide(k), wide(v), mask, 0.0, causal, scale);
+  // Not by the choice among backends: a caller may have allowed one of the card's alone.
+  auto [found, weights] = at::_scaled_dot_product_attention_math(wide(q), wide(k), wide(v), mask, 0.0,
+                                                                 causal, {}, scale);
   auto rows = at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
   on_cpu(rows).copy_(found);
   return rows;

@@ -16,6 +16,8 @@ NOT_IMITATED = (  # Triton's kernels; and a test that keeps a real card busy
 )
 FACTS = """
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 stream = torch.cuda.Stream()
 source, target = torch.ones(8).pin_memory(), torch.zeros(8, device="cuda")
@@ -28,6 +30,12 @@ try:
     torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
 except torch.OutOfMemoryError:
     print("out of memory")
+tokens = torch.randn(1, 2, 64, 64)
+for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel(backend):
+        found = scaled_dot_product_attention(*[tokens.bfloat16().cuda()] * 3)
+    torch.testing.assert_close(found.cpu().float(), scaled_dot_product_attention(*[tokens] * 3),
+                               atol=0.05, rtol=0)
 """
 
 pytestmark = [
@@ -51,7 +59,7 @@ def on_imitated_card(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_copies_come_late_and_memory_ends() -> None:
+def test_copies_come_late_memory_ends_and_each_backend_attends() -> None:
     assert on_imitated_card("-c", FACTS, IMITATED_CARD_GB="1").splitlines() == [
         "before anything waits: 0.0",
         "after: 8.0",
