@@ -83,9 +83,12 @@ class Placement:
         memory: the device whose memory they take.
         stream: copies base values there; None where it has no stream, as a CPU.
         shares_device: whether they share memory with activations.
+        joins: whether weights may share a tensor (flux/transformers/projections.py); the hooks of
+            offloading move them one by one.
     """
 
     shares_device = True
+    joins = True
 
     def __init__(self, device: torch.device, stream: CopyStream | None = None) -> None:
         self.memory = device
@@ -105,7 +108,7 @@ class Placement:
 class OnHost(Placement):
     """On the host; layers are copied to the device while they run."""
 
-    shares_device = False
+    shares_device = joins = False
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cpu"))

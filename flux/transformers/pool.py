@@ -32,7 +32,7 @@ from flux.transformers.copies import DeviceCopies
 from flux.transformers.merge import Swap, WorkingWeights
 from flux.transformers.one_pass import OnePass
 from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage
-from flux.transformers.skeleton import set_parameter, size, skeleton
+from flux.transformers.skeleton import allocate, size, skeleton
 from flux.variants import Key, Precision
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.inventory import Entry
@@ -74,7 +74,8 @@ class Transformers:
         self._placement = placement or Placement(device)
         self._staging = Staging(self._placement.memory, self._placement.stream)
         self.modules: dict[Key, nn.Module] = {
-            key: skeleton(base_weights[key.variant].skeleton) for key in ORDER
+            key: skeleton(base_weights[key.variant].skeleton, joined=self._placement.joins)
+            for key in ORDER
         }
         self._float8 = {
             key: float8_parameters(module) if key.precision == "fp8" else frozenset()
@@ -195,8 +196,7 @@ class Transformers:
         read_anyway = base.is_open or Key(key.variant, "bf16") in self.at_start
         ready_made = base.prequantized if key.precision == "fp8" and not read_anyway else None
         try:
-            for name, parameter in list(module.named_parameters()):
-                set_parameter(module, name, self._empty(key, name, parameter, empty))
+            allocate(module, partial(self._empty, key, empty))
             if ready_made:  # before the hooks of offloading, which copy the scales
                 ready_made.fill(module, self._staging, check_cancelled)
             self._placement.enter(module)
@@ -212,12 +212,14 @@ class Transformers:
             self._evict(key)
             raise
 
-    def _empty(self, key: Key, name: str, like: Tensor, empty: Empty) -> Tensor:
+    def _empty(
+        self, key: Key, empty: Empty, name: str, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
         if name not in self._float8[key]:
-            return empty(like.shape, like.dtype)
-        values = empty(like.shape, FLOAT8)
+            return empty(shape, dtype)
+        values = empty(shape, FLOAT8)
         make: Callable[..., Tensor] = partial(empty_float8, dynamic=self._dynamic, values=values)
-        return make(like.shape, like.dtype, values.device)
+        return make(shape, dtype, values.device)
 
     def _wants_copy(
         self, key: Key, adapters: Sequence[tuple[AdapterLike, float]], *, fresh: bool
@@ -286,9 +288,7 @@ class Transformers:
             logger.info("%s %s leaves %s", *item, self._placement.memory)
         module = self.modules[item]
         self._placement.leave(module)
-        nothing = partial(torch.empty, device="meta")
-        for name, parameter in list(module.named_parameters()):
-            set_parameter(module, name, nothing(parameter.shape, dtype=parameter.dtype))
+        allocate(module, lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
 
     def _base(
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None

@@ -58,8 +58,9 @@ def multiply(
     if taken is None:
         product = (left.to(dtype) @ right.to(dtype).T).float() * left_scale * right_scale.T
         return (product if bias is None else product + bias).to(dtype)
-    if taken > rows:
-        left, left_scale = _extended(left, taken), _extended(left_scale, taken)
+    if taken == rows:
+        return _scaled_mm(left, right, left_scale, right_scale, bias, dtype)
+    left, left_scale = _extended(left, taken), _extended(left_scale, taken)
     return _scaled_mm(left, right, left_scale, right_scale, bias, dtype)[:rows]
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux.transformers.compile import Compilation
 from flux.transformers.quantize import empty_float8, float8_parameters
-from flux.transformers.skeleton import set_parameter
+from flux.transformers.skeleton import allocate, skeleton
 from flux.variants import Key
 from tests.flux import card
 
@@ -53,20 +53,22 @@ def prepare_inductor() -> None:
     config.fx_graph_cache, config.compile_threads = False, 1
 
 
-def transformer(*, float8: bool) -> FluxTransformer2DModel:
+def transformer(*, float8: bool) -> torch.nn.Module:
     """A block of each kind on the pretended card, in the form that serves."""
     with torch.device("meta"):
-        found = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        base = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    found = skeleton(base, joined=True)
     names = float8_parameters(found) if float8 else frozenset()
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device = torch.device("cuda")
+
+    def make(name: str, shape: torch.Size, _: torch.dtype) -> Tensor:
+        if name in names:
+            return empty_float8(shape, torch.bfloat16, device, dynamic=True)
+        return torch.empty(shape, dtype=torch.bfloat16, device=device)
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for name, parameter in list(found.named_parameters()):
-            if name in names:
-                value = empty_float8(parameter.shape, dtype, device, dynamic=True)
-            else:
-                value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            set_parameter(found, name, value)
-    return found.eval()
+        allocate(found, make)
+    return found
 
 
 def generated(block: torch.nn.Module, width: int, head: int) -> str:

@@ -21,7 +21,7 @@ from tests.flux.low_rank import Kernel
 from tests.flux.streams import Late
 from tests.support.adapters import adapter
 from tests.support.embedded import diffusers
-from tests.support.pictures import data_uri, difference, same
+from tests.support.pictures import data_uri, difference, largest_difference, same
 
 
 @cache
@@ -229,12 +229,14 @@ def not_offloaded(usual) -> list[tuple[dict[str, Any], Image.Image]]:
 
 
 @pytest.mark.parametrize("offload", ["t5", "all"])
-def test_offloaded_weights_generate_the_same_bits(start, not_offloaded, caplog, offload) -> None:
+def test_offloaded_weights_generate_the_same(start, not_offloaded, caplog, offload) -> None:
+    """But for rounding, if the transformer multiplies query, key and value one by one."""
     there = start(FLUX_OFFLOAD=offload)
     assert "text_encoder_2" in caplog.text
     assert ("transformer: on the host, brought layer by layer" in caplog.text) == (offload == "all")
     for number, (request, expected) in enumerate(not_offloaded):
-        assert same(there(**request)[0], expected), number
+        most = largest_difference(there(**request)[0], expected)
+        assert most <= (1 if offload == "all" else 0), number
 
 
 @pytest.mark.gpu

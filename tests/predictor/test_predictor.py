@@ -3,7 +3,6 @@
 import errno
 import re
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
@@ -17,15 +16,10 @@ from safety.checker import Verdict
 from tests.support.adapters import adapter
 from tests.support.embedded import diffusers
 from tests.support.inputs import QUICK, SMALL
-from tests.support.pictures import colours, data_uri, difference, pixels, same
+from tests.support.pictures import colours, data_uri, difference, largest_difference, same
 from tests.support.planted import plant_flags
 from weights.serving.errors import DirectoryError, DiskSpaceError
 from weights.serving.settings import Settings
-
-
-def largest_difference(a: Image.Image, b: Image.Image) -> int:
-    return int(np.abs(pixels(a) - pixels(b)).max())
-
 
 # --- diffusers as the oracle
 

@@ -37,5 +37,9 @@ def difference(a: Image.Image, b: Image.Image) -> float:
     return float(np.abs(pixels(a) - pixels(b)).mean())
 
 
+def largest_difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(pixels(a) - pixels(b)).max())
+
+
 def same(a: Image.Image, b: Image.Image) -> bool:
     return a.size == b.size and bool((pixels(a) == pixels(b)).all())

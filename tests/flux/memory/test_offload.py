@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flux.memory.offload import OnHost, offload, offloaded
+from flux.memory.offload import OnHost, Placement, offload, offloaded
 from flux.memory.residency import ORDER, BudgetError
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
@@ -40,6 +40,12 @@ def make(base_weights, device: torch.device = CPU, **options: Any) -> Transforme
     return Transformers(tiny.opened(base_weights), device, **options)
 
 
+class Apart(Placement):
+    """Multiplies as offloaded transformers do, without their hooks."""
+
+    joins = False
+
+
 def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:
     """One forward pass of a transformer."""
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +68,7 @@ def step(found: Transformers, key, device: torch.device = CPU) -> Tensor:
 
 @pytest.mark.parametrize("key", ORDER, ids="-".join)
 def test_the_same_bits_with_and_without_adapters(base_weights, adapters, streams, key) -> None:
-    here, there = make(base_weights), make(base_weights, placement=OnHost(CPU))
+    here, there = (make(base_weights, placement=kind(CPU)) for kind in (Apart, OnHost))
     for desired in ([], [(adapters["a"], 1.0), (adapters["d"], 0.5)], [(adapters["c"], 1.5)], []):
         for found in (here, there):
             found.reconcile(key, desired)
@@ -74,20 +80,18 @@ def test_the_same_bits_with_and_without_adapters(base_weights, adapters, streams
 def test_products_that_the_library_refuses_are_computed_there_too(
     base_weights, make_library, streams
 ) -> None:
-    found = (
-        make(base_weights, dynamic=True),
-        make(base_weights, dynamic=True, placement=OnHost(CPU)),
+    here, there = (
+        make(base_weights, dynamic=True, placement=kind(CPU)) for kind in (Apart, OnHost)
     )
     make_library(least=20)
-    for transformers in found:
+    for transformers in (here, there):
         transformers.reconcile(DEV8, [])
-    here, there = found
     for _ in range(3):
         assert torch.equal(step(there, DEV8), step(here, DEV8))
 
 
 def test_one_that_leaves_the_host_comes_back_whole(base_weights, adapters, streams) -> None:
-    here = make(base_weights)
+    here = make(base_weights, placement=Apart(CPU))
     there = make(base_weights, placement=OnHost(CPU), budget=size(base_weights["dev"], frozenset()))
     expected = {}
     for found in (DEV, SCHNELL8):
@@ -145,7 +149,7 @@ class Full:
 @pytest.mark.parametrize("key", [DEV, DEV8], ids="-".join)
 def test_out_of_memory_in_a_layer(base_weights, adapters, streams, key, passes) -> None:
     """Layers that are on the device then are brought anew, with what was merged meanwhile."""
-    here, there = make(base_weights), make(base_weights, placement=OnHost(CPU))
+    here, there = (make(base_weights, placement=kind(CPU)) for kind in (Apart, OnHost))
     there.reconcile(SCHNELL8, [])
     there.reconcile(key, [])
     for _ in range(passes):
