@@ -1,11 +1,11 @@
 """Query, key and value as one product of matrices instead of three.
 
-The three linears of an attention multiply the same tokens. As one product with the rows of all
-three weights, it is launched once, float8 quantizes its input once, and fewer of a card's
-processors wait for the last tiles (docs/performance.md). diffusers' attention can do so with its
-`fuse_projections`, for which it copies the weights under another name. Here the parameters keep
-their names and share memory instead: each holds some rows of one tensor, and the product reads the
-whole. So checkpoints, adapters and records know nothing of it.
+The three linears of an attention multiply the same tokens. One product with the rows of all three
+weights is launched once, float8 quantizes its input once, and a card's last wave of tiles is fuller
+(docs/performance.md). diffusers' attention can do so with its `fuse_projections`, for which it
+copies the weights under another name. Here the parameters keep their names and share memory
+instead: each holds some rows of one tensor, and the product reads the whole. So checkpoints,
+adapters and records know nothing of it.
 """
 
 from collections.abc import Iterator, Sequence

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ PACKAGES = (
 QUERY = (
     "name,memory.total,driver_version,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,"
     "power.limit"
+)
+PRODUCTS = (  # tokens, and both sides of a weight; text alone, and with images of 512 and 1024
+    (8192, 8192, 8192),
+    *((tokens, 3072, columns) for tokens in (512, 1536, 4608) for columns in (3072, 9216, 12288)),
+    (512, 12288, 3072),
+    (4608, 15360, 3072),
 )
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
@@ -113,28 +120,24 @@ def bandwidths(device: torch.device) -> dict[str, float]:
 
 
 def products(device: torch.device) -> dict[str, float | str]:
-    """Tera-operations a second of square products, and of fp8 with FLUX.1's numbers of tokens."""
-    cuda = device.type == "cuda"
-    size = 8192 if cuda else 64
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    seconds = seconds_of(lambda: left @ right, device)
-    found: dict[str, float | str] = {"bf16, tera-op/s": round(2 * size**3 / seconds / 1e12, 1)}
-    values, weight = (t.clamp(-400, 400).to(torch.float8_e4m3fn) for t in (left, right))
-    columns = torch.ones(1, size, device=device)
-    for tokens in (size, 4608, 1536, 512) if cuda else (32,):
-        rows, scales = values[:tokens].contiguous(), torch.ones(tokens, 1, device=device)
-
-        def multiply(rows: torch.Tensor = rows, scales: torch.Tensor = scales) -> torch.Tensor:
-            return torch._scaled_mm(
-                rows, weight.t(), scales, columns, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
-
-        name = f"fp8 row-wise, {tokens} tokens, tera-op/s"
-        try:
-            seconds = seconds_of(multiply, device)
-            found[name] = round(2 * tokens * size**2 / seconds / 1e12, 1)
-        except RuntimeError as error:
-            found[name] = str(error)[:200]
+    """Tera-operations a second of FLUX.1's products and of a large one, in both precisions."""
+    found: dict[str, float | str] = {}
+    for tokens, inner, columns in PRODUCTS if device.type == "cuda" else ((32, 64, 48),):
+        make = partial(torch.randn, device=device)
+        left, right = make(tokens, inner).bfloat16(), make(columns, inner).bfloat16()
+        scales = torch.ones(tokens, 1, device=device), torch.ones(1, columns, device=device)
+        narrow = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()
+        options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        for precision, multiply in (
+            ("bf16", partial(F.linear, left, right)),
+            ("fp8", partial(torch._scaled_mm, *narrow, *scales, **options)),
+        ):
+            name = f"{precision}, {tokens} x {inner} x {columns}, tera-op/s"
+            try:
+                seconds = seconds_of(multiply, device)
+                found[name] = round(2 * tokens * inner * columns / seconds / 1e12, 1)
+            except RuntimeError as error:
+                found[name] = str(error)[:200]
     return found
 
 
