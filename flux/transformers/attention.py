@@ -1,15 +1,18 @@
 """Which implementation of attention the transformers use: diffusers' backends, by name.
 
 On cards of capability 9.0 and 10.0 PyTorch prefers cuDNN's (sdp_utils.cpp,
-`check_prefer_cudnn_attention`), which builds a plan for every number of tokens and keeps it for the
-thread that asked (cudnn/MHA.cpp, `MHAParams`). Others saw 0.02 to 0.44 s for a plan
+`check_prefer_cudnn_attention`), which builds a plan for each number of tokens and each layout, and
+keeps it for the thread that asked (cudnn/MHA.cpp, `MHAParams`). Others saw 0.02 to 0.44 s a plan
 (https://github.com/modelscope/FunASR/issues/3704, on a B200), which the first image of each size
-would wait for. So the engine thread attends once in each of the contract's sizes in setup.
+would wait for. So the engine thread attends in each of the contract's sizes in setup, as a double
+block does and as a single block does.
 """
 
 import logging
 import time
 from collections.abc import Callable, Collection
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ NATIVE = AttentionBackendName.NATIVE.value  # PyTorch's own choice among its ker
 PROBE_TOKENS = 128
 BUILDS_PLANS = {NATIVE, AttentionBackendName._NATIVE_CUDNN.value}  # or may, on such a card
 CAPABILITY = 9  # that PyTorch prefers cuDNN from
-LIMIT = 15.0  # seconds of setup for plans
+LIMIT = 20.0  # seconds of setup for plans
 
 
 def set_attention_backend(
@@ -76,11 +79,20 @@ def attend(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Attend once as a block of the transformer does, over text and image together."""
+    """Attend once as each kind of block does, over text and image together.
+
+    A single block's values are a part of the joined product (flux/transformers/projections.py).
+    """
     config: Any = transformer.config
-    shape = (1, tokens, config.num_attention_heads, config.attention_head_dim)
-    probe = torch.ones(shape, device=device, dtype=dtype)
-    dispatch_attention_fn(probe, probe, probe, backend=backend)
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    ones = partial(torch.ones, device=device, dtype=dtype)
+    probe = ones(1, tokens, *heads)
+    layouts = [probe]
+    attention: Any = transformer.get_submodule("single_transformer_blocks.0.attn")
+    if attention.fused_projections:
+        layouts.append(ones(1, tokens, 3 * prod(heads)).chunk(3, dim=-1)[2].view(1, tokens, *heads))
+    for values in layouts:
+        dispatch_attention_fn(probe, probe, values, backend=backend)
 
 
 def needs_plans(backend: AttentionBackendName, device: torch.device) -> bool:

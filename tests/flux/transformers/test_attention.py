@@ -8,7 +8,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from flux.sampling import ASPECT_RATIOS
-from flux.transformers.attention import build_plans, needs_plans, set_attention_backend
+from flux.transformers.attention import attend, build_plans, needs_plans, set_attention_backend
+from flux.transformers.skeleton import allocate, skeleton
 from tests.support import tiny
 from tests.support.inputs import UNCHECKED
 from tests.support.predictor import without_decoding
@@ -120,8 +121,28 @@ def test_setup_attends_in_every_size_that_requests_will_have(start, monkeypatch,
     assert set(generated) <= in_setup
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_setup_attends_in_every_layout_that_blocks_have(model, monkeypatch, joined: bool) -> None:
+    seen: set[object] = set()
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object):
+        seen.add((query.shape, query.stride(), key.stride(), value.stride()))
+        return attention(query, key, value, **options)
+
+    working = skeleton(model, joined=joined)
+    allocate(working, lambda _, shape, dtype: torch.ones(shape, dtype=dtype))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    attend(working, AttentionBackendName.NATIVE, 12 + 5, CPU, torch.float32)
+    in_setup = set(seen)
+    seen.clear()
+    step(working)
+    assert seen == in_setup
+    assert len(seen) == 1 + joined
+
+
 def test_plans_take_no_longer_than_the_time_for_them(caplog) -> None:
-    clock, tried = itertools.count(step=10), []
+    clock, tried = itertools.count(step=15), []
     build_plans(tried.append, 16, lambda: float(next(clock)))
     assert tried == [4096 + 512]  # the default size
-    assert "plans for 1 of 19 numbers of tokens took 20.0 s" in caplog.text
+    assert "plans for 1 of 19 numbers of tokens took 30.0 s" in caplog.text
