@@ -21,6 +21,9 @@ of its inputs differ from those that single blocks pass to each other.
 - `loop_ordering_after_fusion=False`: with it, inductor fuses the quantization of a float8 linear's
   input with what writes that input, and then cannot split a kernel over tokens whose number is a
   sum, of text and image (CantSplit, torch 2.13, for CUDA only; pytorch/pytorch #183696 is alike).
+- `realize_opcount_threshold`: with torch's own, inductor stores the amplitudes of a single block's
+  rows, in bf16, and quantizes them in a second kernel, which reads all values and computes GELU
+  again. With the higher one it is one kernel.
 - The VAE is not compiled: its convolutions are library calls either way, it runs once an image,
   and its shapes would cost a second warm-up.
 """
@@ -56,7 +59,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
-INDUCTOR = {"loop_ordering_after_fusion": False}
+INDUCTOR = {
+    "loop_ordering_after_fusion": False,
+    "realize_opcount_threshold": 64,  # torch's own is 30; 40 does not suffice
+}
 DYNAMO = {"specialize_float": True}
 WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
 
