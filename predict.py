@@ -215,7 +215,7 @@ class Predictor(BaseRunner):
         targets = Targets(self._engine.shapes)
         self._loader = AdapterLoader(
             LoaderSettings.of(self._settings),
-            lambda path, digest: load_adapter(path, digest, targets),
+            lambda path, digest, settings: load_adapter(path, digest, targets, settings),
         )
         self._make_ready(check_cancelled)
         inventory.add(*self._engine.entries())

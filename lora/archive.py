@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+from lora.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, config_of, settings_of
 from weights.header import HEAD_BYTES, HeaderError, refuse_other_files
 from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import InvalidFileError
@@ -21,6 +22,7 @@ Kind = Literal["safetensors", "tar"]
 
 MAX_MEMBERS = 10_000
 MAX_TEXT_BYTES = 1 << 16
+MAX_CONFIGS = 64
 MAX_EXTENDED_HEADER = 1 << 20
 CHUNK = 1 << 20
 EXTENDED = (
@@ -57,8 +59,10 @@ def kind_of(path: Path, name: str) -> Kind:
 
 def take_weights(
     archive: Path, target: Path, name: str, max_bytes: int, check_cancelled: CheckCancelled
-) -> tuple[str, ...]:
-    """Copy the only .safetensors of a tar to `target`; returns trigger words found beside it.
+) -> tuple[tuple[str, ...], str]:
+    """Copy the only .safetensors of a tar to `target`; returns what is found beside it.
+
+    That is trigger words, and PEFT's settings (`settings_of`).
 
     Nothing is left after any exception.
 
@@ -66,8 +70,8 @@ def take_weights(
         max_bytes: bounds what the tar expands to.
 
     Raises:
-        InvalidFileError: there is not exactly one such file, or if the tar is damaged or beyond the
-            bounds.
+        InvalidFileError: there is not exactly one such file, or if the tar or PEFT's configuration
+            is damaged or beyond the bounds.
     """
     reader = _Reader(name, target, max_bytes, check_cancelled)
     try:
@@ -122,6 +126,7 @@ class _Reader:
         self._found: list[str] = []
         self._triggers: list[str] = []
         self._captions: list[set[str]] = []
+        self._configs: dict[str, bytes] = {}
 
     def take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """Read one member, and copy it if it holds the weights."""
@@ -137,11 +142,13 @@ class _Reader:
             self._found.append(member.name)
             if len(self._found) == 1:
                 self._copy(content)
+        elif path.name == CONFIG_NAME:
+            self._keep_config(str(path), content)
         elif member.size <= MAX_TEXT_BYTES and suffix in (*CONFIG_SUFFIXES, ".txt"):
             self._read_text(content.read().decode(errors="replace"), is_caption=suffix == ".txt")
 
-    def finish(self) -> tuple[str, ...]:
-        """Check that there was exactly one file of weights, and return the trigger words."""
+    def finish(self) -> tuple[tuple[str, ...], str]:
+        """Check that there was exactly one file of weights; the trigger words, PEFT's settings."""
         if len(self._found) != 1:
             held = ", ".join(self._found[:10]) or "none"
             raise InvalidFileError(
@@ -149,7 +156,9 @@ class _Reader:
                 f"{held}. Give the link of a single .safetensors file."
             )
         common = set.intersection(*self._captions) if len(self._captions) > 1 else set()
-        return tuple(dict.fromkeys(self._triggers)) or tuple(sorted(common))
+        words = tuple(dict.fromkeys(self._triggers)) or tuple(sorted(common))
+        config = self._configs.get(config_of(str(PurePosixPath(self._found[0]))) or "")
+        return words, "" if config is None else settings_of(config, self._name)
 
     def _count(self, member: tarfile.TarInfo) -> None:
         self._check_cancelled()
@@ -165,6 +174,12 @@ class _Reader:
             while chunk := content.read(CHUNK):
                 self._check_cancelled()
                 file.write(chunk)
+
+    def _keep_config(self, path: str, content: IO[bytes]) -> None:
+        """Keep a configuration: the weights may come later."""
+        if len(self._configs) == MAX_CONFIGS:
+            raise InvalidFileError(f"the tar holds more than {MAX_CONFIGS} files {CONFIG_NAME}")
+        self._configs[path] = content.read(MAX_CONFIG_BYTES + 1)
 
     def _read_text(self, text: str, *, is_caption: bool) -> None:
         if is_caption:

@@ -30,8 +30,10 @@ def fetch_file(artifact: Artifact, target: Path, access: Access, retry: RetryPol
             return fetched
         limit = access.client.settings.max_bytes
         inner = target.with_name(target.name + ".inner")
-        words = take_weights(fetched.path, inner, artifact.source, limit, retry.check_cancelled)
-        return FetchedFile(inner, sha256_of(inner), trigger_words=words)
+        words, settings = take_weights(
+            fetched.path, inner, artifact.source, limit, retry.check_cancelled
+        )
+        return FetchedFile(inner, sha256_of(inner), trigger_words=words, settings=settings)
     finally:
         if not is_weights and not fetched.in_place:
             fetched.path.unlink(missing_ok=True)

@@ -8,12 +8,14 @@ failure leaves nothing behind: a file is recorded when it is complete, an adapte
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from uuid import uuid4
 
 from lora.fetch import fetch_file
 from lora.formats.errors import AdapterError
+from lora.peft_config import CONFIG_NAME
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
 from lora.sources.reference import Access, Artifact, Reference, cache_key
@@ -78,10 +80,13 @@ class AdapterLoader:
     For one thread at a time; several processes may share the directory of the cache.
 
     Args:
-        parse: reads a .safetensors file, given its path and SHA-256; raises AdapterError.
+        parse: reads a .safetensors file, given its path, a digest, and PEFT's settings from beside
+            it; raises AdapterError.
     """
 
-    def __init__(self, settings: LoaderSettings, parse: Callable[[Path, str], "Adapter"]) -> None:
+    def __init__(
+        self, settings: LoaderSettings, parse: Callable[[Path, str, str], "Adapter"]
+    ) -> None:
         self._settings = settings
         self._parse = parse
         self._access = Access(settings.sources, HttpClient(settings.http))
@@ -163,24 +168,26 @@ class AdapterLoader:
             sha256=fetched.sha256,
             size=size,
             path=path,
-            source=artifact.source,
+            source=artifact.source + (f" with {CONFIG_NAME}" if fetched.settings else ""),
             revision=artifact.revision,
             trigger_words=_merged(artifact.trigger_words, fetched.trigger_words),
             evictable=fetched.evictable,
+            settings=fetched.settings,
         )
 
     def _read(self, record: CacheRecord, hit: Hit) -> LoadedAdapter:
         """The adapter in a file, parsed unless it is in memory."""
-        adapter = self._memory.get(record.sha256)
+        digest = _digest(record)
+        adapter = self._memory.get(digest)
         if adapter is not None:
             hit = "memory" if hit == "disk" else hit
         else:
             try:
                 with self._cache.in_use(record) as path:
-                    adapter = self._parse(path, record.sha256)
+                    adapter = self._parse(path, digest, record.settings)
             except AdapterError as error:
                 raise InvalidFileError(f"{record.source}: {error}") from error
-            self._memory.put(record.sha256, adapter, adapter.nbytes)
+            self._memory.put(digest, adapter, adapter.nbytes)
         return LoadedAdapter(
             adapter=adapter,
             source=record.source,
@@ -189,6 +196,13 @@ class AdapterLoader:
             trigger_words=_merged(record.trigger_words, adapter.trigger_words),
             hit=hit,
         )
+
+
+def _digest(record: CacheRecord) -> str:
+    """What tells adapters apart: the file, and the settings beside it."""
+    if not record.settings:
+        return record.sha256
+    return sha256(f"{record.sha256} {record.settings}".encode()).hexdigest()
 
 
 def _merged(*groups: Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from lora.formats.errors import AdapterError
 from lora.formats.foreign import refuse_foreign
 from lora.formats.keys import Targets
 from lora.formats.kinds import NUMBERS, Group, flat_shape
-from lora.formats.metadata import AdapterSettings, trigger_words
+from lora.formats.metadata import ADAPTER_SETTINGS, AdapterSettings, trigger_words
 from lora.formats.spellings import AUXILIARY, BOOKKEEPING, is_embedding, split_role
 from weights.header import Header, HeaderError, TensorInfo, read_header, short
 
@@ -37,7 +37,7 @@ class Adapter:
     """What one file adds to the weights; factors stay in the file's dtype, on the CPU.
 
     Attributes:
-        digest: sha256 of the file.
+        digest: of the file, and of the settings beside it.
         format: how it is spelled and what kind it is, for the log.
         modules: how many modules (as spelled in the file) it changes.
         nbytes: bytes of all the tensors it keeps.
@@ -107,13 +107,14 @@ class Adapter:
         return replace(self, contributions=kept)
 
 
-def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
+def load_adapter(path: Path, digest: str, targets: Targets, settings: str = "") -> Adapter:
     """Read an adapter for the model that `targets` describes.
 
     Args:
         path: a safetensors file; nothing about it is trusted.
-        digest: sha256 of the file, which becomes the adapter's identity.
+        digest: of the file and the settings, which becomes the adapter's identity.
         targets: names and shapes of the model's modules.
+        settings: PEFT's, from beside the file, as JSON; those in its header come first.
 
     Raises:
         AdapterError: the file is not an adapter for this model, or not sound.
@@ -140,10 +141,11 @@ def load_adapter(path: Path, digest: str, targets: Targets) -> Adapter:
     if not groups:
         raise AdapterError(_nothing_matched(header, ignored))
     _refuse_second_spellings(groups)
-    settings = AdapterSettings(header.metadata)
+    beside = {ADAPTER_SETTINGS: settings} if settings else {}
+    adapter_settings = AdapterSettings(beside | dict(header.metadata))
     try:
         with safe_open(path, framework="pt") as file:
-            contributions = read_contributions(groups, settings, file.get_tensor)
+            contributions = read_contributions(groups, adapter_settings, file.get_tensor)
     except SafetensorError as error:
         raise AdapterError(f"the file cannot be read: {short(str(error))}") from error
     return Adapter(

@@ -72,7 +72,9 @@ class AdapterSettings:
                 plain = name.lstrip("^").removeprefix(CLIP_LEVEL)
                 if not PATTERN_SYNTAX.isdisjoint(plain):
                     raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
-                if f".{module}".endswith(f".{plain}"):
+                names = (module, f"{component}.{module}")  # the second, if a pipeline was trained
+                ends = not name.startswith("^") and names[1].endswith(f".{plain}")
+                if ends or plain in names:
                     return alpha
         return self._get(component, "lora_alpha")
 

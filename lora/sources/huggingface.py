@@ -22,6 +22,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
+from lora.peft_config import check_config_size, config_of, read_settings
 from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import SLUG, Link
@@ -132,9 +133,14 @@ class HuggingFaceReference(Reference):
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
         file = files[_choose(self, list(files))]
         commit, name = info.sha or "", file.rfilename
+        pin = f"huggingface {endpoint} {self.repo} {commit} {name} {fingerprint(token)}"
+        config = files.get(config_of(name) or "")
+        if config is not None:
+            check_config_size(config.size or 0, f"huggingface.co/{self.repo}/{name}")
+            pin += f" {config.rfilename}"
         prompt = info.card_data.get("instance_prompt") if info.card_data else None
         return HubArtifact(
-            pin=f"huggingface {endpoint} {self.repo} {commit} {name} {fingerprint(token)}",
+            pin=pin,
             source=f"huggingface.co/{self.repo}/{name}",
             revision=commit[:12],
             size=file.size,
@@ -143,47 +149,33 @@ class HuggingFaceReference(Reference):
             repo=self.repo,
             commit=commit,
             file=name,
+            config=config.rfilename if config else None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubArtifact(Artifact):
-    """A file of a repository at one commit."""
+    """A file of a repository at one commit.
+
+    Attributes:
+        config: PEFT's adapter_config.json beside it.
+    """
 
     repo: str
     commit: str
     file: str
+    config: str | None = None
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
     ) -> FetchedFile:
         """Fetch the file into the cache of huggingface_hub, or find it there."""
-        settings = access.settings
-        endpoint, cache = settings.hf_endpoint, settings.hf_cache_dir
-        token: str | bool = settings.hf_token or False
-
-        def report(done: int, total: int | None, _: str) -> None:
-            retry.check_cancelled()
-            on_progress(done, total)
-
-        cached = try_to_load_from_cache(self.repo, self.file, cache, self.commit)
-
-        def download() -> str:
-            with hub_call(self.source, settings.hf_token):
-                if isinstance(cached, str):
-                    url = hf_hub_url(self.repo, self.file, revision=self.commit, endpoint=endpoint)
-                    get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
-                return hf_hub_download(
-                    self.repo,
-                    self.file,
-                    revision=self.commit,
-                    cache_dir=cache,
-                    endpoint=endpoint,
-                    token=token,
-                    tqdm_class=progress_bar(report),
-                )
-
-        path = Path(cancellable(download, retry.check_cancelled))
+        cache = access.settings.hf_cache_dir
+        found = try_to_load_from_cache(self.repo, self.file, cache, self.commit)
+        settings = ""
+        if self.config:
+            settings = read_settings(self._get(self.config, access, retry), self.source)
+        path = self._get(self.file, access, retry, on_progress)
         digest = sha256_of(path)
         if self.sha256 not in (None, digest):
             remove(path, cache)
@@ -191,7 +183,37 @@ class HubArtifact(Artifact):
                 f"{self.source}: the file has SHA-256 {digest}, but the Hub announces "
                 f"{self.sha256}. It was damaged on the way: try again."
             )
-        return FetchedFile(path, digest, in_place=True, evictable=not isinstance(cached, str))
+        ours = not isinstance(found, str)
+        return FetchedFile(path, digest, in_place=True, evictable=ours, settings=settings)
+
+    def _get(
+        self, file: str, access: Access, retry: RetryPolicy, on_progress: Progress | None = None
+    ) -> Path:
+        settings = access.settings
+        endpoint, cache = settings.hf_endpoint, settings.hf_cache_dir
+        token: str | bool = settings.hf_token or False
+
+        def report(done: int, total: int | None, _: str) -> None:
+            retry.check_cancelled()
+            if on_progress:
+                on_progress(done, total)
+
+        def download() -> str:
+            with hub_call(f"huggingface.co/{self.repo}/{file}", settings.hf_token):
+                if isinstance(try_to_load_from_cache(self.repo, file, cache, self.commit), str):
+                    url = hf_hub_url(self.repo, file, revision=self.commit, endpoint=endpoint)
+                    get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
+                return hf_hub_download(
+                    self.repo,
+                    file,
+                    revision=self.commit,
+                    cache_dir=cache,
+                    endpoint=endpoint,
+                    token=token,
+                    tqdm_class=progress_bar(report),
+                )
+
+        return Path(cancellable(download, retry.check_cancelled))
 
 
 def remove(path: Path, cache_dir: Path | None = None) -> None:

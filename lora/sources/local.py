@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
+from lora.peft_config import config_of, read_settings
 from lora.sources.link import Link
 from lora.sources.reference import Access, Artifact, FetchedFile, Reference
 from weights.download.retry import RetryPolicy
@@ -39,22 +40,38 @@ class LocalReference(Reference):
         if not path.is_file():
             raise NotFoundError(f"{self.display}: no such file on the machine of this model")
         stat = path.stat()
+        named = config_of(str(self.path.absolute()))  # of a link: beside the link
+        config = Path(named) if named is not None and Path(named).is_file() else None
         return LocalArtifact(
-            pin=f"local {path} {stat.st_mtime_ns} {stat.st_size}",
+            pin=" ".join(["local", _version(path), *([_version(config)] if config else [])]),
             source=self.display,
             revision=f"modified {stat.st_mtime_ns}",
             size=stat.st_size,
             path=path,
+            config=config,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalArtifact(Artifact):
-    """A file that stays where it is."""
+    """A file that stays where it is.
+
+    Attributes:
+        config: PEFT's adapter_config.json beside it.
+    """
 
     path: Path
+    config: Path | None = None
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
     ) -> FetchedFile:
-        return FetchedFile(self.path, sha256_of(self.path), in_place=True, evictable=False)
+        settings = read_settings(self.config, self.source) if self.config else ""
+        digest = sha256_of(self.path)
+        return FetchedFile(self.path, digest, in_place=True, evictable=False, settings=settings)
+
+
+def _version(file: Path) -> str:
+    """What changes with the content of a file."""
+    stat = file.stat()
+    return f"{file} {stat.st_mtime_ns} {stat.st_size}"

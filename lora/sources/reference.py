@@ -32,6 +32,7 @@ class FetchedFile:
     Attributes:
         in_place: it lies where its owner keeps it, and must not be moved.
         evictable: it may be deleted to make room.
+        settings: what PEFT's adapter_config.json beside it says, as JSON; empty if nothing.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class FetchedFile:
     in_place: bool = False
     evictable: bool = True
     trigger_words: tuple[str, ...] = ()
+    settings: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

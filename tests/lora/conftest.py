@@ -1,11 +1,14 @@
+from dataclasses import replace
+
 import pytest
 from huggingface_hub.utils import close_session
 
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings, SourceSettings
 from tests.lora.files import parse
+from tests.lora.saved_by_peft import Case
 from tests.support import tiny
-from tests.support.services import Civitai, HuggingFace, Replicate
+from tests.support.services import Civitai, HuggingFace, Replicate, tar
 from weights.download.cache import CacheSettings
 from weights.download.http import HttpSettings
 
@@ -61,3 +64,28 @@ def replicate(hub):
 def flux(request):
     """A transformer, a CLIP and a T5, of two sizes in turn."""
     return tiny.modules(request.param)
+
+
+@pytest.fixture
+def case(flux, settings, new_loader):
+    allowing = replace(settings.sources, allow_local_paths=True)
+    return Case(flux, replace(settings, sources=allowing), new_loader)
+
+
+@pytest.fixture
+def serve(hub, huggingface, tmp_path):
+    """Puts the files of an adapter where a kind of reference finds them; returns the reference."""
+
+    def put(source, files):
+        if source == "hub":
+            huggingface.add("o/n", files)
+            return "huggingface.co/o/n"
+        if source == "path":
+            for name, content in files.items():
+                (tmp_path / "mine" / name).parent.mkdir(exist_ok=True, parents=True)
+                (tmp_path / "mine" / name).write_bytes(content)
+            return str(next((tmp_path / "mine").rglob("*.safetensors")))
+        order = sorted(files, reverse=source.endswith("weights first"))
+        return hub.add_file("/a.tar", tar({f"./{name}": files[name] for name in order}))
+
+    return put

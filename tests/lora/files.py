@@ -27,7 +27,7 @@ class Parsed:
     trigger_words: tuple[str, ...] = ()
 
 
-def parse(path: Path, digest: str) -> Parsed:
+def parse(path: Path, digest: str, _settings: str) -> Parsed:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     return Parsed(next(iter(json.loads(data[8 : 8 + length]))), digest, len(data))

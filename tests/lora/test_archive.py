@@ -20,7 +20,7 @@ def take(tmp_path):
         archive, target = tmp_path / "archive", tmp_path / "target"
         archive.write_bytes(content)
         assert kind_of(archive, "a.tar") == "tar"
-        words = take_weights(archive, target, "a.tar", max_bytes, lambda: None)
+        words, _ = take_weights(archive, target, "a.tar", max_bytes, lambda: None)
         return target.read_bytes(), words
 
     return run

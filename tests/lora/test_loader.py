@@ -33,8 +33,8 @@ class CountingParser:
     def __init__(self):
         self.parsed = []
 
-    def __call__(self, path, digest):
-        adapter = parse(path, digest)
+    def __call__(self, path, digest, settings):
+        adapter = parse(path, digest, settings)
         self.parsed.append(adapter.content)
         return adapter
 
@@ -119,8 +119,8 @@ def test_file_that_was_in_the_cache_of_huggingface_before_is_left_there(
 
 
 def test_bad_file_is_named_and_the_next_request_is_fine(hub, new_loader):
-    def refuse_bad(path, digest):
-        adapter = parse(path, digest)
+    def refuse_bad(path, digest, settings):
+        adapter = parse(path, digest, settings)
         if adapter.content == "bad":
             raise AdapterError("no module of FLUX.1 matches")
         return adapter

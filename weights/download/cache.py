@@ -65,6 +65,7 @@ class CacheRecord:
         evictable: whether the cache may remove it.
         source, revision: for the log; no secrets.
         lasting: whether its key can be used again after a day; a presigned URL cannot.
+        settings: what was said beside the file about its use.
     """
 
     sha256: str
@@ -75,6 +76,7 @@ class CacheRecord:
     trigger_words: tuple[str, ...] = ()
     evictable: bool = True
     lasting: bool = True
+    settings: str = ""
 
 
 class FileCache:
