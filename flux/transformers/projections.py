@@ -9,8 +9,9 @@ adapters and records know nothing of it.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from operator import itemgetter
 
-import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 from torchao.quantization.quantize_.workflows import Float8Tensor
@@ -59,10 +60,7 @@ def shared_tensors(transformer: nn.Module) -> Iterator[tuple[Projection, str, li
 
 def split_rows(together: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Parts of a tensor, float8 or not, by their numbers of rows; they share its memory."""
-    if not isinstance(together, Float8Tensor):
-        return list(torch.split(together, list(counts)))
-    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-    return [
-        together._apply_fn_to_data(lambda tensor, rows=slice(end - count, end): tensor[rows])
-        for count, end in zip(counts, ends, strict=True)
-    ]
+    parts = [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+    if isinstance(together, Float8Tensor):
+        return [together._apply_fn_to_data(itemgetter(rows)) for rows in parts]
+    return [together[rows] for rows in parts]

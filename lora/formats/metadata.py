@@ -67,14 +67,14 @@ class AdapterSettings:
 
     def _alpha(self, component: str, module: str) -> object:
         pattern = self._get(component, "alpha_pattern")
+        whole = f"{component}.{module}"  # PEFT's name, if a pipeline was trained
         if isinstance(pattern, dict):
             for name, alpha in pattern.items():
                 plain = name.lstrip("^").removeprefix(CLIP_LEVEL)
                 if not PATTERN_SYNTAX.isdisjoint(plain):
                     raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
-                names = (module, f"{component}.{module}")  # the second, if a pipeline was trained
-                ends = not name.startswith("^") and names[1].endswith(f".{plain}")
-                if ends or plain in names:
+                anchored = name.startswith("^")
+                if plain in (module, whole) or (not anchored and whole.endswith(f".{plain}")):
                     return alpha
         return self._get(component, "lora_alpha")
 

@@ -170,25 +170,23 @@ class HubArtifact(Artifact):
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
     ) -> FetchedFile:
         """Fetch the file into the cache of huggingface_hub, or find it there."""
-        cache = access.settings.hf_cache_dir
-        found = try_to_load_from_cache(self.repo, self.file, cache, self.commit)
         settings = ""
         if self.config:
-            settings = read_settings(self._get(self.config, access, retry), self.source)
-        path = self._get(self.file, access, retry, on_progress)
+            settings = read_settings(self._get(self.config, access, retry)[0], self.source)
+        path, found = self._get(self.file, access, retry, on_progress)
         digest = sha256_of(path)
         if self.sha256 not in (None, digest):
-            remove(path, cache)
+            remove(path, access.settings.hf_cache_dir)
             raise InvalidFileError(
                 f"{self.source}: the file has SHA-256 {digest}, but the Hub announces "
                 f"{self.sha256}. It was damaged on the way: try again."
             )
-        ours = not isinstance(found, str)
-        return FetchedFile(path, digest, in_place=True, evictable=ours, settings=settings)
+        return FetchedFile(path, digest, in_place=True, evictable=not found, settings=settings)
 
     def _get(
         self, file: str, access: Access, retry: RetryPolicy, on_progress: Progress | None = None
-    ) -> Path:
+    ) -> tuple[Path, bool]:
+        """A file of the repository, and whether it was in the cache before."""
         settings = access.settings
         endpoint, cache = settings.hf_endpoint, settings.hf_cache_dir
         token: str | bool = settings.hf_token or False
@@ -198,9 +196,11 @@ class HubArtifact(Artifact):
             if on_progress:
                 on_progress(done, total)
 
+        found = isinstance(try_to_load_from_cache(self.repo, file, cache, self.commit), str)
+
         def download() -> str:
             with hub_call(f"huggingface.co/{self.repo}/{file}", settings.hf_token):
-                if isinstance(try_to_load_from_cache(self.repo, file, cache, self.commit), str):
+                if found:
                     url = hf_hub_url(self.repo, file, revision=self.commit, endpoint=endpoint)
                     get_hf_file_metadata(url, token=token, timeout=TIMEOUT, endpoint=endpoint)
                 return hf_hub_download(
@@ -213,7 +213,7 @@ class HubArtifact(Artifact):
                     tqdm_class=progress_bar(report),
                 )
 
-        return Path(cancellable(download, retry.check_cancelled))
+        return Path(cancellable(download, retry.check_cancelled)), found
 
 
 def remove(path: Path, cache_dir: Path | None = None) -> None:

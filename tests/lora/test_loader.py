@@ -209,9 +209,8 @@ def test_a_wait_for_another_process_that_fetches_the_same_can_be_cancelled(hub, 
     waits, asked = threading.Event(), itertools.count(1)
 
     def cancel_the_wait():
-        if (
-            hub.count("GET", "/x.safetensors") == 3 and next(asked) == 2
-        ):  # it has tried for the lock
+        if hub.count("GET", "/x.safetensors") == 3 and next(asked) == 2:
+            # It has tried for the lock.
             waits.set()
             raise KeyboardInterrupt
 

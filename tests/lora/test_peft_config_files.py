@@ -62,6 +62,12 @@ def test_the_same_file_in_two_places_is_two_adapters(case, tmp_path):
             assert case.strength(adapter) == pytest.approx(strength)
 
 
+def test_a_link_to_the_file_itself_reads_it_too(case, huggingface):
+    huggingface.add("o/n", case.files)
+    text = f"huggingface.co/o/n/blob/main/{WEIGHTS}"
+    assert case.load(text) == pytest.approx(ALPHA / RANK)
+
+
 def test_wrong_hash_of_the_original_is_refused(case, huggingface):
     huggingface.add("o/n", case.files, announced_sha256="0" * 64)
     with pytest.raises(InvalidFileError, match="announces 000"):
