@@ -11,6 +11,8 @@ of its inputs differ from those that single blocks pass to each other.
   T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
 - `specialize_float=True`: with `dynamic=True`, torch also takes the norms' epsilons for inputs that
   vary, learns after tracing that they cannot, and traces the graph again.
+- `fake_tensor_cache_enabled=False`: torch keeps what it learns of an operator by the sizes of its
+  inputs. With sizes that vary, comparing them takes longer than asking the operator again.
 - The embedders' outputs are detached, which copies nothing. They are views of matrix products.
   torch guards what a view is of, so a graph that was traced with views does not serve the later
   blocks, whose inputs are not views.
@@ -63,7 +65,7 @@ INDUCTOR = {
     "loop_ordering_after_fusion": False,
     "realize_opcount_threshold": 64,  # torch's own is 30; 40 does not suffice
 }
-DYNAMO = {"specialize_float": True}
+DYNAMO = {"specialize_float": True, "fake_tensor_cache_enabled": False}
 WARM_UP_TOKENS = (33, 31)  # rows and columns: like a real image, of 0.25 megapixels, but odd
 
 

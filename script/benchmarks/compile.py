@@ -2,6 +2,8 @@
 
 Every case runs in a process of its own, as a server's start does. Seconds are those of the clock
 and of the processor (compilers included): the latter do not depend on who else is on the machine.
+One more process traces the blocks again and again, with each of our settings of the tracer as torch
+has it, in turns.
 With `--json FILE` a plot goes beside it, as FILE with the suffix .png.
 """
 
@@ -11,10 +13,13 @@ import resource
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -28,6 +33,7 @@ TOKENS = (255, 63)  # of the image and the text: equal to no width, see flux/tra
 OTHERS = ((64, 64), (192, 32), (1024, 64), (99, 256))  # requests after the first
 KEY = Key("dev", "bf16")
 ROUNDS = 9
+TRACES = 5
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ def main() -> None:
         for what, regional in (("blocks", True), ("whole", False)):
             case = Case(regional, Path(directory) / what)
             for state in ("empty cache", "kept cache"):
-                results[f"{what}, {state}"] = in_a_process_of_its_own(case)
+                results[f"{what}, {state}"] = in_a_process_of_its_own(start, case)
+        blocks = Case(regional=True, cache=Path(directory) / "blocks")
+        traces = in_a_process_of_its_own(trace, blocks)
     report(
         "compile",
         {
@@ -54,29 +62,33 @@ def main() -> None:
             "dtype": "float32",
             "rounds": ROUNDS,
             "starts": results,
+            "traces": TRACES,
+            "trace_times_ours": traces,
         },
     )
     chart((11, 3), lambda figure: plot(figure, results))
 
 
-def in_a_process_of_its_own(case: Case) -> dict[str, Any]:
+def in_a_process_of_its_own(
+    measure: Callable[[Case], dict[str, Any]], case: Case
+) -> dict[str, Any]:
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh) as process:
-        return process.submit(start, case).result()
+        return process.submit(measure, case).result()
 
 
 def model() -> torch.nn.Module:
     return full_depth.transformer(torch.float32, HEADS, BLOCKS)
 
 
-def start(case: Case) -> dict[str, Any]:
-    """The first step, then other sizes, then steps beside eager ones."""
+def prepare(case: Case) -> Callable[..., object]:
+    """In a new process: a step of the compiled transformer, with some numbers of tokens."""
     os.environ |= {
         "TORCHINDUCTOR_CACHE_DIR": str(case.cache),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # so that the compilers' seconds are counted
     }
     warnings.filterwarnings("ignore")
-    from flux.transformers.compile import Compilation, graphs
+    from flux.transformers.compile import Compilation
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -88,6 +100,14 @@ def start(case: Case) -> dict[str, Any]:
     def step(tokens: tuple[int, int] = TOKENS) -> object:
         inputs = full_depth.inputs(*tokens)
         return compilation.run(KEY, tokens[0], lambda: found(**inputs))
+
+    return step
+
+
+def start(case: Case) -> dict[str, Any]:
+    """The first step, then other sizes, then steps beside eager ones."""
+    step = prepare(case)
+    from flux.transformers.compile import graphs
 
     clock, processor = time.perf_counter(), processor_seconds()
     step()
@@ -104,6 +124,24 @@ def start(case: Case) -> dict[str, Any]:
         "graphs_for_other_sizes": graphs() - first,
         "step_times_eager": round(median["compiled"] / median["eager"], 3),
     }
+
+
+def trace(case: Case) -> dict[str, Any]:
+    """The first step anew, kernels kept: what tracing takes without each of our settings."""
+    step = prepare(case)
+    from flux.transformers.compile import DYNAMO
+
+    def anew(without: Collection[str]) -> None:
+        with mock.patch.dict(DYNAMO):
+            for name in without:
+                del DYNAMO[name]
+            torch._dynamo.reset()
+            step()
+
+    traces = {f"without {name}": partial(anew, [name]) for name in DYNAMO}
+    median = medians(interleave(traces | {"ours": partial(anew, [])}, TRACES))
+    ours = median.pop("ours")
+    return {name: round(seconds / ours, 2) for name, seconds in median.items()}
 
 
 def processor_seconds() -> float:
