@@ -2,8 +2,8 @@
 
 Every case runs in a process of its own, as a server's start does. Seconds are those of the clock
 and of the processor (compilers included): the latter do not depend on who else is on the machine.
-One more process traces the blocks again and again, with each of our settings of the tracer as torch
-has it, in turns.
+One more process traces the blocks again and again, without each of our settings of the tracer, in
+turns.
 With `--json FILE` a plot goes beside it, as FILE with the suffix .png.
 """
 
@@ -13,7 +13,7 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -131,15 +131,14 @@ def trace(case: Case) -> dict[str, Any]:
     step = prepare(case)
     from flux.transformers.compile import DYNAMO
 
-    def anew(without: Collection[str]) -> None:
-        with mock.patch.dict(DYNAMO):
-            for name in without:
-                del DYNAMO[name]
+    def anew(without: str | None) -> None:
+        settings = {name: value for name, value in DYNAMO.items() if name != without}
+        with mock.patch.dict(DYNAMO, settings, clear=True):
             torch._dynamo.reset()
             step()
 
-    traces = {f"without {name}": partial(anew, [name]) for name in DYNAMO}
-    median = medians(interleave(traces | {"ours": partial(anew, [])}, TRACES))
+    traces = {f"without {name}": partial(anew, name) for name in DYNAMO}
+    median = medians(interleave(traces | {"ours": partial(anew, None)}, TRACES))
     ours = median.pop("ours")
     return {name: round(seconds / ours, 2) for name, seconds in median.items()}
 
