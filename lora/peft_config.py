@@ -7,7 +7,9 @@ from weights.serving.errors import InvalidFileError
 
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
-SETTINGS = ("r", "lora_alpha", "alpha_pattern", "use_rslora")
+# What PEFT calls a kind -> its setting that holds the strength.
+STRENGTHS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
+SETTINGS = ("r", "lora_alpha", "alpha", "alpha_pattern", "use_rslora", "init_lora_weights")
 
 
 def config_of(weights: str) -> str | None:
@@ -41,7 +43,7 @@ def read_settings(config: Path, name: str) -> str:
 
 
 def settings_of(config: bytes, name: str) -> str:
-    """The settings that give a LoRA its strength, as JSON; empty if it is not that of a LoRA.
+    """The settings that give an adapter its strength, as JSON; empty if there are none.
 
     Args:
         config: the content of the file.
@@ -60,6 +62,7 @@ def settings_of(config: bytes, name: str) -> str:
             f"{name}: the {CONFIG_NAME} beside it, which holds its strength, is not a JSON object. "
             "Save the adapter again with PEFT's save_pretrained."
         )
-    if found.get("peft_type", "LORA") != "LORA" or found.get("lora_alpha") is None:
+    strength = STRENGTHS.get(str(found.get("peft_type", "LORA")))
+    if strength is None or found.get(strength) is None:
         return ""
     return json.dumps({key: found[key] for key in SETTINGS if key in found}, sort_keys=True)

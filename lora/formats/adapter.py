@@ -26,6 +26,9 @@ __all__ = ["Adapter", "AdapterError", "Targets", "load_adapter"]
 
 MAX_TENSOR_BYTES = 8 << 30
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+# Some files hold an adapter twice; diffusers reads the second of these spellings (0.42.1,
+# loaders/lora_conversion_utils.py, `_convert_kohya_flux_lora_to_diffusers`).
+COPY, ORIGINAL = "lora_unet_", ("transformer.", "lora_transformer_")
 UNUSED_BY_FLUX = ("text_projection", "logit_scale")  # parts of CLIP that FLUX never runs
 
 LowRank = tuple[Tensor, Tensor, float, slice]
@@ -140,7 +143,8 @@ def load_adapter(path: Path, digest: str, targets: Targets, settings: str = "") 
         )
     if not groups:
         raise AdapterError(_nothing_matched(header, ignored))
-    _refuse_second_spellings(groups)
+    groups, copies = _without_copies(groups)
+    ignored += copies
     beside = {ADAPTER_SETTINGS: settings} if settings else {}
     adapter_settings = AdapterSettings(beside | dict(header.metadata))
     try:
@@ -216,17 +220,37 @@ def _some(keys: list[str]) -> str:
     return ", ".join(map(short, keys[:4])) + (", ..." if len(keys) > 4 else "")
 
 
-def _refuse_second_spellings(groups: list[Group]) -> None:
-    """Two spellings that reach the same module would add up; no trainer means that."""
+def _without_copies(groups: list[Group]) -> tuple[list[Group], list[str]]:
+    """The groups without those that repeat others in kohya's spelling, and what was left out.
+
+    Raises:
+        AdapterError: other spellings reach the same module. They would add up; no trainer means
+            that.
+    """
+    kept, copies = groups, []
+    found = _second_spelling(groups)
+    if found and found[0].startswith((COPY, *ORIGINAL)) and found[1].startswith((COPY, *ORIGINAL)):
+        kept = [group for group in groups if not group.spelling.startswith(COPY)]
+        copies = [g.spelling for g in groups if g.spelling.startswith(COPY)]
+        found = _second_spelling(kept)
+    if found:
+        first, second, module = found
+        raise AdapterError(
+            f"the file has {short(first)} and {short(second)}, which are two spellings of "
+            f"{module}; save it again with one of them"
+        )
+    return kept, [f"{spelling} (a copy in another spelling)" for spelling in copies]
+
+
+def _second_spelling(groups: list[Group]) -> tuple[str, str, str] | None:
+    """The first two spellings that reach the same module, and its name."""
     owners: dict[Parameter, str] = {}
     for group in groups:
-        for module in {piece.module for piece in group.target.pieces}:
+        for module in sorted({piece.module for piece in group.target.pieces}):
             owner = owners.setdefault((group.target.component, module), group.spelling)
             if owner != group.spelling:
-                raise AdapterError(
-                    f"the file has {short(owner)} and {short(group.spelling)}, "
-                    f"which are two spellings of {module}"
-                )
+                return owner, group.spelling, module
+    return None
 
 
 def _format(groups: list[Group]) -> str:

@@ -88,8 +88,9 @@ def _scaling(group: Group, settings: AdapterSettings, read: Callable[[str], Tens
     """What alpha makes of a module's delta: mostly alpha / rank.
 
     Alpha is that of its own key, else of the header; without any, the scaling is 1.0. Where
-    nothing is factored (a full difference, a LoKr of two whole matrices) alpha means nothing:
-    trainers write placeholders there, up to infinity. Where outputs are turned, it gives the
+    nothing is factored (a full difference, a LoKr of two whole matrices) a key's alpha means
+    nothing: trainers write placeholders there, up to infinity; PEFT's settings hold for a LoKr all
+    the same. Where outputs are turned, it gives the
     most that the rotation's norm may be, as alpha x rows; 0 is no limit (LyCORIS'
     modules/diag_oft.py). Where inputs are turned, the flag `scaled_oft` divides by the square
     root of the number of values (ComfyUI-OFTv2).
@@ -100,10 +101,11 @@ def _scaling(group: Group, settings: AdapterSettings, read: Callable[[str], Tens
         return alpha * group.target.shape[0] if 0 < alpha < math.inf else math.inf
     if "oft_R" in group.keys:
         return max(1, group.sizes["packed"]) ** -0.5 if "oft_scaled" in group.keys else 1.0
-    if not group.rank:
+    if not group.rank and (key or group.kind != "LoKr"):
         return 1.0
     if key is None:
         return settings.scaling(group.target.component, group.target.spelling, group.rank)
+    assert group.rank
     alpha = float(read(key).item())
     if not 0 < alpha < math.inf:
         raise AdapterError(f"{short(key)} is {alpha}; it must be a finite number above 0")

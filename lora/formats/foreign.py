@@ -4,7 +4,7 @@ A wrong file would fail anyway, on an unknown key or a shape. This table only le
 message say what the file is, and it is read before any tensor.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Set
 
 from lora.formats.errors import AdapterError
 from lora.formats.keys import Targets
@@ -52,6 +52,9 @@ ARCHITECTURES = (
     ("lumina", "Lumina"),
     ("wan2", "Wan"),
 )
+# Names that tools also give to FLUX.1's adapters: ai-toolkit wrote sd_1.5 for models that it had no
+# name for, and sd-scripts' merges say stable-diffusion-v1. Their keys differ from those of FLUX.1.
+MISNOMERS = frozenset({"Stable Diffusion 1.5", "Stable Diffusion 2", "Stable Diffusion XL"})
 # (what a key contains; the model's name). None of these occurs in a FLUX.1 adapter.
 MARKERS = (
     ("lora_te2_text_model", "Stable Diffusion XL"),
@@ -80,7 +83,7 @@ def refuse_foreign(header: Header, targets: Targets) -> None:
     _refuse_control(header, targets)
     if any(key.startswith("decoder.") for key in header.tensors):
         raise AdapterError("this file is an autoencoder (VAE); an adapter (LoRA) is needed")
-    model = _architecture(header.metadata) or _marked(header)
+    model = _marked(header) or _architecture(header, targets)
     if model is not None:
         raise AdapterError(f"this file is for {model}; a FLUX.1 adapter is needed")
     if not _has_roles(header):
@@ -132,13 +135,20 @@ def _refuse_control(header: Header, targets: Targets) -> None:
             )
 
 
-def _architecture(metadata: Mapping[str, str]) -> str | None:
-    for field in ARCHITECTURE_FIELDS:
-        value = metadata.get(field, "").lower()
-        for marker, model in ARCHITECTURES:
-            if marker in value:
-                return model
-    return None
+def _architecture(header: Header, targets: Targets) -> str | None:
+    """The model that the header's metadata names, unless the keys show that this is a misnomer."""
+    values = [header.metadata.get(field, "").lower() for field in ARCHITECTURE_FIELDS]
+    named = [model for value in values for marker, model in ARCHITECTURES if marker in value]
+    if _changes_transformer(header, targets):
+        named = [model for model in named if model not in MISNOMERS]
+    return named[0] if named else None
+
+
+def _changes_transformer(header: Header, targets: Targets) -> bool:
+    """Whether a key belongs to a module of FLUX.1's transformer; its CLIP has others' names."""
+    spellings = (split_role(key) for key in header.tensors)
+    found = (targets.find(spelling) for spelling, _ in filter(None, spellings))
+    return any(target.component == TRANSFORMER for _, target in filter(None, found))
 
 
 def _marked(header: Header) -> str | None:

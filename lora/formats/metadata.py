@@ -19,6 +19,8 @@ TRIGGER_FIELDS = (
     "instance_prompt",
 )
 PATTERN_SYNTAX = frozenset("*+?[](){}|\\$")  # PEFT would read a regular expression
+# Initialisations of PEFT that take what the factors begin with out of the model's weights.
+CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 MAX_TRIGGERS = 5
 MAX_TRIGGER_CHARACTERS = 200
 
@@ -30,7 +32,8 @@ class AdapterSettings:
     `transformer.lora_alpha`, `transformer.alpha_pattern`, `transformer.use_rslora`.
 
     Raises:
-        AdapterError: the entry is there and is not such an object.
+        AdapterError: the entry is there and is not such an object, or the adapter is for weights
+            that its training changed.
     """
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
@@ -38,14 +41,23 @@ class AdapterSettings:
         if settings is None:
             raise AdapterError(f"the file's {ADAPTER_SETTINGS} is not a JSON object")
         self._settings = settings
+        for name, value in settings.items():
+            if name.endswith("init_lora_weights") and str(value).lower().startswith(CHANGE_BASE):
+                raise AdapterError(
+                    f"the adapter's init_lora_weights is {short(str(value))}: training began with "
+                    "other weights than the model's, and the file does not hold the difference; "
+                    "save it with PEFT's path_initial_model_for_weight_conversion, which makes an "
+                    "adapter for the model's own weights of it"
+                )
 
-    def scaling(self, component: str, module: str, rank: int) -> float:
-        """What a LoRA without an alpha of its own is multiplied by; 1.0 when nothing is said.
+    def scaling(self, component: str, module: str, rank: int | None) -> float:
+        """What a module without an alpha of its own is multiplied by; 1.0 when nothing is said.
 
         That is alpha / rank, or alpha / sqrt(rank) for a rank-stabilised adapter.
 
         Args:
             module: its name in the model, without CLIP_LEVEL.
+            rank: of its factors; None if nothing is factored, and the settings' r counts.
 
         Raises:
             AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad alpha.
@@ -56,14 +68,15 @@ class AdapterSettings:
                 "adapter is 0; export it again with the rank that it was trained with"
             )
         alpha = self._alpha(component, module)
-        if alpha is None:
+        divisor = rank or self._get(component, "r")
+        if alpha is None or not isinstance(divisor, int):
             return 1.0
         if not isinstance(alpha, int | float) or not 0 < alpha < inf:
             raise AdapterError(
                 f"lora_alpha of {short(module)} must be a finite number above 0, "
                 f"got {short(str(alpha))}"
             )
-        return float(alpha / (sqrt(rank) if self._get(component, "use_rslora") else rank))
+        return float(alpha / (sqrt(divisor) if self._get(component, "use_rslora") else divisor))
 
     def _alpha(self, component: str, module: str) -> object:
         pattern = self._get(component, "alpha_pattern")
@@ -76,18 +89,21 @@ class AdapterSettings:
                 anchored = name.startswith("^")
                 if plain in (module, whole) or (not anchored and whole.endswith(f".{plain}")):
                     return alpha
-        return self._get(component, "lora_alpha")
+        return self._get(component, "lora_alpha", "alpha")
 
-    def _get(self, component: str, name: str) -> object:
-        bare = self._settings.get(name) if component == "transformer" else None
-        return self._settings.get(f"{component}.{name}", bare)
+    def _get(self, component: str, *names: str) -> object:
+        """The first of these settings that is there; a LoKr or LoHa calls its strength `alpha`."""
+        prefixes = (f"{component}.", "") if component == "transformer" else (f"{component}.",)
+        found = (self._settings.get(prefix + name) for prefix in prefixes for name in names)
+        return next((value for value in found if value is not None), None)
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     """Words that a prompt should contain, as the trainer recorded them; often none.
 
-    kohya's `ss_tag_frequency` counts each caption tag: those that every picture has (more
-    than one picture, and no tag is more frequent) are what the training was tied to.
+    kohya's `ss_tag_frequency` counts each caption tag: those that every picture has (more than one
+    picture, and no tag is more frequent) are what the training was tied to. ai-toolkit writes its
+    trigger word there, as the only tag, with a count of 1.
     """
     found = [metadata[field] for field in TRIGGER_FIELDS if field in metadata]
     found += _commonest_tags(metadata.get("ss_tag_frequency", "{}"))
@@ -102,7 +118,7 @@ def _commonest_tags(text: str) -> Iterator[str]:
             if type(count) is int:
                 counts[tag] = counts.get(tag, 0) + count
     most = max(counts.values(), default=0)
-    return (tag for tag, count in counts.items() if count == most > 1)
+    return (tag for tag, count in counts.items() if count == most > 1 or len(counts) == 1)
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

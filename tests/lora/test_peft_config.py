@@ -12,18 +12,18 @@ from tests.lora.saved_by_peft import ALPHA, CONFIG, RANK, SOURCES, WEIGHTS, conf
 from tests.support import tiny
 from weights.serving.errors import InvalidFileError
 
+MODULES = ["to_q", "to_k", "proj_out"]
+
 
 def trained(model, folder, **options):
-    """Save an adapter as PEFT does, and return what it makes of the model's weights."""
+    """Save a LoRA as PEFT does, and return what it makes of the model's weights."""
+    options = {"target_modules": MODULES, "init_lora_weights": False} | options
+    return saved(model, folder, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, **options))
+
+
+def saved(model, folder, settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        settings = peft.LoraConfig(
-            r=RANK,
-            lora_alpha=ALPHA,
-            target_modules=["to_q", "to_k", "proj_out"],
-            init_lora_weights=False,
-            **options,
-        )
         adapted = peft.get_peft_model(copy.deepcopy(model), settings)
     adapted.save_pretrained(folder)
     return dict(adapted.merge_and_unload().named_parameters())
@@ -66,6 +66,36 @@ def test_the_same_weights_as_peft_where_it_wrapped_the_whole_model(case, tmp_pat
     expect(case, str(tmp_path / WEIGHTS), named)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoHaConfig(r=RANK, alpha=ALPHA, target_modules=MODULES, init_weights=False),
+        peft.LoKrConfig(r=RANK, alpha=ALPHA, target_modules=MODULES, init_weights=False),
+        peft.LoKrConfig(r=64, alpha=ALPHA, target_modules=MODULES, init_weights=False),
+    ],
+    ids=["LoHa", "LoKr", "LoKr of whole matrices"],
+)
+def test_the_same_weights_as_peft_for_other_kinds(case, tmp_path, adapter):
+    merged = saved(case.flux["transformer"], tmp_path, adapter)
+    expect(case, str(tmp_path / WEIGHTS), merged)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_that_changes_the_model_first_is_refused(case, tmp_path, start):
+    trained(case.flux["transformer"], tmp_path, init_lora_weights=start)
+    with pytest.raises(InvalidFileError, match=f"init_lora_weights is '{start}': .*conversion"):
+        case.loader().load(str(tmp_path / WEIGHTS))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
+def test_other_ways_to_begin_are_read(case, tmp_path, start):
+    merged = trained(case.flux["transformer"], tmp_path, init_lora_weights=start)
+    expect(case, str(tmp_path / WEIGHTS), merged)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_strength_of_the_configuration(case, serve, source):
     text = serve(source, case.files)
@@ -89,7 +119,7 @@ def test_a_configuration_in_a_folder(case, serve, source):
         {CONFIG: None},
         {CONFIG: None, f"x/{CONFIG}": config()},
         {WEIGHTS: None, "lora.safetensors": True},
-        {CONFIG: config(peft_type="LOKR")},
+        {CONFIG: config(peft_type="IA3")},
         {CONFIG: b'{"r": 4}'},
     ],
     ids=["no config", "in another folder", "of other weights", "of another kind", "no alpha"],

@@ -257,6 +257,7 @@ def test_row_8_kohya_on_every_layer(flux, tmp_path):
             {"ss_tag_frequency": json.dumps({"10_x": {"ohwx man": 12, "smiling": 3}})},
             ("ohwx man",),
         ),
+        ({"ss_tag_frequency": json.dumps({"1_TOK": {"TOK": 1}})}, ("TOK",)),  # ai-toolkit's
         ({"ss_tag_frequency": json.dumps({"1_x": {"a long caption": 1, "another": 1}})}, ()),
         ({"ss_tag_frequency": "[[["}, ()),
         ({"ss_tag_frequency": json.dumps({"a": 1, "b": {"x": "y"}})}, ()),

@@ -102,7 +102,30 @@ def xlabs(flux):
     return tensors | pair("single_blocks.1.processor.proj_lora", width, 5 * width, names)
 
 
-FORMATS = [every_linear, some_linears_with_alpha, kohya, kohya_split, kohya_clip, xlabs]
+def diffusers_and_kohya(flux):
+    """Some of the modules are there twice, with other values."""
+    return every_linear(flux) | kohya(flux)
+
+
+def onetrainer_and_kohya(flux):
+    tensors = kohya(flux)
+    for name, (rows, columns) in linears(flux, "transformer", ("to_q", "to_add_out")):
+        module = f"lora_transformer_{name.replace('.', '_')}"
+        tensors |= pair(module, rows, columns, ("lora_down.weight", "lora_up.weight"))
+        tensors[f"{module}.alpha"] = torch.tensor(2.0)
+    return tensors
+
+
+FORMATS = [
+    every_linear,
+    some_linears_with_alpha,
+    kohya,
+    kohya_split,
+    kohya_clip,
+    xlabs,
+    diffusers_and_kohya,
+    onetrainer_and_kohya,
+]
 
 
 def fused(flux, path, scale):

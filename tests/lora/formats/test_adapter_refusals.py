@@ -53,7 +53,7 @@ def test_an_unknown_key_is_named(flux, tmp_path, key):
     ("first", "second"),
     [
         (TO_Q, "transformer_blocks.0.attn.to_q"),
-        (TO_Q, "lora_unet_transformer_blocks_0_attn_to_q"),
+        ("lycoris_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
         ("double_blocks.0.img_attn.proj", "transformer.transformer_blocks.0.attn.to_out.0"),
         ("lora_unet_double_blocks_0_img_attn_proj", "double_blocks.0.processor.proj_lora1"),
     ],
@@ -67,7 +67,8 @@ def test_two_spellings_of_a_module(flux, tmp_path, first, second):
 
 def test_a_fused_module_and_a_part_of_it(flux, tmp_path):
     size = width(flux)
-    tensors = lora(QKV, 3 * size, size) | lora(TO_Q, size, size)
+    part = TO_Q.removeprefix("transformer.")
+    tensors = lora(QKV, 3 * size, size) | lora(part, size, size)
     refused(flux, tmp_path, tensors, "two spellings of transformer_blocks.0.attn.to_q")
 
 

@@ -115,16 +115,40 @@ def test_full_models_are_named(flux, tmp_path, times, metadata, name, module):
 @pytest.mark.parametrize(
     ("metadata", "name"),
     [
-        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "Stable Diffusion XL"),
         ({"modelspec.architecture": "Flux.2-dev/lora"}, "FLUX.2"),
-        ({"ss_base_model_version": "sd_v1"}, "Stable Diffusion 1.5"),
+        ({"modelspec.architecture": "chroma/lora"}, "Chroma"),
+        ({"ss_base_model_version": "sd_1.5", "modelspec.architecture": "qwen-image"}, "Qwen-Image"),
     ],
 )
 def test_row_26_the_header_may_tell(flux, tmp_path, metadata, name):
     refused(flux, tmp_path, lora(TO_Q, width(flux), width(flux)), name, metadata)
 
 
-def test_a_flux_1_header_is_welcome(flux, tmp_path):
-    metadata = {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"}
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "Stable Diffusion XL"),
+        ({"ss_base_model_version": "sd_v1"}, "Stable Diffusion 1.5"),
+    ],
+)
+def test_row_26_the_header_tells_where_only_the_text_encoder_matches(
+    flux, tmp_path, metadata, name
+):
+    rows, columns = flux["text_encoder"].encoder.layers[0].mlp.fc1.weight.shape
+    tensors = lora("lora_te_text_model_encoder_layers_0_mlp_fc1", rows, columns)
+    refused(flux, tmp_path, tensors, name, metadata)
+    assert tiny.load(tmp_path / "a", flux, tensors).modules == 1
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"modelspec.architecture": "flux-1-dev/lora", "ss_base_model_version": "flux1"},
+        {"ss_base_model_version": "sd_1.5"},  # ai-toolkit, before it had a name for FLUX.1
+        {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "flux1"},
+    ],
+)
+def test_what_headers_say_of_flux_1(flux, tmp_path, metadata):
+    """The last is what sd-scripts' svd_merge_lora.py writes."""
     tensors = lora(TO_Q, width(flux), width(flux))
     assert tiny.load(tmp_path / "a", flux, tensors, metadata).modules == 1
