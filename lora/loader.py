@@ -19,8 +19,9 @@ from lora.peft_config import CONFIG_NAME
 from lora.settings import LoaderSettings
 from lora.sources import huggingface, parse_reference
 from lora.sources.reference import Access, Artifact, Reference, cache_key
-from weights.download.cache import CacheRecord, FileCache
+from weights.download.cache import FileCache
 from weights.download.http import HttpClient
+from weights.download.record import CacheRecord
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import check_size
 from weights.serving.cancel import CheckCancelled, never_cancelled
@@ -140,7 +141,8 @@ class AdapterLoader:
         """Fetch an artifact unless it is on the disk; of several processes, only one does."""
         pin = artifact.pin or f"unpinned {uuid4()}"
         check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
-        with self._cache.fetching(pin, retry.check_cancelled) as target:
+        resumable = artifact.pin is not None
+        with self._cache.fetching(pin, retry.check_cancelled, resumable=resumable) as target:
             known = self._cache.find(pin)
             if known is not None:
                 return known, "disk"

@@ -13,9 +13,8 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -31,7 +30,6 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
@@ -39,11 +37,8 @@ from weights.serving.errors import (
     SourceUnavailableError,
     WeightsError,
 )
-from weights.serving.redact import without_secrets
+from weights.serving.redact import without_queries
 
-T = TypeVar("T")
-
-POLL_SECONDS = 0.1
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""
 HTTP_CLIENT = HTTPError.__module__.partition(".")[0]
@@ -74,30 +69,11 @@ def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[A
     return Bar
 
 
-def cancellable(work: Callable[[], T], check_cancelled: CheckCancelled) -> T:
-    """Do work in a thread of its own, and stop waiting for it if the caller has gone.
-
-    huggingface_hub sleeps where nobody can wake it, for minutes if the Hub limits the rate. Work
-    that nobody waits for ends with its next progress; by Xet, it does not.
-    """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=run, name="hub", daemon=True).start()
-    while not done.done():
-        check_cancelled()
-        wait([done], POLL_SECONDS)
-    return done.result()
-
-
 @contextlib.contextmanager
 def hub_call(name: str, token: str | None) -> Iterator[None]:
-    """Call huggingface_hub.
+    """Where huggingface_hub is called: its errors become ours, and its log holds no secrets.
+
+    Xet is switched off unless the operator has decided about it.
 
     Args:
         name: of what is fetched, for messages.
@@ -117,10 +93,7 @@ def _discreet() -> Iterator[None]:
     """Cut the queries off the URLs in the libraries' log lines: those of the storage are secret."""
 
     def redact(record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                without_secrets(str(arg)) if "://" in str(arg) else arg for arg in record.args
-            )
+        record.msg, record.args = without_queries(record.getMessage()), ()
         return True
 
     loggers = [logging.getLogger(name) for name in LOGGERS_OF_URLS]

@@ -16,7 +16,8 @@ from urllib.parse import urldefrag
 
 from filelock import FileLock
 
-from weights.download.http import HttpClient, HttpSettings, Remote
+from weights.download.http import HttpClient, HttpSettings
+from weights.download.remote import Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, LogProgress, download
 from weights.serving.directories import is_full, usable

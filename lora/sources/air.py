@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from lora.sources.link import Link
 
@@ -36,11 +37,12 @@ def read_air(link: Link) -> Air | None:
         if link.text.lower().startswith(("urn:air:", "air:")):
             raise link.refused("an AIR is written urn:air:flux1:lora:civitai:MODEL@VERSION")
         return None
+    refused = partial(link.refused, shown=link.text)  # whole: what is before the @ is no user here
     ecosystem, kind, named = (found[name].lower() for name in ("ecosystem", "kind", "source"))
     if ecosystem != "flux1":
-        raise link.refused(f"it is for {ecosystem}, and adapters for flux1 are read")
+        raise refused(f"it is for {ecosystem}, and adapters for flux1 are read")
     if kind not in KINDS:
-        raise link.refused(f"it is of type {kind}, and adapters are of type {', '.join(KINDS)}")
+        raise refused(f"it is of type {kind}, and adapters are of type {', '.join(KINDS)}")
     if named not in SOURCES:
-        raise link.refused(f"{named} is not a source; {' and '.join(SOURCES)} are")
+        raise refused(f"{named} is not a source; {' and '.join(SOURCES)} are")
     return Air(named, found["id"], found["version"], found["file"])

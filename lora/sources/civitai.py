@@ -15,7 +15,8 @@ from lora.sources.air import read_air
 from lora.sources.link import Link
 from lora.sources.reference import Access, Reference, fingerprint
 from lora.sources.url import UrlArtifact
-from weights.download.http import Credential, HttpClient, Remote
+from weights.download.http import HttpClient
+from weights.download.remote import Credential, Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import NotFoundError, SourceUnavailableError, WeightsError
 from weights.serving.redact import one_line

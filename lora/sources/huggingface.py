@@ -27,10 +27,11 @@ from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Artifact, FetchedFile, Reference, fingerprint
-from weights.download.http import Credential
+from weights.download.remote import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
-from weights.hub import cancellable, hub_call, progress_bar
+from weights.hub import hub_call, progress_bar
+from weights.serving.cancel import cancellable
 from weights.serving.errors import InvalidFileError, NotFoundError
 
 TIMEOUT = 10.0

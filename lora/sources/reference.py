@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from lora.settings import SourceSettings
 from lora.sources.link import Link
-from weights.download.http import Credential, HttpClient
+from weights.download.http import HttpClient
+from weights.download.remote import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress
 

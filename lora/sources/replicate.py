@@ -8,7 +8,7 @@ from lora.settings import SourceSettings
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Reference, fingerprint
 from lora.sources.url import UrlArtifact, probe
-from weights.download.http import Credential, Remote
+from weights.download.remote import Credential, Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import InvalidFileError, NotFoundError
 

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from lora.sources.link import Link
 from lora.sources.reference import Access, Artifact, FetchedFile, Reference
-from weights.download.http import Remote
+from weights.download.remote import Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, Progress, download
 from weights.serving.errors import InvalidFileError

@@ -143,6 +143,18 @@ def test_failed_download_leaves_no_hit_behind(hub, loader):
     assert loader.load(text).hit == "download"
 
 
+@pytest.mark.parametrize("etag", [True, False])
+def test_what_is_left_of_a_failed_download_is_what_can_be_continued(hub, loader, settings, etag):
+    text = hub.add_file("/x.safetensors", safetensors("x"), etag=etag, ranges=False)
+    for _ in range(3):
+        hub.cut("/x", after=5, times=99)
+        with pytest.raises(SourceUnavailableError):
+            loader.load(text)
+        hub.heal()
+    parts = list((settings.cache.root / "parts").iterdir())
+    assert [part.stat().st_size for part in parts] == ([5] if etag else [])
+
+
 def test_storage_down_after_a_retrain_serves_the_file_from_before(hub, loader, huggingface, caplog):
     repository = huggingface.add("o/n", {"a.safetensors": safetensors("old")})
     loader.load("huggingface.co/o/n")

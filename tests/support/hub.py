@@ -62,6 +62,7 @@ class Fault:
     reply: Reply | None = None
     cut_after: int | None = None
     drip: tuple[int, float] | None = None
+    dripping_header: bool = False
 
     def matches(self, request: Request) -> bool:
         return self.times > 0 and self.part in request.path
@@ -161,6 +162,10 @@ class Hub:
         """Send the body of the next requests in pieces of a size, with pauses between."""
         self._faults.append(Fault(part, times, drip=(size, seconds)))
 
+    def drip_header(self, part: str, times: int = 1) -> None:
+        """Send the header of the next requests for two seconds, a byte now and then."""
+        self._faults.append(Fault(part, times, dripping_header=True))
+
     def heal(self) -> None:
         """Drop all faults that are still to come."""
         with self._lock:
@@ -221,6 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **reply.headers, **extra}.items():
             self.send_header(name, str(value))
+        if fault is not None and fault.dripping_header:
+            self.flush_headers()
+            for byte in b"X: " + 20 * b"x":
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.1)
+            self.wfile.write(b"\r\n")
         self.end_headers()
         if with_body:
             self._send(body, fault)

@@ -18,21 +18,20 @@ downloaded them.
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from weights.download.record import CacheRecord, read_record, write_record
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.directories import usable
-from weights.serving.errors import DirectoryError, DiskSpaceError
+from weights.serving.errors import DirectoryError, DiskSpaceError, InvalidFileError
 from weights.serving.settings import GB, Settings
 
 logger = logging.getLogger(__name__)
@@ -54,29 +53,6 @@ class CacheSettings:
     root: Path
     max_bytes: int = Settings.lora_cache_bytes
     min_free_bytes: int = 5 * GB
-
-
-@dataclass(frozen=True)
-class CacheRecord:
-    """A file in the cache, and what is known of its origin.
-
-    Attributes:
-        path: relative to the cache, or absolute for a file that is kept elsewhere.
-        evictable: whether the cache may remove it.
-        source, revision: for the log; no secrets.
-        lasting: whether its key can be used again after a day; a presigned URL cannot.
-        settings: what was said beside the file about its use.
-    """
-
-    sha256: str
-    size: int
-    path: str
-    source: str
-    revision: str
-    trigger_words: tuple[str, ...] = ()
-    evictable: bool = True
-    lasting: bool = True
-    settings: str = ""
 
 
 class FileCache:
@@ -107,26 +83,40 @@ class FileCache:
         """
         if not all((self._root / name).is_dir() for name in DIRECTORIES):
             self._open()
-        record = _read(self._record_path(key))
+        record = read_record(self._record_path(key))
         return record if record is not None and self._is_whole(record) else None
 
     def remember(self, key: str, record: CacheRecord) -> None:
         """Let a key lead to a record from now on."""
-        _write(self._record_path(key), record)
+        write_record(self._record_path(key), record)
 
     @contextlib.contextmanager
     def fetching(
-        self, key: str, check_cancelled: CheckCancelled = never_cancelled
+        self,
+        key: str,
+        check_cancelled: CheckCancelled = never_cancelled,
+        *,
+        resumable: bool = True,
     ) -> Iterator[Path]:
         """Hold the lock for downloading a key's file; yields the path to download to.
 
         Waits while another process fetches it. A part left there by an earlier try is kept.
+
+        Args:
+            resumable: whether a later call can go on with what a broken download leaves there.
         """
+        target = self._root / "parts" / _name(key)
         with _acquired(self._lock(_name(key)), check_cancelled):
-            yield self._root / "parts" / _name(key)
+            try:
+                yield target
+            except BaseException as error:
+                if not resumable or isinstance(error, InvalidFileError):
+                    for path in target.parent.glob(f"{target.name}*"):
+                        path.unlink()
+                raise
 
     def adopt(self, file: Path, sha256: str) -> str:
-        """Move a finished file into the cache and return its path for a Record."""
+        """Move a finished file into the cache and return its path for a CacheRecord."""
         path = f"objects/{sha256}"
         with self._books():
             file.replace(self._root / path)
@@ -157,6 +147,7 @@ class FileCache:
         """
         with self._books():
             self._drop_strays()
+            self._drop_parts(size)
             records = self._evictable()
             total = sum(record.size for record in records)
             for record in records:
@@ -203,7 +194,7 @@ class FileCache:
         return True
 
     def _records(self) -> list[tuple[Path, CacheRecord]]:
-        entries = ((path, _read(path)) for path in (self._root / "records").glob("*.json"))
+        entries = ((path, read_record(path)) for path in (self._root / "records").glob("*.json"))
         return [(path, record) for path, record in entries if record is not None]
 
     def _drop_strays(self) -> None:
@@ -220,6 +211,15 @@ class FileCache:
         for path in filter(_is_old, (self._root / "locks").iterdir()):
             with contextlib.suppress(Timeout), FileLock(path, blocking=False):
                 path.unlink(missing_ok=True)  # who has opened it finds that out, and makes another
+
+    def _drop_parts(self, size: int) -> None:
+        """Remove broken downloads that nobody goes on with, until the disk has room for `size`."""
+        for path in sorted((self._root / "parts").iterdir(), key=_modified):
+            if self._short_of(size) <= 0:
+                break
+            lock = self._root / "locks" / f"{path.name.partition('.')[0]}.lock"
+            with contextlib.suppress(Timeout), FileLock(lock, blocking=False):
+                path.unlink(missing_ok=True)
 
     def _books(self) -> contextlib.AbstractContextManager[object]:
         return self._lock("books")
@@ -250,23 +250,6 @@ def _modified(path: Path) -> float:
 
 def _is_old(path: Path) -> bool:
     return time.time() - _modified(path) > STRAY_SECONDS
-
-
-def _read(path: Path) -> CacheRecord | None:
-    try:
-        fields = json.loads(path.read_text())
-        return CacheRecord(**{**fields, "trigger_words": tuple(fields["trigger_words"])})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
-        logger.warning("Ignored a damaged record in the cache: %s", path.name)
-        return None
-
-
-def _write(path: Path, record: CacheRecord) -> None:
-    draft = path.with_suffix(f".{uuid4().hex}.draft")
-    draft.write_text(json.dumps(asdict(record)))
-    draft.replace(path)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""HTTP for downloads: one session, checked addresses, and tokens that go to their own hosts only.
+"""HTTP for downloads: one session, checked addresses, and answers within limits.
 
 requests follows redirects, and drops the Authorization header when one leads to another host. The
 session ignores the environment: a proxy would connect on our behalf and bypass the address check,
@@ -7,34 +7,26 @@ request would be sent with the next user's.
 """
 
 import contextlib
-import email.utils
+import io
 import json
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
 
 from weights.download.addresses import PublicOnlyAdapter
+from weights.download.refusal import refusal
+from weights.download.remote import Remote
 from weights.download.retry import RetryPolicy
-from weights.serving.errors import (
-    AccessDeniedError,
-    NotFoundError,
-    SourceUnavailableError,
-    WeightsError,
-)
-from weights.serving.redact import one_line
+from weights.serving.cancel import CheckCancelled, T, cancellable, never_cancelled
+from weights.serving.errors import SourceUnavailableError, WeightsError
 from weights.serving.settings import Settings
 
 MAX_JSON_BYTES = 8 << 20
-MAX_ERROR_BYTES = 4096
 MAX_REDIRECTS = 10
-TEMPORARY = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
-NOT_THERE = {HTTPStatus.NOT_FOUND, HTTPStatus.GONE}
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,8 @@ class HttpSettings:
     Attributes:
         allow_private_hosts: reach addresses outside the public internet, for a store of one's own.
         connect_timeout, read_timeout: seconds to wait for a connection, and for the next bytes.
+        answer_timeout: seconds to wait for an answer to begin, redirects included, and for the
+            whole of one that is short.
         max_bytes: the largest file to accept.
         min_rate, min_rate_seconds: bytes per second below which a download is given up, judged once
             it has run that many seconds.
@@ -52,44 +46,10 @@ class HttpSettings:
     allow_private_hosts: bool = False
     connect_timeout: float = 10.0
     read_timeout: float = 30.0
+    answer_timeout: float = 60.0
     max_bytes: int = Settings.lora_max_file_bytes
     min_rate: float = 4096.0
     min_rate_seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Credential:
-    """A token, the variable it came from, and the only origins that it may be sent to.
-
-    Attributes:
-        origin: of the source.
-        others: of the same owner.
-    """
-
-    variable: str
-    origin: str
-    token: str | None = field(default=None, repr=False)
-    others: tuple[str, ...] = ()
-
-    def is_for(self, url: str) -> bool:
-        """Whether a URL is on one of the origins."""
-        return origin(url) in map(origin, (self.origin, *self.others))
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A URL, the name it goes by in messages and logs, and the credential of its host."""
-
-    url: str = field(repr=False)
-    name: str
-    credential: Credential | None = None
-
-    def headers(self) -> dict[str, str]:
-        """Return the Authorization header if the URL is on an origin of the credential."""
-        owner = self.credential
-        if owner is None or not owner.token or not owner.is_for(self.url):
-            return {}
-        return {"Authorization": f"Bearer {owner.token}"}
 
 
 @dataclass(frozen=True)
@@ -107,19 +67,23 @@ class Probe:
     content_type: str
 
 
-def origin(url: str) -> tuple[str, str, int | None]:
-    """Scheme, host and port of a URL, as far as they decide who may see a token."""
-    parts = urlsplit(url)
-    default = {"http": 80, "https": 443}.get(parts.scheme)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port or default
+class _Session(requests.Session):
+    """Does not read the bodies of redirects, which may be endless, or swell when decompressed."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        target = super().get_redirect_target(resp)
+        if target is not None:
+            resp.raw.close()
+            resp.raw = urllib3.HTTPResponse(io.BytesIO(), preload_content=False)
+        return target
 
 
 class HttpClient:
-    """Opens URLs that users gave, and raises nothing but WeightsError."""
+    """Opens URLs that users gave, and raises nothing but WeightsError, or that of a cancel."""
 
     def __init__(self, settings: HttpSettings) -> None:
         self.settings = settings
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.max_redirects = MAX_REDIRECTS
@@ -134,23 +98,54 @@ class HttpClient:
 
     @contextlib.contextmanager
     def open(
-        self, remote: Remote, headers: Mapping[str, str] | None = None, accept: tuple[int, ...] = ()
+        self,
+        remote: Remote,
+        headers: Mapping[str, str] | None = None,
+        accept: tuple[int, ...] = (),
+        check_cancelled: CheckCancelled = never_cancelled,
     ) -> Iterator[requests.Response]:
         """Start one GET and yield its response, the body unread; no retries.
 
         Args:
             accept: error statuses that the caller wants to see instead of an exception.
         """
-        timeouts = (self.settings.connect_timeout, self.settings.read_timeout)
-        all_headers = {**remote.headers(), **(headers or {})}
-        with _translated(remote):
-            response = self._session.get(
-                remote.url, headers=all_headers, timeout=timeouts, stream=True
-            )
-        with response:
-            if response.status_code not in accept:
-                _raise_for_status(response, remote)
+
+        def get() -> requests.Response:
+            return self._get(remote, headers or {}, accept)
+
+        with self._wait_for(get, remote, check_cancelled, requests.Response.close) as response:
             yield response
+
+    def _get(
+        self, remote: Remote, headers: Mapping[str, str], accept: tuple[int, ...] = ()
+    ) -> requests.Response:
+        timeouts = (self.settings.connect_timeout, self.settings.read_timeout)
+        headers = {**remote.headers(), **headers}
+        with _translated(remote):
+            response = self._session.get(remote.url, headers=headers, timeout=timeouts, stream=True)
+        if response.status_code >= HTTPStatus.MULTIPLE_CHOICES and (
+            response.status_code not in accept
+        ):
+            with response:
+                raise refusal(response, remote)
+        return response
+
+    def _wait_for(
+        self,
+        work: Callable[[], T],
+        remote: Remote,
+        check_cancelled: CheckCancelled,
+        discard: Callable[[T], object] = lambda _: None,
+    ) -> T:
+        """The result of a request, which a server can draw out by sending a byte now and then."""
+        seconds = self.settings.answer_timeout
+        try:
+            return cancellable(work, check_cancelled, seconds, discard)
+        except TimeoutError:
+            raise SourceUnavailableError(
+                f"{remote.name}: the server did not answer within {seconds:.0f} s. It is too slow, "
+                "or down: try again later."
+            ) from None
 
     def probe(self, remote: Remote, retry: RetryPolicy) -> Probe:
         """Ask about a file without fetching it.
@@ -159,7 +154,7 @@ class HttpClient:
         """
 
         def ask() -> Probe:
-            with self.open(remote) as response:
+            with self.open(remote, check_cancelled=retry.check_cancelled) as response:
                 return Probe(
                     validator=response.headers.get("ETag") or response.headers.get("Last-Modified"),
                     size=content_length(response),
@@ -173,10 +168,10 @@ class HttpClient:
 
         def ask() -> bytes:
             headers = {"Accept": "application/json"}
-            with self.open(remote, headers) as response, _translated(remote):
+            with self._get(remote, headers) as response, _translated(remote):
                 return bytes(response.raw.read(MAX_JSON_BYTES))
 
-        body = retry.run(ask)
+        body = retry.run(lambda: self._wait_for(ask, remote, retry.check_cancelled))
         try:
             return json.loads(body)
         except ValueError as error:
@@ -226,50 +221,3 @@ def _translated(remote: Remote) -> Iterator[None]:
             f"{remote.name}: the connection failed ({type(error).__name__}). Check the link; if "
             f"it is right, the server is down or too slow: try again later."
         ) from None
-
-
-def _raise_for_status(response: requests.Response, remote: Remote) -> None:
-    status = response.status_code
-    if status < HTTPStatus.MULTIPLE_CHOICES:
-        return
-    detail = _detail(response)
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        raise AccessDeniedError(f"{remote.name}: access denied ({detail}). {_advice(remote)}")
-    if status in NOT_THERE:
-        raise NotFoundError(f"{remote.name}: not found ({detail}). Check the spelling of the link.")
-    if status in TEMPORARY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        raise SourceUnavailableError(
-            f"{remote.name}: the source is busy or down ({detail}). Try again later.",
-            retry_after=_retry_after(response),
-        )
-    raise WeightsError(f"{remote.name}: the source refuses the request ({detail})")
-
-
-def _detail(response: requests.Response) -> str:
-    """Status, and the short message of a JSON body as the sites here write it."""
-    detail = f"HTTP {response.status_code}"
-    with contextlib.suppress(ValueError, urllib3.exceptions.HTTPError, OSError):
-        body = json.loads(response.raw.read(MAX_ERROR_BYTES))
-        if isinstance(body, dict):
-            said = [body.get("message") or body.get("error"), body.get("deadline")]
-            detail = ": ".join([detail, *(one_line(str(part)) for part in said if part)])
-    return detail
-
-
-def _advice(remote: Remote) -> str:
-    owner = remote.credential
-    if owner is None:
-        return "The link is private or has expired: give one that works without a login."
-    if not owner.token:
-        return f"If it needs a login, set {owner.variable} where this model runs."
-    return f"The token in {owner.variable} is not valid for it, or has no access to it."
-
-
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds from a Retry-After header, which holds either seconds or a date."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    return None

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import requests
 
-from weights.download.http import HttpClient, Remote, content_length, read_body
+from weights.download.http import HttpClient, content_length, read_body
+from weights.download.remote import Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import InvalidFileError, SourceUnavailableError, WeightsError
 
@@ -88,7 +89,12 @@ def download(
     """
     part = target.with_name(target.name + ".part")
     transfer = _Transfer(client, remote, part, expected, retry, on_progress)
-    retry.run(transfer.run, progress=lambda: _size(part))
+    try:
+        retry.run(transfer.run, progress=lambda: _size(part))
+    except BaseException:
+        if transfer.sends_another_version:
+            part.unlink(missing_ok=True)  # a later call would go on with the version expected
+        raise
     digest = sha256_of(part)
     if expected.sha256 not in (None, digest):
         part.unlink()
@@ -121,6 +127,12 @@ class _Transfer:
         self._expected, self._retry, self._on_progress = expected, retry, on_progress
         self._validator = _strong(expected.validator)
 
+    @property
+    def sends_another_version(self) -> bool:
+        """Whether the server's file is another than the one expected, by its ETag."""
+        expected = _strong(self._expected.validator)
+        return expected not in (None, self._validator)
+
     def run(self) -> None:
         """Make one attempt; raises SourceUnavailableError if another may succeed."""
         offset = _size(self._part)
@@ -128,7 +140,8 @@ class _Transfer:
             return
         headers = self._resume_headers(offset)
         accept = (HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,)
-        with self._client.open(self._remote, headers, accept) as response:
+        check_cancelled = self._retry.check_cancelled
+        with self._client.open(self._remote, headers, accept, check_cancelled) as response:
             if response.status_code in accept:
                 self._part.unlink()
                 raise SourceUnavailableError(f"{self._remote.name}: changed while it was fetched")

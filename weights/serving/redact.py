@@ -8,10 +8,13 @@ MAX_SHOWN = 120
 def without_secrets(text: str) -> str:
     """A URL, or what was meant as one, without user part, query and fragment, and not too long."""
     bare = re.split(r"[?#]", text, maxsplit=1)[0]
-    scheme, separator, rest = bare.rpartition("://")
-    authority, slash, path = rest.partition("/")
-    shown = scheme + separator + authority.rpartition("@")[2] + slash + path
+    shown = re.sub(r"(^|//)[^/]*@", r"\1", bare)
     return shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+
+
+def without_queries(text: str) -> str:
+    """Text in which URLs may stand, whole or from their path on, without user parts and queries."""
+    return re.sub(r"(?<=//)[^\s/@]+@|(?<=[^\s?])\?[^\s'\"<>]+", "", text)
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -243,6 +243,7 @@ def test_only_a_named_version_is_for_ever(text, immutable):
     "text",
     [
         "https://user:secret@host.example/x.safetensors",
+        "https://user:secret@proxy.example/https://host.example/x.safetensors",
         "https://host.example/x.safetensors?X-Amz-Signature=secret",
         "https://host.example/x.safetensors?a=1#secret",
         "https://civitai.com/models/1?token=secret",
@@ -257,10 +258,18 @@ def test_nothing_shown_holds_a_secret(text):
     assert "secret" not in repr(reference)
 
 
+def test_an_identifier_is_shown_whole():
+    text = "urn:air:sdxl:lora:civitai:123@456"
+    with pytest.raises(ReferenceFormatError, match=f"^Cannot read '{text}' as an adapter"):
+        parse_reference(text)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "https://user:secret@host.example/x.bin",
+        "https://user:secret@proxy.example/https://host.example/x.bin",
+        "https://proxy.example/https://user:secret@host.example/x.bin",
         "https://host.example/x.bin?sig=secret",
         "user:secret@host.example/x.bin",
     ],

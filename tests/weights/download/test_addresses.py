@@ -6,7 +6,8 @@ from ipaddress import ip_address
 import pytest
 
 from weights.download.addresses import is_public, public_addresses
-from weights.download.http import HttpClient, HttpSettings, Remote
+from weights.download.http import HttpClient, HttpSettings
+from weights.download.remote import Remote
 from weights.serving.errors import ForbiddenAddressError, SourceUnavailableError
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.services import sha256
-from weights.download.cache import CacheRecord, CacheSettings, FileCache
-from weights.serving.errors import DiskSpaceError
+from weights.download.cache import CacheSettings, FileCache
+from weights.download.record import CacheRecord
+from weights.serving.errors import DiskSpaceError, InvalidFileError
 
 DAY = 24 * 3600
 
@@ -137,6 +138,41 @@ def test_floor_of_free_space_evicts_and_then_refuses(make, monkeypatch):
     with pytest.raises(DiskSpaceError, match="No room"):
         cache.make_room(1)
     assert cache.find("key") is None
+
+
+def test_nothing_is_left_of_a_download_that_turned_out_to_be_no_adapter(make):
+    def fetch():
+        with make().fetching("key") as target:
+            target.with_name(target.name + ".part").write_bytes(b"x")
+            parts.extend(target.parent.iterdir())
+            raise InvalidFileError("too large")
+
+    parts = []
+    with pytest.raises(InvalidFileError):
+        fetch()
+    assert [part.exists() for part in parts] == [False]
+
+
+def test_broken_downloads_go_before_files_where_the_disk_is_full(make, monkeypatch):
+    """The oldest first, but for those that somebody goes on with."""
+    cache = make()
+    add(cache, "key", b"x" * 10)
+    parts = {}
+    for age, key in enumerate(("new", "old", "older")):
+        with cache.fetching(key) as target:
+            parts[key] = target.with_name(target.name + ".part")
+            parts[key].write_bytes(b"x" * 10)
+            os.utime(parts[key], (time.time() - 60 * age,) * 2)
+
+    def usage(_):
+        there = sum(part.exists() for part in parts.values())
+        return Usage(100, 10 * there, 100 - 10 * there)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with cache.fetching("older"):
+        cache.make_room(80)
+    assert [key for key, part in parts.items() if part.exists()] == ["new", "older"]
+    assert cache.find("key") is not None
 
 
 def test_file_kept_elsewhere_is_removed_by_its_owner_if_at_all(make, tmp_path):

@@ -1,11 +1,21 @@
 """The HTTP client: what goes out with a request, and how much of an answer is taken."""
 
+import json
+
 import pytest
 
+from tests.support.hub import Reply
 from weights.download import http
-from weights.download.http import Credential, HttpClient, HttpSettings, Remote
+from weights.download.http import HttpClient, HttpSettings
+from weights.download.remote import Credential, Remote
 from weights.download.retry import RetryPolicy
-from weights.serving.errors import ForbiddenAddressError, SourceUnavailableError, WeightsError
+from weights.serving.cancel import Cancelled
+from weights.serving.errors import (
+    ForbiddenAddressError,
+    NotFoundError,
+    SourceUnavailableError,
+    WeightsError,
+)
 
 
 @pytest.fixture
@@ -32,6 +42,66 @@ def test_endless_redirects_end(hub, client):
     ):
         pass
     assert len(hub.requests) == 11
+
+
+def test_the_body_of_a_redirect_is_not_read(hub):
+    """It may be endless, or swell when it is decompressed."""
+    target = hub.add_file("/y", b"y")
+    reply = Reply(b"x" * 20, 302, {"Location": target, "Content-Encoding": "gzip"})
+    hub.route("/x", lambda _: reply)
+    hub.drip("/x", size=1, seconds=0.1)
+    client = HttpClient(HttpSettings(allow_private_hosts=True, answer_timeout=1))
+    with client.open(Remote(hub.url + "/x", "x")) as response:
+        assert response.raw.read() == b"y"
+    client.close()
+
+
+@pytest.fixture(params=["header", "error", "JSON"])
+def dripping(request, hub):
+    """A call whose answer takes two seconds, though no pause in it is long."""
+    if request.param == "error":
+        hub.route("/x", lambda _: Reply(b"{" + b" " * 20, 404))
+    else:
+        hub.add_file("/x", b"{" + b" " * 20)
+    if request.param == "header":
+        hub.drip_header("/x")
+    else:
+        hub.drip("/x", size=1, seconds=0.1)
+    remote = Remote(hub.url + "/x", "the file")
+    if request.param == "JSON":
+        return lambda client, retry: client.get_json(remote, retry)
+    return lambda client, retry: client.probe(remote, retry)
+
+
+def test_an_answer_that_drips_is_given_up(dripping):
+    client = HttpClient(HttpSettings(allow_private_hosts=True, answer_timeout=0.3))
+    with pytest.raises(SourceUnavailableError, match="the file: the server did not answer within"):
+        dripping(client, RetryPolicy(1))
+    client.close()
+
+
+def test_a_cancel_reaches_an_answer_that_drips(hub, client, dripping):
+    def check_cancelled():
+        if hub.requests:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        dripping(client, RetryPolicy(1, check_cancelled=check_cancelled))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("Cannot GET /x?X-Amz-Signature=geheim", "HTTP 404: Cannot GET /x)"),
+        ("https://me:geheim@host/x?sig=geheim is gone", "HTTP 404: https://host/x is gone)"),
+        ("Did you mean x?", "HTTP 404: Did you mean x?)"),
+    ],
+)
+def test_what_a_server_says_is_shown_without_secrets(hub, client, said, shown):
+    hub.fail("/x", 404, json.dumps({"message": said}).encode())
+    with pytest.raises(NotFoundError) as caught:
+        client.probe(Remote(hub.url + "/x", "x"), RetryPolicy(1))
+    assert shown in str(caught.value)
 
 
 def test_cookies_of_one_request_do_not_go_out_with_the_next(hub, client):

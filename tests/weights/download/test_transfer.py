@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.services import sha256
-from weights.download.http import HttpClient, HttpSettings, Remote
+from weights.download.http import HttpClient, HttpSettings
+from weights.download.remote import Remote
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Expected, LogProgress, download
 from weights.serving.errors import (
@@ -140,6 +141,15 @@ def test_part_of_unknown_origin_is_not_continued(hub, fetch, tmp_path):
     (tmp_path / "file.part").write_bytes(b"other bytes")
     assert fetch(hub.add_file("/x", CONTENT)).read_bytes() == CONTENT
     assert ranges(hub) == [None]
+
+
+def test_a_part_of_another_version_is_not_kept(hub, fetch, tmp_path):
+    """The one that was expected may come back, and would be put behind it."""
+    url = hub.add_file("/x", CONTENT)
+    hub.cut("/x", after=1000, times=9)
+    with pytest.raises(SourceUnavailableError):
+        fetch(url, expected=Expected(validator='"another"'), attempts=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_part_longer_than_the_file_starts_over(hub, fetch, tmp_path):
