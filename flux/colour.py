@@ -45,7 +45,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
         raise ValueError(f"it has {len(profile)} bytes, and at most {MAX_PROFILE_BYTES} are read")
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     description = ImageCms.getProfileDescription(source).strip()
-    if "sRGB" in description:
+    if "sRGB" in description and "linear" not in description.lower():  # GIMP has one of its own
         return image.copy()
     space = source.profile.xcolor_space.strip()
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None

@@ -69,9 +69,12 @@ def _read(
             warnings.simplefilter("ignore")  # remarks on broken metadata, and the size check below
             with Image.open(source, formats=_formats()) as image:
                 _check_size(name, image, max_pixels)
+                has_16_bits = any("16" in str(tile.args) for tile in image.tile)
                 image.load()
                 _check_size(name, image, max_pixels)  # an icon's directory need not tell it
                 read = _to_8_bits(image)
+                if has_16_bits:
+                    _scale_transparency(read)
                 if mode == "RGB":  # a mask's values are numbers, not colours
                     read = to_srgb(read)
                 return _upright(_flatten(read, background).convert(mode), image)
@@ -153,5 +156,15 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     ranges = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     top = next((top for top in ranges if values.max() <= top), ranges[-1])
     grey = Image.fromarray(np.rint(values.clip(0, top) * (255 / top)).astype(np.uint8))
-    grey.info = image.info
+    grey.info = dict(image.info)
+    clear = grey.info.pop("transparency", None)
+    if image.mode.startswith("I;16") and isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the colour that is transparent to 8 bits, as Pillow did with the pixels of a PNG."""
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)

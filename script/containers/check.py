@@ -131,8 +131,8 @@ def another_user_with_cache() -> str:
 
 
 def read_only() -> str:
-    """--read-only --tmpfs /tmp"""
-    found = serves("--read-only", "--tmpfs", "/tmp")
+    """--read-only --tmpfs /tmp:exec"""
+    found = serves("--read-only", "--tmpfs", "/tmp:exec")
     assert "FLUX_CACHE_DIRECTORY" in found, found
     return found
 

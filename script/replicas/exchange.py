@@ -47,7 +47,7 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     synchronous one without a seed gets a seed, so that a second try generates the same picture.
     What is no JSON object is passed on as it is; Cog's server says what is wrong with it.
     """
-    asynchronous = "respond-async" in headers.get("prefer", "")
+    asynchronous = headers.get("prefer", "").strip() == "respond-async"  # as Cog's server compares
     try:
         sent = from_json(content, allow_inf_nan=False)
     except ValueError:
@@ -57,10 +57,12 @@ def read_call(method: str, path: str, headers: Mapping[str, str], content: bytes
     if isinstance(inputs, dict):
         adapters = adapters_of(inputs)
         seed = inputs.get("seed", -1)
-        if not asynchronous and isinstance(seed, int | float) and seed < 0:
+        if not asynchronous and isinstance(seed, int | float) and seed < 0 and seed % 1 == 0:
             body["input"] = {**inputs, "seed": secrets.randbits(32)}
     named = path.split("/")[2:]
-    identifier = named[0] if named else body.setdefault("id", f"pred_{secrets.token_hex(8)}")
+    if not named and body.get("id") is None:
+        body["id"] = f"pred_{secrets.token_hex(8)}"
+    identifier = named[0] if named else body["id"]
     events = body.get("webhook_events_filter")
     told = not isinstance(events, list) or "completed" in events
     content = content if sent is not body else json.dumps(body).encode()

@@ -105,7 +105,8 @@ class Front:
         try:
             await asyncio.wait({prediction.reply}, timeout=PATIENCE if call.asynchronous else None)
         except asyncio.CancelledError:  # the caller has gone away
-            prediction.task.cancel()
+            if not call.asynchronous:
+                prediction.task.cancel()
             raise
         prediction.answer(JSONResponse({"id": call.identifier, "status": "starting"}, 202))
         return prediction.reply.result()

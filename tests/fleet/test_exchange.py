@@ -70,7 +70,7 @@ def test_a_seed_is_chosen_before_the_first_try(seed: dict[str, int]) -> None:
     assert call.inputs == {"prompt": "x", **seed}
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2.0, None, "7"])
+@pytest.mark.parametrize("seed", [0, 7, 2.0, None, "7", -0.5])
 def test_a_seed_that_is_given_is_left_to_the_server(seed: Any) -> None:
     assert sent(read({"input": {"seed": seed}}))["input"] == {"seed": seed}
 
@@ -78,6 +78,19 @@ def test_a_seed_that_is_given_is_left_to_the_server(seed: Any) -> None:
 def test_an_asynchronous_call_is_not_tried_again_and_keeps_its_inputs() -> None:
     call = read({"input": {"prompt": "x"}}, prefer="respond-async")
     assert sent(call)["input"] == {"prompt": "x"}
+
+
+@pytest.mark.parametrize("prefer", ["respond-async, wait=5", "wait=5", "not-respond-async", ""])
+def test_a_call_is_synchronous_where_one_server_takes_it_for_that(prefer: str) -> None:
+    """coglet 0.23 compares the whole header."""
+    assert not read({}, prefer=prefer).asynchronous
+    assert read({}, prefer="respond-async").asynchronous
+
+
+def test_an_identifier_that_is_null_is_none() -> None:
+    first, second = read({"id": None}), read({"id": None})
+    assert first.identifier != second.identifier
+    assert sent(first)["id"] == first.identifier
 
 
 def test_identifiers() -> None:

@@ -201,13 +201,19 @@ def test_a_synchronous_prediction_is_cancelled_as_by_one_server(running, server,
     assert answers[0][1]["status"] == "canceled"
 
 
-def test_a_client_that_hangs_up_cancels(running, several) -> None:
-    def hang_up() -> None:
+def test_a_client_that_hangs_up_cancels_what_it_waits_for_alone(running, several) -> None:
+    def hang_up(headers=None, **body: object) -> None:
         with pytest.raises(requests.ReadTimeout):
-            running.ask("POST", "/predictions", json={"input": LONG}, timeout=0.5)
+            running.ask("POST", "/predictions", json=body, headers=headers, timeout=0.5)
 
-    for call in [several.submit(hang_up) for _ in range(4)]:  # two or three have to wait
-        call.result()
+    with webhook() as (hook, payloads, _):
+        calls = [several.submit(hang_up, input=LONG) for _ in range(4)]  # two or three have to wait
+        told = {"webhook": hook, "webhook_events_filter": ["completed"]}
+        calls.append(several.submit(hang_up, ASYNC, input=SMALL, **told))
+        for call in calls:
+            call.result()
+        wait_for(lambda: payloads, 10)
+    assert [payload["status"] for payload in payloads] == ["succeeded"]
     wait_for(lambda: running.health()["status"] == "READY", 5)
     running.predict()
 

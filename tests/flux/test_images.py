@@ -4,6 +4,7 @@ import io
 import logging
 import struct
 from pathlib import Path
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -32,9 +33,11 @@ def fixed(*values: float) -> bytes:
     return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
 
-def profile(space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ") -> bytes:
+def profile(
+    space: bytes, tags: dict[bytes, bytes], pcs: bytes = b"XYZ ", name: bytes = b"made for a test"
+) -> bytes:
     """A version 2 ICC profile (ICC.1:2001-04): header, table of tags, and their data."""
-    name = b"made for a test\0"
+    name += b"\0"
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name)) + name + bytes(78),
         b"cprt": b"text" + bytes(4) + b"none\0",
@@ -55,12 +58,14 @@ def curve(gamma: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
 
 
-def rgb_profile(primaries: np.ndarray) -> bytes:
+def rgb_profile(
+    primaries: np.ndarray, gamma: float = GAMMA, name: bytes = b"made for a test"
+) -> bytes:
     tags = {}
     for channel, column in zip(b"rgb", primaries.T, strict=True):
         tags[bytes([channel]) + b"XYZ"] = b"XYZ " + bytes(4) + fixed(*column)
-        tags[bytes([channel]) + b"TRC"] = curve(GAMMA)
-    return profile(b"RGB ", tags)
+        tags[bytes([channel]) + b"TRC"] = curve(gamma)
+    return profile(b"RGB ", tags, name=name)
 
 
 def grey_profile() -> bytes:
@@ -117,6 +122,13 @@ def test_colours_are_those_that_the_profile_means(tmp_path, caplog, primaries, k
     assert np.abs(patches(read) - expected(np.array(COLOURS), primaries)).max() < 2
     assert "converted from made for a test to sRGB" in caplog.text
     assert "icc_profile" not in read.info
+
+
+def test_linear_srgb_is_not_taken_for_srgb(tmp_path) -> None:
+    """By this name GIMP saves what it edits in linear light."""
+    icc = rgb_profile(SRGB, gamma=1.0, name=b"GIMP built-in Linear sRGB")
+    read = read_image(written(tmp_path / "x", picture(), icc), LIMIT)
+    assert np.abs(patches(read) - encoded(np.array(COLOURS) / 255)).max() < 2
 
 
 def test_transparency_is_kept_and_laid_over_white_after_the_conversion(tmp_path) -> None:
@@ -188,6 +200,40 @@ def test_a_picture_is_turned_as_its_exif_data_say(tmp_path, orientation) -> None
     with Image.open(tmp_path / "x.png") as image:
         turned = ImageOps.exif_transpose(image).convert("RGB")
     assert np.array_equal(read_image(tmp_path / "x.png", LIMIT), turned)
+
+
+def png(path: Path, pixels: np.ndarray, clear: tuple[int, ...]) -> Path:
+    """Write 16 bits a channel, of grey or RGB, with a transparent colour; Pillow cannot."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc32(name + data))
+
+    height, width, channels = pixels.shape
+    kind = {1: 0, 3: 2}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(f">{channels}H", *clear))
+        + chunk(b"IDAT", compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pixels", "clear", "image", "mask"),
+    [
+        ([[0x0100], [0x8000]], (0x8000,), [1, 255], [1, 0]),
+        ([[0x0100], [0x8000]], (0x0080,), [1, 128], [1, 128]),
+        ([[0x8000, 0, 0], [0, 0, 0x8000]], (0x8000, 0, 0), [255, 0], [0, 15]),
+        ([[0x8000, 0, 0], [0, 0, 0x8000]], (0, 0, 0x80), [128, 0], [38, 15]),
+    ],
+)
+def test_transparent_colours_of_16_bits(tmp_path, pixels, clear, image, mask) -> None:
+    path = png(tmp_path / "x.png", np.array([pixels]), clear)
+    assert np.asarray(read_image(path, LIMIT))[0, :, 0].tolist() == image
+    assert np.asarray(read_mask(path, LIMIT))[0].tolist() == mask
 
 
 def test_values_that_are_no_number_are_black(tmp_path) -> None:
