@@ -143,10 +143,10 @@ class Residency:
         if key in self._resident:
             self._resident.remove(key)
 
-    def exclude(self, item: Item) -> None:
-        """Forget an item and its size: it is never admitted again."""
+    def exclude(self, item: Item) -> bool:
+        """Forget an item and its size: it is never admitted again; return whether it could be."""
         self.drop(item)
-        self.sizes.pop(item, None)
+        return self.sizes.pop(item, None) is not None
 
     def _check(self, key: Item) -> None:
         if self._budget is not None and self.sizes[key] > self._budget:

@@ -134,8 +134,9 @@ class Transformers:
             return replace(swap, restored=0)  # they were never anything else
 
         def write_alone() -> Swap:  # the device has less memory than its budget says
-            self._residency.exclude(BaseCopy(key.variant))
-            self._to_copy.discard(key.variant)
+            if self._residency.exclude(BaseCopy(key.variant)):
+                logger.warning("%s base weights stay on the host until the next start", key.variant)
+            self._copied(key.variant)
             return write()
 
         return self.with_room(key, write, write_alone)
@@ -259,9 +260,13 @@ class Transformers:
             logger.warning("The base weights of %s stay on the host: %s", variant, error)
             self._residency.exclude(item)
         finally:
-            if variant in self._to_copy:
-                self._to_copy.discard(variant)
-                self._begin_page_locking()
+            self._copied(variant)
+
+    def _copied(self, variant: str) -> None:
+        """In setup: a variant's base weights are on the device, or will not be."""
+        if variant in self._to_copy:
+            self._to_copy.discard(variant)
+            self._begin_page_locking()
 
     def _begin_page_locking(self) -> None:
         """Start to page-lock what will be read from the host; not beside the copies of setup."""
@@ -294,6 +299,7 @@ class Transformers:
         self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
     ) -> BaseValues:
         """Where a variant's base values are nearest; see `DeviceCopies.nearest`."""
-        plain = Key(variant, "bf16")
-        on_host = host or self._base_weights[variant].at_hand
+        plain, base = Key(variant, "bf16"), self._base_weights[variant]
+        # Page-locking waits until the copies of setup are made.
+        on_host = host or (lambda: base.open() if self._to_copy else base.at_hand())
         return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)

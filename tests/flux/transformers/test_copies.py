@@ -188,6 +188,7 @@ def test_out_of_memory_in_a_change_of_adapter_is_tried_again_without_them(
         assert found.resident == (DEV,)
         assert_same(bits(found, DEV), plain(DEV, [(adapters[name], 1.0)]))
     assert caplog.text.count("Out of memory") == 1  # the next change is not tried with them
+    assert caplog.text.count("dev base weights stay on the host until the next start") == 1
 
 
 class CancelledError(Exception):
@@ -233,13 +234,18 @@ def test_memory_on_the_host_is_page_locked_for_what_is_read_there(base_weights, 
     assert held == ["schnell", "dev"]
 
 
-def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(base_weights) -> None:
+@pytest.mark.parametrize("there", [AT_START, (*AT_START, SCHNELL8)], ids=["80 GB", "96 GB"])
+def test_setup_goes_on_while_the_host_copy_is_made_and_waits_at_its_end(
+    base_weights, there
+) -> None:
     go, threads = threading.Event(), threading.active_count()
 
     def pin(_: nn.Module) -> bool:
-        return go.wait(60)
+        if not go.wait(10):
+            raise TimeoutError("setup waits for the thread")
+        return True
 
-    found = make(base_weights, room_for(base_weights, *AT_START), pin)
+    found = make(base_weights, room_for(base_weights, *there), pin)
     assert threading.active_count() == threads  # not beside what is wanted first
     for key in found.at_start:
         found.reconcile(key, [])  # in float8, with the copy, and in bf16 beside the thread
@@ -259,6 +265,8 @@ def test_a_failure_of_the_thread_is_raised_where_it_is_needed(base_weights, plai
         return True
 
     found = make(base_weights, room_for(base_weights, *AT_START), pin)
+    for key in found.at_start:
+        found.reconcile(key, [])
     with pytest.raises(OSError, match="the disk is gone"):
         found.reconcile(SCHNELL8, [])
     found.reconcile(SCHNELL8, [])  # the next request tries again
