@@ -6,6 +6,7 @@ whole. Over plain HTTP it checks the size of a file, not its hash, so the hashes
 announces are checked here, once per revision: a stamp says that it was done.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -268,7 +269,20 @@ def cached(wanted: PinnedRepository, hub: HubSettings) -> Path | None:
         )
     except LocalEntryNotFoundError:
         return None
-    return Path(found)
+    return Path(found) if _has_all(Path(found), wanted.repository.files) else None
+
+
+def _has_all(directory: Path, patterns: Sequence[str]) -> bool:
+    """Whether all wanted files are there; without a list of them, huggingface_hub does not look."""
+    found = [path for pattern in patterns for path in directory.glob(pattern) if path.exists()]
+    names = {path.relative_to(directory).as_posix() for path in found}
+    shards = (
+        (index.parent / name).exists()
+        for index in found
+        if index.name.endswith(".safetensors.index.json")
+        for name in json.loads(index.read_text())["weight_map"].values()
+    )
+    return all(any(fnmatchcase(n, p) for n in names) for p in patterns) and all(shards)
 
 
 def _cache_root(hub: HubSettings) -> Path:

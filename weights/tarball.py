@@ -6,8 +6,10 @@ disk holds it twice. Unlike an adapter's, this URL is the operator's: it may be 
 network, and of any size.
 """
 
+import gzip
 import hashlib
 import logging
+import lzma
 import shutil
 import tarfile
 import zlib
@@ -85,7 +87,8 @@ def _unpack(archive: Path, name: str, target: Path) -> None:
         with tarfile.open(archive) as members:
             for member in members:
                 _extract(members, member, draft)
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+            _check_end(members)
+    except (tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         archive.unlink()
         raise InvalidFileError(
@@ -94,6 +97,20 @@ def _unpack(archive: Path, name: str, target: Path) -> None:
         ) from error
     archive.unlink()
     draft.replace(target)
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Read on to the end, and to the checksum of a compressed file, after the last member.
+
+    Raises:
+        TarError: tarfile took a damaged header for the end, or the file is cut off there.
+    """
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.TarError(f"it breaks off after {len(archive.getmembers())} files")
+    while archive.fileobj.read(CHUNK):
+        pass
 
 
 def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Path) -> None:

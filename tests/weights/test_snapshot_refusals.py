@@ -11,7 +11,12 @@ from tests.support.services import HuggingFace
 from weights import snapshot
 from weights.manifest import REPOSITORIES
 from weights.repository import PinnedRepository
-from weights.serving.errors import AccessDeniedError, DiskSpaceError, NotFoundError
+from weights.serving.errors import (
+    AccessDeniedError,
+    DiskSpaceError,
+    NotFoundError,
+    SourceUnavailableError,
+)
 
 DEV, SCHNELL = REPOSITORIES["dev"], REPOSITORIES["schnell"]
 
@@ -34,6 +39,28 @@ def test_a_gate_is_met_before_the_files_of_any_repository_are_fetched(hub, setti
         snapshot.obtain(both, settings)
     assert hub.count("GET", "/cdn/") == 0
     assert snapshot.obtain(both, replace(settings, token="hf_mine"))
+
+
+@pytest.mark.parametrize("lost", ["all but one", "a shard"])
+def test_a_part_of_a_snapshot_is_not_taken_for_the_whole(
+    hub, settings, huggingface, official_files, lost
+):
+    """As other tools leave it that fetch single files, without the list of all."""
+    path = obtain(DEV, "main", settings)
+    shutil.rmtree(path.parent.parent / "verified")
+    shutil.rmtree(path.parent.parent / "trees", ignore_errors=True)
+    files = [file for file in path.rglob("*") if not file.is_dir()]
+    kept = "transformer/config.json" if lost == "all but one" else "00002-of"
+    for file in files:
+        if (kept in file.as_posix()) == (lost == "a shard"):
+            file.resolve().unlink()
+            file.unlink()
+    huggingface["dev"].token, huggingface["dev"].gated = "hf_mine", True
+    with pytest.raises(AccessDeniedError, match="is gated"):
+        obtain(DEV, "main", settings)
+    with pytest.raises(SourceUnavailableError):
+        obtain(DEV, "main", replace(settings, endpoint="http://127.0.0.1:9"))
+    assert obtain(DEV, "main", replace(settings, token="hf_mine")) == path
 
 
 def test_a_token_that_may_not_read_gated_repositories_is_told_so(hub, settings, huggingface):

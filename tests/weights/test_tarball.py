@@ -67,6 +67,28 @@ def test_what_is_no_tar_is_refused_and_not_kept(hub, tmp_path):
     assert contents(unpacked(url, tmp_path, QUICK)) == FILES
 
 
+def damaged(how: str) -> bytes:
+    """A tar of FILES in which the second header, or what comes after it, is not as it was."""
+    whole = bytearray(tar(FILES, "gz" if how == "checksum" else ""))
+    if how == "checksum":
+        whole[-5] ^= 1
+        return bytes(whole)
+    second = 512 + -(-len(next(iter(FILES.values()))) // 512) * 512
+    if how == "flipped":
+        whole[second + 10] ^= 1
+        return bytes(whole)
+    return bytes(whole[: second + (0 if how == "cut before" else 100)])
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut before", "cut within", "checksum"])
+def test_a_damaged_tar_is_refused_and_fetched_anew(hub, tmp_path, how):
+    url = hub.add_file("/store/flux.tar", damaged(how))
+    with pytest.raises(InvalidFileError, match="not a tar, or it is damaged"):
+        unpacked(url, tmp_path, QUICK)
+    hub.add_file("/store/flux.tar", tar(FILES))
+    assert contents(unpacked(url, tmp_path, QUICK)) == FILES
+
+
 def links(*members: tuple[str, bytes, str]) -> bytes:
     """A tar with FILES, then members of (name, tarfile type, link target)."""
     buffer = io.BytesIO()
