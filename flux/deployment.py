@@ -37,6 +37,9 @@ class Deployment:
         """Resolve every `auto`, and log the result.
 
         A CUDA device that is named by its number becomes the calling thread's current one.
+
+        Raises:
+            SettingsError: there is no such device, or it cannot offload.
         """
         device = _device(_unless_auto(settings.device, "cuda" if _has_cuda() else "cpu"))
         checkpoint = chosen_checkpoint(settings)
@@ -61,6 +64,9 @@ class Deployment:
 
         Args:
             checkers: parts of weights/manifest.py besides the variants.
+
+        Raises:
+            WeightsError: they cannot be had.
         """
         variants = () if self.checkpoint == "nano" else VARIANTS
         fetch_missing([*checkers, *variants], self.checkpoint, settings)

@@ -109,6 +109,9 @@ class Engine:
             key: the transformer that will run; it is loaded to the device if needed.
             adapters: with their effective scales.
             check_cancelled: called before each weight is written.
+
+        Raises:
+            BudgetError: the device lacks memory for it.
         """
         encoders = self._on_device(key, self._encoders.reconcile, adapters, check_cancelled)
         transformer = self._transformers.reconcile(key, adapters, check_cancelled)
@@ -158,8 +161,16 @@ class Engine:
         Image k equals the first image of a request with seed + k: images are generated alone, and
         their noise on the CPU.
 
+        Args:
+            adapters: with their effective scales.
+            stopwatch: gets the seconds of each stage.
+            check_cancelled: called before each weight and each step.
+
         Yields:
             RGB images of the request's size.
+
+        Raises:
+            BudgetError: the device lacks memory for it, also with nothing else there.
         """
         if not request.sigmas and request.image:
             yield from [request.image] * len(request.seeds)

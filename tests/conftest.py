@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "tests/lora/" in item.nodeid)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests for a card need one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device on this machine")
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> "Iterator[LoggedServer]":
     """The real Cog server on the embedded checkpoint, one for all tests."""

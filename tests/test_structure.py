@@ -1,4 +1,4 @@
-"""The structure that the README describes: who may import whom, and what happens at import."""
+"""What docs/architecture.md says: who may import whom, and what happens at import."""
 
 import ast
 import subprocess

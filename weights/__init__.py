@@ -1,1 +1,1 @@
-"""Getting weight files and keeping them, and the embedded miniature checkpoint."""
+"""Weight files, got and kept; the embedded miniature; and in `serving` what all packages share."""

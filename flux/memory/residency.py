@@ -7,12 +7,8 @@ device is not kept elsewhere. It is made again from the variant's base weights o
 same pass that merges the request's adapters, or from its float8 weights on disk if there are any.
 
 A copy of a variant's base weights can be on the device too. It has a size like a transformer,
-and is loaded and evicted in the same way, by least recent use. It saves 23.8 GB over the bus at a
-change of adapter, by arithmetic 0.43 s at 55 GB/s over PCIe 5. On 80 GB, schnell in float8 competes
-with dev's base weights, and saves the same at a change from dev to schnell. This package serves
-fine-tunes, so adapters change more often than models. dev's base weights are therefore loaded
-first, and schnell with its first request. No request is refused because of them, because the host
-has them too.
+and is loaded and evicted in the same way, by least recent use. docs/memory.md says why dev's come
+before schnell. No request is refused because of them, because the host has them too.
 """
 
 from collections.abc import Collection, Iterable, Mapping

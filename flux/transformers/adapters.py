@@ -59,7 +59,7 @@ class DeviceAdapters:
     """Adapters on the device.
 
     Attributes:
-        factors: for weights that get LoRA deltas only, what `OnePass.write` takes.
+        factors: for weights that get LoRA deltas only, (up, down, scales), see `OnePass.write`.
         adapters: by digest, for all others.
     """
 

@@ -56,7 +56,8 @@ class Factors:
     """Two factors of the sum of all deltas of a weight: up `[n, rank]`, down `[rank, columns]`.
 
     Attributes:
-        scalings: for each column of `up`, the index of its adapter, and what its scale is times.
+        scalings: for each column of `up`, the index of its adapter among those of the request, and
+            the factor of that adapter's scale.
     """
 
     up: Tensor
@@ -114,7 +115,12 @@ class OnePass:
         return held.scaled.get(scales) or held.scaled.put(scales, self._scaled(held, scales))
 
     def write(self, working: Tensor, base: Tensor, factors: tuple[Tensor, Tensor, Tensor]) -> bool:
-        """Write a weight from its base value, both on the device; return whether it is."""
+        """Write a weight from its base value and LoRA deltas; return whether it was written.
+
+        Args:
+            working, base: on the device; see `lora_kernel.write`.
+            factors: up [n, rank], down [rank, columns] and scales [rank] in fp32.
+        """
         if self.failed:
             return False
         try:

@@ -49,6 +49,9 @@ def quantizes_activations(choice: str, device: torch.device, dtype: torch.dtype)
             multiplies with a scale for each row.
         device: where the transformer computes.
         dtype: of its activations.
+
+    Raises:
+        SettingsError: `fp8` on a device that cannot multiply in float8.
     """
     capable = device.type == "cpu"  # slow, but every form can be computed
     if device.type == "cuda":

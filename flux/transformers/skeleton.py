@@ -1,4 +1,4 @@
-"""Transformers without memory for weights, the bytes that these take, and how they get it."""
+"""Transformers on torch's meta device: how they are made, what they take, how they get memory."""
 
 import copy
 from collections.abc import Callable

@@ -242,8 +242,6 @@ def test_offloaded_weights_generate_the_same(start, not_offloaded, caplog, offlo
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["none", "t5", "all"])
 def test_both_variants_on_a_gpu(start, offload) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     generate = start(FLUX_DEVICE="cuda", FLUX_OFFLOAD=offload)
     cpu = start()
     for model in ("dev", "schnell"):
@@ -256,8 +254,6 @@ def test_both_variants_on_a_gpu(start, offload) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("go_fast", [False, True])
 def test_no_step_waits_for_a_gpu(start, monkeypatch, go_fast) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     generate, mode = start(FLUX_DEVICE="cuda"), torch.cuda.set_sync_debug_mode
     between_steps(monkeypatch, partial(mode, "error"), partial(mode, "default"))
     try:

@@ -1,4 +1,4 @@
-"""The errors of getting weights.
+"""The errors of files that are fetched, kept or written.
 
 Every message says what was given, what was expected and what to do. No message holds a token, or
 the query of a URL, because presigned URLs are secrets.
@@ -11,7 +11,7 @@ def sentences(*parts: str) -> str:
 
 
 class WeightsError(ValueError):
-    """Weights cannot be obtained; the base class of the errors of this package."""
+    """A file cannot be had or written; the base class of those here."""
 
 
 class ReferenceFormatError(WeightsError):
@@ -35,7 +35,7 @@ class InvalidFileError(WeightsError):
 
 
 class DiskSpaceError(WeightsError):
-    """The disk has no room for the file, even with everything unused evicted."""
+    """The disk has no room for a file."""
 
 
 class DirectoryError(WeightsError):

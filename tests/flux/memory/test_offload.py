@@ -203,8 +203,6 @@ def test_a_device_without_streams_is_told() -> None:
 @pytest.mark.parametrize("key", [DEV, DEV8], ids="-".join)
 def test_on_a_gpu(base_weights, adapters, key) -> None:
     """The same as on the device; without streams and page-locked memory, nothing works here."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
     here, there = make(base_weights, device), make(base_weights, device, placement=OnHost(device))
     for desired in ([], [(adapters["c"], 1.0)], []):

@@ -281,8 +281,6 @@ def test_messages_of_other_failures() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu(base_weights) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
     empty_cache(device)  # of what other tests left with the allocator
     free, _ = torch.cuda.mem_get_info(device)

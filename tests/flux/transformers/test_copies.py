@@ -281,8 +281,6 @@ def test_base_items_are_no_transformers(base_weights) -> None:
 @pytest.mark.gpu
 def test_swaps_on_a_gpu_read_the_copy(base_weights, adapters) -> None:
     """The host's weights are spoilt; what is restored is what was brought in the beginning."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     opened = tiny.opened(base_weights)
     for base in opened.values():
         base.open()

@@ -75,8 +75,6 @@ def test_a_cancel_while_it_comes_heals_at_the_next_request(base_weights, pair) -
 
 @pytest.mark.gpu
 def test_on_a_gpu(base_weights, pair) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
     assert move_parameters(base_weights["dev"], pinned=True)
     transformers = Transformers(tiny.opened(base_weights), device, dynamic=False, budget=None)

@@ -149,8 +149,6 @@ def test_a_base_copy_that_cannot_be_opened_fails_the_request_alone(
 @pytest.mark.gpu
 def test_on_a_gpu(checkpoint, adapters) -> None:
     """Files are quantized on a CPU, and the base weights where they serve: to the same bits."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     quick, usual = (
         make(checkpoint, ready_made=ready_made, device=torch.device("cuda"))[0]
         for ready_made in (True, False)

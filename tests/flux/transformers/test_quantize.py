@@ -199,8 +199,6 @@ def test_activations_are_quantized_where_the_card_multiplies_them(
 
 @pytest.mark.gpu
 def test_a_linear_on_a_gpu(weight) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
     device = torch.device("cuda")
     dynamic = quantizes_activations("auto", device, torch.bfloat16)
     weight, inputs = weight.bfloat16(), torch.randn(9, COLUMNS).bfloat16()
