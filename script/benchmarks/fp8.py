@@ -19,12 +19,12 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 from benchmarks.shared import flux1, full_depth
 from benchmarks.shared.report import BLUE, GREY, chart, report
 from benchmarks.step import inputs
+from flux.request import GO_FAST_MULTIPLIER
 from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
 from flux.transformers.skeleton import size
 
 WIDTH, RANK, SEEDS = 1536, 16, 5
 DELTAS = (0.5, 1.0, 2.0, 5.0)  # standard deviation, in per cent of the weights'
-MULTIPLIER = 1.5  # what the contract does to scales with go_fast
 CPU = torch.device("cpu")
 Merge = Callable[[Tensor, Tensor], Tensor]
 """(bf16 weight, fp32 delta) -> the values that serve after the merge."""
@@ -82,7 +82,7 @@ MERGES: dict[str, Merge] = {
         torchao((weight.float() + delta).bfloat16()).dequantize().float()
     ),
     "predecessor": predecessor,
-    "predecessor x 1.5": lambda weight, delta: predecessor(weight, MULTIPLIER * delta),
+    "predecessor x 1.5": lambda weight, delta: predecessor(weight, GO_FAST_MULTIPLIER * delta),
 }
 
 
