@@ -90,10 +90,9 @@ def _scaling(group: Group, settings: AdapterSettings, read: Callable[[str], Tens
     Alpha is that of its own key, else of the header; without any, the scaling is 1.0. Where
     nothing is factored (a full difference, a LoKr of two whole matrices) a key's alpha means
     nothing: trainers write placeholders there, up to infinity; PEFT's settings hold for a LoKr all
-    the same. Where outputs are turned, it gives the
-    most that the rotation's norm may be, as alpha x rows; 0 is no limit (LyCORIS'
-    modules/diag_oft.py). Where inputs are turned, the flag `scaled_oft` divides by the square
-    root of the number of values (ComfyUI-OFTv2).
+    the same. Where outputs are turned, it gives the most that the rotation's norm may be, as
+    alpha x rows; 0 is no limit (LyCORIS' modules/diag_oft.py). Where inputs are turned, the flag
+    `scaled_oft` divides by the square root of the number of values (ComfyUI-OFTv2).
     """
     key = group.keys.get("alpha")
     if "oft_blocks" in group.keys:

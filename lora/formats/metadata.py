@@ -69,7 +69,7 @@ class AdapterSettings:
             )
         alpha = self._alpha(component, module)
         divisor = rank or self._get(component, "r")
-        if alpha is None or not isinstance(divisor, int):
+        if alpha is None or not isinstance(divisor, int) or divisor < 1:
             return 1.0
         if not isinstance(alpha, int | float) or not 0 < alpha < inf:
             raise AdapterError(
