@@ -8,6 +8,7 @@ network, and of any size.
 
 import gzip
 import hashlib
+import io
 import logging
 import lzma
 import shutil
@@ -100,16 +101,17 @@ def _unpack(archive: Path, name: str, target: Path) -> None:
 
 
 def _check_end(archive: tarfile.TarFile) -> None:
-    """Read on to the end, and to the checksum of a compressed file, after the last member.
+    """Read on to the end after the last member, if it is compressed to the checksum.
 
     Raises:
         TarError: tarfile took a damaged header for the end, or the file is cut off there.
     """
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.TarError(f"it breaks off after {len(archive.getmembers())} files")
-    while archive.fileobj.read(CHUNK):
+    file = archive.fileobj
+    if isinstance(file, io.BufferedReader):  # not compressed: going back costs nothing
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.TarError(f"it breaks off after {len(archive.getmembers())} files")
+    while file and file.read(CHUNK):
         pass
 
 
