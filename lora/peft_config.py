@@ -9,7 +9,10 @@ WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 # What PEFT calls a kind -> its setting that holds the strength.
 STRENGTHS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
-SETTINGS = ("r", "lora_alpha", "alpha", "alpha_pattern", "use_rslora", "init_lora_weights")
+SETTINGS = (
+    *("r", "rank_pattern", "lora_alpha", "alpha", "alpha_pattern"),
+    *("use_rslora", "init_lora_weights"),
+)
 
 
 def config_of(weights: str) -> str | None:

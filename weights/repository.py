@@ -269,7 +269,10 @@ def cached(wanted: PinnedRepository, hub: HubSettings) -> Path | None:
         )
     except LocalEntryNotFoundError:
         return None
-    return Path(found) if _has_all(Path(found), wanted.repository.files) else None
+    try:
+        return Path(found) if _has_all(Path(found), wanted.repository.files) else None
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged index of shards
+        return None
 
 
 def _has_all(directory: Path, patterns: Sequence[str]) -> bool:

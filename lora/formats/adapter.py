@@ -229,7 +229,8 @@ def _without_copies(groups: list[Group]) -> tuple[list[Group], list[str]]:
     """
     kept, copies = groups, []
     found = _second_spelling(groups)
-    if found and found[0].startswith((COPY, *ORIGINAL)) and found[1].startswith((COPY, *ORIGINAL)):
+    pair = found[:2] if found else ()
+    if any(s.startswith(COPY) for s in pair) and any(s.startswith(ORIGINAL) for s in pair):
         kept = [group for group in groups if not group.spelling.startswith(COPY)]
         copies = [g.spelling for g in groups if g.spelling.startswith(COPY)]
         found = _second_spelling(kept)

@@ -67,8 +67,8 @@ class AdapterSettings:
                 f"the file's {ADAPTER_SETTINGS} says that the rank (r) of the {component}'s "
                 "adapter is 0; export it again with the rank that it was trained with"
             )
-        alpha = self._alpha(component, module)
-        divisor = rank or self._get(component, "r")
+        alpha = self._by_pattern(component, module, "alpha_pattern", "lora_alpha", "alpha")
+        divisor = rank or self._by_pattern(component, module, "rank_pattern", "r")
         if alpha is None or not isinstance(divisor, int) or divisor < 1:
             return 1.0
         if not isinstance(alpha, int | float) or not 0 < alpha < inf:
@@ -78,18 +78,19 @@ class AdapterSettings:
             )
         return float(alpha / (sqrt(divisor) if self._get(component, "use_rslora") else divisor))
 
-    def _alpha(self, component: str, module: str) -> object:
-        pattern = self._get(component, "alpha_pattern")
+    def _by_pattern(self, component: str, module: str, patterns: str, *names: str) -> object:
+        """What the patterns of that name say of a module, else the settings of these names."""
+        pattern = self._get(component, patterns)
         whole = f"{component}.{module}"  # PEFT's name, if a pipeline was trained
         if isinstance(pattern, dict):
-            for name, alpha in pattern.items():
+            for name, value in pattern.items():
                 plain = name.lstrip("^").removeprefix(CLIP_LEVEL)
                 if not PATTERN_SYNTAX.isdisjoint(plain):
-                    raise AdapterError(f"alpha_pattern {short(name)} is not a plain module name")
+                    raise AdapterError(f"{patterns} {short(name)} is not a plain module name")
                 anchored = name.startswith("^")
                 if plain in (module, whole) or (not anchored and whole.endswith(f".{plain}")):
-                    return alpha
-        return self._get(component, "lora_alpha", "alpha")
+                    return value
+        return self._get(component, *names)
 
     def _get(self, component: str, *names: str) -> object:
         """The first of these settings that is there; a LoKr or LoHa calls its strength `alpha`."""

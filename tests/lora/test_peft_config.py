@@ -73,8 +73,16 @@ def test_the_same_weights_as_peft_where_it_wrapped_the_whole_model(case, tmp_pat
         peft.LoHaConfig(r=RANK, alpha=ALPHA, target_modules=MODULES, init_weights=False),
         peft.LoKrConfig(r=RANK, alpha=ALPHA, target_modules=MODULES, init_weights=False),
         peft.LoKrConfig(r=64, alpha=ALPHA, target_modules=MODULES, init_weights=False),
+        peft.LoKrConfig(
+            r=64,
+            alpha=ALPHA,
+            rank_pattern={"to_q": 128, "proj_out": 2},
+            alpha_pattern={"to_k": 3},
+            target_modules=MODULES,
+            init_weights=False,
+        ),
     ],
-    ids=["LoHa", "LoKr", "LoKr of whole matrices"],
+    ids=["LoHa", "LoKr", "LoKr of whole matrices", "LoKr with patterns"],
 )
 def test_the_same_weights_as_peft_for_other_kinds(case, tmp_path, adapter):
     merged = saved(case.flux["transformer"], tmp_path, adapter)

@@ -14,6 +14,7 @@ from weights.repository import PinnedRepository
 from weights.serving.errors import (
     AccessDeniedError,
     DiskSpaceError,
+    InvalidFileError,
     NotFoundError,
     SourceUnavailableError,
 )
@@ -59,6 +60,18 @@ def test_a_part_of_a_snapshot_is_not_taken_for_the_whole(
     with pytest.raises(AccessDeniedError, match="is gated"):
         obtain(DEV, commit, settings)
     assert len(list(obtain(DEV, commit, replace(settings, token="hf_mine")).rglob("*-00002-of*")))
+
+
+def test_a_damaged_index_is_fetched_anew(settings, huggingface):
+    """Left by another tool, or by a loss of power: there is no stamp that it was verified."""
+    path = obtain(DEV, "main", settings)
+    shutil.rmtree(path.parent.parent / "verified")
+    index = next(path.glob("transformer/*.index.json"))
+    index.resolve().write_text("")
+    with pytest.raises(InvalidFileError, match="index"):
+        obtain(DEV, "main", settings)
+    assert obtain(DEV, "main", settings) == path
+    assert index.read_text()
 
 
 def test_a_token_that_may_not_read_gated_repositories_is_told_so(hub, settings, huggingface):

@@ -9,6 +9,7 @@ request would be sent with the next user's.
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -73,8 +74,11 @@ class _Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         target = super().get_redirect_target(resp)
         if target is not None:
+            header = resp.raw._original_response  # in which requests finds cookies for the target
             resp.raw.close()
-            resp.raw = urllib3.HTTPResponse(io.BytesIO(), preload_content=False)
+            resp.raw = urllib3.HTTPResponse(
+                io.BytesIO(), preload_content=False, original_response=header
+            )
         return target
 
 
@@ -144,7 +148,8 @@ class HttpClient:
         except TimeoutError:
             raise SourceUnavailableError(
                 f"{remote.name}: the server did not answer within {seconds:.0f} s. It is too slow, "
-                "or down: try again later."
+                "or down: try again later.",
+                retry_after=math.inf,  # each try would take as long
             ) from None
 
     def probe(self, remote: Remote, retry: RetryPolicy) -> Probe:

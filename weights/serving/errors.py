@@ -46,7 +46,8 @@ class SourceUnavailableError(WeightsError):
     """The source does not answer properly now; the same request may succeed later.
 
     Attributes:
-        retry_after: seconds after which the source asked to be tried again, if it did.
+        retry_after: seconds after which the source asked to be tried again, if it did; infinite
+            where another try would be no use.
     """
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:

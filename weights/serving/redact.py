@@ -14,7 +14,7 @@ def without_secrets(text: str) -> str:
 
 def without_queries(text: str) -> str:
     """Text in which URLs may stand, whole or from their path on, without user parts and queries."""
-    return re.sub(r"(?<=//)[^\s/@]+@|(?<=[^\s?])\?[^\s'\"<>]+", "", text)
+    return re.sub(r"(?<=//)[^\s/]+@|(?<=[^\s?])\?[^\s'\"<>]+", "", text)
 
 
 def one_line(text: str, limit: int = 200) -> str:

@@ -53,6 +53,7 @@ def test_an_unknown_key_is_named(flux, tmp_path, key):
     ("first", "second"),
     [
         (TO_Q, "transformer_blocks.0.attn.to_q"),
+        ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_out_0"),
         ("lycoris_transformer_blocks_0_attn_to_q", "lora_unet_transformer_blocks_0_attn_to_q"),
         ("double_blocks.0.img_attn.proj", "transformer.transformer_blocks.0.attn.to_out.0"),
         ("lora_unet_double_blocks_0_img_attn_proj", "double_blocks.0.processor.proj_lora1"),
