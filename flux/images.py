@@ -145,7 +145,7 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as mode L; other images as they are.
+    """Grey of more than 8 bits as mode L, or LA where a value is transparent; others as they are.
 
     I;16 files use the whole range. Those of mode I (32 bits) and F (float) do not say which
     they use: the smallest of 0 to 1 (float only), 0 to 255 and 0 to 65535 that holds them all.

@@ -10,8 +10,13 @@ MAX_CONFIG_BYTES = 1 << 20
 # What PEFT calls a kind -> its setting that holds the strength.
 STRENGTHS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}
 SETTINGS = (
-    *("r", "rank_pattern", "lora_alpha", "alpha", "alpha_pattern"),
-    *("use_rslora", "init_lora_weights"),
+    "r",
+    "rank_pattern",
+    "lora_alpha",
+    "alpha",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
 )
 
 

@@ -277,15 +277,15 @@ def cached(wanted: PinnedRepository, hub: HubSettings) -> Path | None:
 
 def _has_all(directory: Path, patterns: Sequence[str]) -> bool:
     """Whether all wanted files are there; without a list of them, huggingface_hub does not look."""
-    found = [path for pattern in patterns for path in directory.glob(pattern) if path.exists()]
-    names = {path.relative_to(directory).as_posix() for path in found}
-    shards = (
-        (index.parent / name).exists()
-        for index in found
+    found = [[path for path in directory.glob(p) if path.exists()] for p in patterns]
+    shards = {
+        index.parent / name
+        for paths in found
+        for index in paths
         if index.name.endswith(".safetensors.index.json")
         for name in json.loads(index.read_text())["weight_map"].values()
-    )
-    return all(any(fnmatchcase(n, p) for n in names) for p in patterns) and all(shards)
+    }
+    return all(found) and all(shard.exists() for shard in shards)
 
 
 def _cache_root(hub: HubSettings) -> Path:

@@ -29,7 +29,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from weights.download.record import CacheRecord, read_record, write_record
-from weights.serving.cancel import CheckCancelled, never_cancelled
+from weights.serving.cancel import POLL_SECONDS, CheckCancelled, never_cancelled
 from weights.serving.directories import usable
 from weights.serving.errors import DirectoryError, DiskSpaceError, InvalidFileError
 from weights.serving.settings import GB, Settings
@@ -37,7 +37,6 @@ from weights.serving.settings import GB, Settings
 logger = logging.getLogger(__name__)
 
 DIRECTORIES = ("records", "objects", "parts", "uses", "locks")
-POLL_SECONDS = 0.1
 STRAY_SECONDS = 24 * 3600.0
 
 
