@@ -21,6 +21,7 @@ from lora.settings import LoaderSettings
 from safety.checker import Inspection
 from safety.policy import load_checker, parts_of
 from weights.serving.cancel import CheckCancelled
+from weights.serving.inputs import InputFiles
 from weights.serving.inventory import Inventory
 from weights.serving.outputs import Outputs, RequestOutputs
 from weights.serving.quiet import importing_libraries
@@ -212,6 +213,7 @@ class Predictor(BaseRunner):
         )
         self._engine = load_engine(deployment, self._settings, inventory)
         self._outputs = Outputs(self._settings.output_directory)
+        self._inputs = InputFiles()
         targets = Targets(self._engine.shapes)
         self._loader = AdapterLoader(
             LoaderSettings.of(self._settings),
@@ -234,6 +236,7 @@ class Predictor(BaseRunner):
     def _serve(self, inputs: Inputs, check_cancelled: CheckCancelled) -> list[Path]:
         """The way of a request, in the engine thread."""
         clear_cache()  # Cog parses data URIs with urlsplit, which keeps the last 128: whole pictures
+        self._inputs.clear(keep={Path(file) for file in (inputs.image, inputs.mask) if file})
         stopwatch = Stopwatch()
         with stopwatch.stage("input"):
             request = make_request(inputs, self._settings, self._default_adapter)

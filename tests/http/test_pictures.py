@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from serving.server import processes, resident
+from tests.support.hub import Hub
 from tests.support.inputs import SMALL, UNCHECKED
 from tests.support.pictures import colours, data_uri, difference, encode, same
 
@@ -39,6 +40,18 @@ def test_strength_zero_gives_the_picture_back(server, photograph) -> None:
     assert same(round_trip(server, small, model="schnell"), small)
     mask = data_uri(Image.new("L", small.size, "white"))
     assert same(round_trip(server, small, mask=mask), small)
+
+
+def test_what_a_failed_download_has_left_goes_with_the_next_request(server) -> None:
+    whole = encode(colours(64, 32))
+    with Hub() as hub:
+        cut, mask = (hub.add_file(f"/{name}.png", whole) for name in ("cut", "mask"))
+        hub.cut("/cut", after=len(whole) // 2)
+        assert server.predict(image=cut, **RAW).status == "failed"
+        assert server.predict(image=data_uri(whole), mask=f"{mask}.gone", **RAW).status == "failed"
+    assert list(server.temporary.rglob("*cut.png"))
+    server.generate(image=data_uri(whole), prompt_strength=0, **RAW)
+    assert [path.name for path in server.temporary.rglob("*.png")] == []
 
 
 def test_exif_orientation_is_applied(server) -> None:

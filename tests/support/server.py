@@ -46,10 +46,11 @@ class Answer:
 
 @dataclass
 class LoggedServer:
-    """A running server, every line that it has logged, and its output directory."""
+    """A running server, every line that it has logged, and its directories."""
 
     server: Server
     outputs: Path
+    temporary: Path
     lines: list[str] = field(default_factory=list)
 
     def predict(self, **inputs: Any) -> Answer:
@@ -109,15 +110,18 @@ class LoggedServer:
 def logged_server(outputs: Path, **environment: str) -> Iterator[LoggedServer]:
     """Run a server whose output files go to a directory; on the device that TESTS_DEVICE names."""
     lines: list[str] = []
+    temporary = outputs.with_name(f"{outputs.name}-temporary")
+    temporary.mkdir()
     settings = {
         "FLUX_OUTPUT_DIRECTORY": str(outputs),
+        "TMPDIR": str(temporary),
         "FLUX_CHECKPOINT": "nano",
         "FLUX_DEVICE": os.environ.get("TESTS_DEVICE", "cpu"),
         **THREADS,
         **environment,
     }
     with Server(settings, on_log=lines.append) as server:
-        yield LoggedServer(server, outputs, lines)
+        yield LoggedServer(server, outputs, temporary, lines)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60, pause: float = 0.05) -> None:

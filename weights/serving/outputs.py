@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from PIL import Image
 
 from weights.serving.directories import is_full, usable
 from weights.serving.errors import DiskSpaceError
+from weights.serving.scratch import Scratch
 from weights.serving.timing import Stopwatch
 
 SETTING = "FLUX_OUTPUT_DIRECTORY"
@@ -29,19 +29,17 @@ class Outputs:
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        if parent is not None:
-            parent = usable(parent, SETTING)
-        self._root = Path(tempfile.mkdtemp(prefix="flux-", dir=parent))
-        weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)  # also at exit
+        self._scratch = Scratch(usable(parent, SETTING) if parent else None)
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
 
     def begin(self, output_format: str, quality: int, stopwatch: Stopwatch) -> "RequestOutputs":
         """Remove the files of earlier requests and make room for those of a new one."""
-        with _disk_space(self._root.parent):
-            self._root.mkdir(exist_ok=True)  # a cleaner of temporary files may have been here
-            for earlier in self._root.iterdir():
+        root = self._scratch.path
+        with _disk_space(root.parent):
+            self._scratch.make()
+            for earlier in root.iterdir():
                 shutil.rmtree(earlier, ignore_errors=True)
-            directory = Path(tempfile.mkdtemp(dir=self._root))
+            directory = Path(tempfile.mkdtemp(dir=root))
         return RequestOutputs(directory, output_format, quality, stopwatch, self._encoder)
 
 

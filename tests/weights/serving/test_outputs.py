@@ -1,5 +1,9 @@
 """Output files: written beside the engine, kept until the next request, or not left at all."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,13 @@ from PIL import Image
 from tests.support.pictures import colours, same
 from weights.serving.outputs import Outputs
 from weights.serving.timing import Stopwatch
+
+KILLED = """
+import os, pathlib, sys
+from weights.serving.outputs import Outputs
+outputs = Outputs(pathlib.Path(sys.argv[1]))
+os._exit(9)
+"""
 
 
 @pytest.fixture
@@ -79,3 +90,23 @@ def test_the_directory_goes_with_its_owner(tmp_path) -> None:
     written(outputs, "png", 80, colours(16, 16))
     del outputs
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path) -> None:
+    living = Outputs(tmp_path)
+    (kept,) = written(living, "png", 80, colours(16, 16))
+    assert subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    for directory in tmp_path.iterdir():
+        os.utime(directory, (0, 0))
+    beside = Outputs(tmp_path)
+    written(beside, "png", 80, colours(16, 16))
+    assert kept.is_file()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_directory_that_vanishes_is_made_anew(tmp_path) -> None:
+    outputs = Outputs(tmp_path / "mounted" / "outputs")
+    shutil.rmtree(tmp_path / "mounted")
+    (path,) = written(outputs, "png", 80, colours(16, 16))
+    assert path.is_file()

@@ -1,0 +1,62 @@
+"""Temporary directories of this process, which do not outlive it, even if it is killed."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+PREFIX = "flux-files-"
+YOUNG_SECONDS = 60.0  # its owner may not have locked it yet
+
+
+class Scratch:
+    """A directory that is removed with this object, at the latest when the process exits.
+
+    A process that is killed removes nothing. So each holds a lock on its directory, and the next
+    one beside it removes those that nobody holds.
+
+    Args:
+        parent: where to make it; None: in the system's temporary directory.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        _take(self._lock)
+        weakref.finalize(self, _leave, self.path, self._lock)
+        for other in self.path.parent.glob(f"{PREFIX}*"):
+            if other != self.path:
+                _remove_if_left(other)
+
+    def make(self) -> None:
+        """Make the directory anew if somebody, like a cleaner of temporary files, removed it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+
+
+def _take(directory: int) -> bool:
+    """Lock a directory, unless another process has; some network file systems cannot."""
+    with suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _remove_if_left(path: Path) -> None:
+    with suppress(OSError):  # gone meanwhile, or another user's
+        if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
+            return
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            if _take(directory):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(directory)
+
+
+def _leave(path: Path, lock: int) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    os.close(lock)
