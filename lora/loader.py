@@ -6,6 +6,7 @@ failure leaves nothing behind: a file is recorded when it is complete, an adapte
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 MAX_LISTED = 5
 MAX_WORDS = 10
+LONG_SECONDS = 0.9  # to wait for a source that then does not answer
+SILENT_SECONDS = 60.0  # in which it is not asked again for what is known
+MAX_SILENT = 1000
 
 Hit = Literal["memory", "disk", "download"]
 
@@ -90,10 +94,10 @@ class AdapterLoader:
     ) -> None:
         self._settings = settings
         self._parse = parse
-        self._access = Access(settings.sources, HttpClient(settings.http))
-        hub_cache = settings.sources.hf_cache_dir
-        self._cache = FileCache(settings.cache, lambda path: huggingface.remove(path, hub_cache))
+        self._access = Access(settings.deployment, HttpClient(settings.http))
+        self._cache = FileCache(settings.cache, huggingface.remove)
         self._memory: Recent[str, Adapter] = Recent(settings.memory_bytes)
+        self._silent: Recent[str, float] = Recent(MAX_SILENT)  # until when it is not asked again
 
     def close(self) -> None:
         """Close the connections kept open."""
@@ -108,22 +112,36 @@ class AdapterLoader:
         Raises:
             WeightsError: with a message for the user.
         """
-        allowed = self._settings.sources.allow_local_paths
+        allowed = self._settings.deployment.lora_allow_local_paths
         reference = parse_reference(text, allow_local_paths=allowed)
-        retry = RetryPolicy(
-            self._settings.attempts, self._settings.backoff, check_cancelled=check_cancelled
-        )
+        retry = replace(self._settings.retry, check_cancelled=check_cancelled)
         try:
-            return self._read(*self._find(reference, retry))
-        except FileNotFoundError:  # evicted by another process since it was found
-            return self._read(*self._find(reference, retry))
+            try:
+                return self._read(*self._find(reference, retry))
+            except FileNotFoundError:  # evicted by another process since it was found
+                return self._read(*self._find(reference, retry))
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise DiskSpaceError(
+                f"{reference.display}: the disk is full. Free some space, or lower the budget of "
+                "the adapter cache."
+            ) from error
 
     def _find(self, reference: Reference, retry: RetryPolicy) -> tuple[CacheRecord, Hit]:
         """The file that a reference means now, fetched if it is not on the disk."""
-        key = cache_key(reference, self._settings.sources)
+        key = cache_key(reference, self._settings.deployment)
         known = self._cache.find(key)
         if known is not None and reference.immutable:
             return known, "disk"
+        if known is not None and (left := (self._silent.get(key) or 0.0) - time.monotonic()) > 0:
+            logger.warning(
+                "Using the file from before, which may be out of date: its source did not answer, "
+                "and is asked again in %.0f s",
+                left,
+            )
+            return known, "disk"
+        asked = time.monotonic()
         try:
             artifact = reference.resolve(
                 self._access, retry if known is None else replace(retry, attempts=1)
@@ -132,6 +150,8 @@ class AdapterLoader:
         except SourceUnavailableError as error:
             if known is None:
                 raise
+            if time.monotonic() - asked > LONG_SECONDS:
+                self._silent.put(key, time.monotonic() + SILENT_SECONDS)
             logger.warning("Using the file from before, which may be out of date: %s", error)
             return known, "disk"
         self._cache.remember(key, replace(record, lasting=reference.lasting))
@@ -142,6 +162,9 @@ class AdapterLoader:
         pin = artifact.pin or f"unpinned {uuid4()}"
         check_size(artifact.source, artifact.size, self._settings.http.max_bytes)
         resumable = artifact.pin is not None
+        known = self._cache.find(pin)
+        if known is not None:  # as it mostly is: nothing is written
+            return known, "disk"
         with self._cache.fetching(pin, retry.check_cancelled, resumable=resumable) as target:
             known = self._cache.find(pin)
             if known is not None:
@@ -152,16 +175,8 @@ class AdapterLoader:
             return record, "download" if record.evictable else "disk"
 
     def _fetch(self, artifact: Artifact, target: Path, retry: RetryPolicy) -> CacheRecord:
-        self._cache.make_room(artifact.size or 0)
-        try:
-            fetched = fetch_file(artifact, target, self._access, retry)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise DiskSpaceError(
-                f"{artifact.source}: the disk is full. Free some space, or lower the budget of the "
-                f"adapter cache."
-            ) from error
+        self._cache.make_room(*artifact.room)
+        fetched = fetch_file(artifact, target, self._access, retry)
         size = fetched.path.stat().st_size
         path = str(fetched.path)
         if not fetched.in_place:
@@ -183,6 +198,7 @@ class AdapterLoader:
         adapter = self._memory.get(digest)
         if adapter is not None:
             hit = "memory" if hit == "disk" else hit
+            self._cache.touch(record)
         else:
             try:
                 with self._cache.in_use(record) as path:

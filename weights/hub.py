@@ -12,8 +12,10 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
@@ -42,7 +44,16 @@ from weights.serving.redact import without_queries
 HTTPError: type[Exception] = HfHubHTTPError.__mro__[1]
 """What the HTTP client of huggingface_hub raises: httpx's, or httpx2's in newer versions."""
 HTTP_CLIENT = HTTPError.__module__.partition(".")[0]
+LEFT_SECONDS = 3600.0  # without a byte: no download that is under way
 LOGGERS_OF_URLS = (HTTP_CLIENT, "huggingface_hub.file_download", "huggingface_hub.utils._http")
+
+
+def drop_leftovers(place: Path) -> None:
+    """Remove what killed downloads have left there: huggingface_hub never goes on with it."""
+    for part in place.rglob("*.incomplete"):
+        with contextlib.suppress(FileNotFoundError):  # another process may have completed it
+            if time.time() - part.stat().st_mtime > LEFT_SECONDS:
+                part.unlink()
 
 
 def progress_bar(report: Callable[[int, int | None, str], None]) -> "type[tqdm[Any]]":

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +27,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import sha256_of
-from weights.hub import hub_call, progress_bar
+from weights.hub import drop_leftovers, hub_call, progress_bar
 from weights.manifest import Repository
 from weights.serving.directories import is_full
 from weights.serving.errors import DiskSpaceError, InvalidFileError, NotFoundError
@@ -39,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 10.0
 NOTES = ".cache/huggingface/download"  # where huggingface_hub notes what it put into a directory
-LEFT_SECONDS = 3600.0  # without a byte: no download that is under way
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ class RepositoryDownload:
         missing = [file for file in self._files if not (base / file.rfilename).is_file()]
         self.size = sum(file.size or 0 for file in missing)
         if missing:
-            self._drop_leftovers()
+            directory = self.wanted.directory
+            drop_leftovers(directory / ".cache" if directory else base.parents[1] / "blobs")
             self._knock(missing[0].rfilename)
 
     def _knock(self, file: str) -> None:
@@ -134,15 +133,6 @@ class RepositoryDownload:
             get_hf_file_metadata(
                 url, token=self._hub.token or False, timeout=TIMEOUT, endpoint=endpoint
             )
-
-    def _drop_leftovers(self) -> None:
-        """Remove what killed downloads have left: huggingface_hub never goes on with it."""
-        directory = self.wanted.directory
-        place = directory / ".cache" if directory else self._snapshot().parents[1] / "blobs"
-        for part in place.rglob("*.incomplete"):
-            with suppress(FileNotFoundError):  # another process may have completed it
-                if time.time() - part.stat().st_mtime > LEFT_SECONDS:
-                    part.unlink()
 
     def download(self, report: Callable[[int], None]) -> None:
         """Fetch and verify; raises SourceUnavailableError to be tried again.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from weights.download.transfer import LogProgress
 from weights.repository import HubSettings, PinnedRepository, RepositoryDownload, cached, too_full
+from weights.serving.directories import existing
 from weights.serving.errors import (
     AccessDeniedError,
     NotFoundError,
@@ -103,8 +104,7 @@ def _check_room(planned: Sequence[RepositoryDownload]) -> None:
         return
     size, place = sum(one.size for one in lacking), lacking[0].place
     logger.info("%.2f GB to fetch in all, into %s", size / 1e9, place)
-    existing = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing(place)).free
     if size > free:
         names = ", ".join(one.wanted.name for one in lacking)
         raise too_full(names, f"{size / 1e9:.2f} GB ({free / 1e9:.2f} are free)", place)

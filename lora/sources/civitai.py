@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
-from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import Link
 from lora.sources.reference import Access, Reference, fingerprint
@@ -20,11 +19,13 @@ from weights.download.remote import Credential, Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import NotFoundError, SourceUnavailableError, WeightsError
 from weights.serving.redact import one_line
+from weights.serving.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 BASE_MODEL = "Flux.1"
 EXACT = (f"{BASE_MODEL} D", f"{BASE_MODEL} S")  # dev and schnell; others are kin, as Krea
+OTHER_SITES = {Settings.civitai_endpoint: ("https://civitai.red",)}  # a mirror stands for all
 HOSTS = {"civitai.com", "civitai.red", "civitai.green"}
 TYPES = ("Model", "Pruned Model")  # of files that may be adapters
 MENU = ("type", "format", "size", "fp")
@@ -99,12 +100,12 @@ class CivitaiReference(Reference):
     def immutable(self) -> bool:
         return self.version is not None
 
-    def credential(self, settings: SourceSettings) -> Credential:
+    def credential(self, settings: Settings) -> Credential:
         return Credential(
             "CIVITAI_API_TOKEN",
             settings.civitai_endpoint,
             self.token or settings.civitai_token,
-            settings.civitai_others,
+            OTHER_SITES.get(settings.civitai_endpoint, ()),
         )
 
     def resolve(self, access: Access, retry: RetryPolicy) -> UrlArtifact:

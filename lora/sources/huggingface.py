@@ -21,18 +21,19 @@ from huggingface_hub import (
     scan_cache_dir,
     try_to_load_from_cache,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from lora.peft_config import check_config_size, config_of, read_settings
-from lora.settings import SourceSettings
 from lora.sources.air import read_air
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Artifact, FetchedFile, Reference, fingerprint
 from weights.download.remote import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress, sha256_of
-from weights.hub import hub_call, progress_bar
+from weights.hub import drop_leftovers, hub_call, progress_bar
 from weights.serving.cancel import cancellable
 from weights.serving.errors import InvalidFileError, NotFoundError
+from weights.serving.settings import Settings
 
 TIMEOUT = 10.0
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -115,7 +116,7 @@ class HuggingFaceReference(Reference):
     def immutable(self) -> bool:
         return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
 
-    def credential(self, settings: SourceSettings) -> Credential:
+    def credential(self, settings: Settings) -> Credential:
         return Credential("HF_TOKEN", settings.hf_endpoint, settings.hf_token)
 
     def resolve(self, access: Access, retry: RetryPolicy) -> "HubArtifact":
@@ -167,6 +168,10 @@ class HubArtifact(Artifact):
     file: str
     config: str | None = None
 
+    @property
+    def room(self) -> tuple[int, Path | None]:
+        return self.size or 0, Path(constants.HF_HUB_CACHE)
+
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
     ) -> FetchedFile:
@@ -177,7 +182,7 @@ class HubArtifact(Artifact):
         path, found = self._get(self.file, access, retry, on_progress)
         digest = sha256_of(path)
         if self.sha256 not in (None, digest):
-            remove(path, access.settings.hf_cache_dir)
+            remove(path)
             raise InvalidFileError(
                 f"{self.source}: the file has SHA-256 {digest}, but the Hub announces "
                 f"{self.sha256}. It was damaged on the way: try again."
@@ -189,7 +194,7 @@ class HubArtifact(Artifact):
     ) -> tuple[Path, bool]:
         """A file of the repository, and whether it was in the cache before."""
         settings = access.settings
-        endpoint, cache = settings.hf_endpoint, settings.hf_cache_dir
+        endpoint = settings.hf_endpoint
         token: str | bool = settings.hf_token or False
 
         def report(done: int, total: int | None, _: str) -> None:
@@ -197,7 +202,10 @@ class HubArtifact(Artifact):
             if on_progress:
                 on_progress(done, total)
 
-        found = isinstance(try_to_load_from_cache(self.repo, file, cache, self.commit), str)
+        found = isinstance(try_to_load_from_cache(self.repo, file, revision=self.commit), str)
+        if not found:
+            folder = repo_folder_name(repo_id=self.repo, repo_type="model")
+            drop_leftovers(Path(constants.HF_HUB_CACHE) / folder / "blobs")
 
         def download() -> str:
             with hub_call(f"huggingface.co/{self.repo}/{file}", settings.hf_token):
@@ -208,7 +216,6 @@ class HubArtifact(Artifact):
                     self.repo,
                     file,
                     revision=self.commit,
-                    cache_dir=cache,
                     endpoint=endpoint,
                     token=token,
                     tqdm_class=progress_bar(report),
@@ -217,9 +224,10 @@ class HubArtifact(Artifact):
         return Path(cancellable(download, retry.check_cancelled)), found
 
 
-def remove(path: Path, cache_dir: Path | None = None) -> None:
-    """Delete one file from the cache of huggingface_hub, unless it is gone already."""
-    cache = scan_cache_dir(cache_dir)
+def remove(path: Path) -> None:
+    """Delete one file from the cache of huggingface_hub that it lies in, unless it is gone."""
+    folder = next(place for place in path.parents if place.name.startswith("models--"))
+    cache = scan_cache_dir(folder.parent)
     files = [
         file
         for repo in cache.repos

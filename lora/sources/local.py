@@ -63,6 +63,11 @@ class LocalArtifact(Artifact):
     path: Path
     config: Path | None = None
 
+    @property
+    def room(self) -> tuple[int, Path | None]:
+        taken_out = self.path.suffix != ".safetensors"  # of a tar
+        return (self.size or 0) if taken_out else 0, None
+
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
     ) -> FetchedFile:

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from lora.settings import SourceSettings
 from lora.sources.link import Link
 from weights.download.http import HttpClient
 from weights.download.remote import Credential
 from weights.download.retry import RetryPolicy
 from weights.download.transfer import Progress
+from weights.serving.settings import Settings
 
 
 @dataclass(frozen=True)
 class Access:
     """How sources are reached: their endpoints and tokens, and the HTTP client."""
 
-    settings: SourceSettings
+    settings: Settings
     client: HttpClient
 
 
@@ -62,6 +62,11 @@ class Artifact(ABC):
     size: int | None = None
     sha256: str | None = None
     trigger_words: tuple[str, ...] = ()
+
+    @property
+    def room(self) -> tuple[int, Path | None]:
+        """The bytes that fetching it writes, and where; None: into the cache of adapters."""
+        return self.size or 0, None
 
     @abstractmethod
     def fetch(
@@ -115,7 +120,7 @@ class Reference(ABC):
         """Whether it can be of use after a day; a presigned URL cannot."""
         return True
 
-    def credential(self, settings: SourceSettings) -> Credential | None:
+    def credential(self, settings: Settings) -> Credential | None:
         """The source's address, and the operator's token for it."""
         return None
 
@@ -128,7 +133,7 @@ class Reference(ABC):
         """
 
 
-def cache_key(reference: Reference, settings: SourceSettings) -> str:
+def cache_key(reference: Reference, settings: Settings) -> str:
     """Identity of a reference in a cache: what one token sees is not for another."""
     credential = reference.credential(settings)
     seen = "" if credential is None else f"{credential.origin} {fingerprint(credential.token)}"

@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Self
 
-from lora.settings import SourceSettings
 from lora.sources.link import SLUG, Link
 from lora.sources.reference import Access, Reference, fingerprint
 from lora.sources.url import UrlArtifact, probe
 from weights.download.remote import Credential, Remote
 from weights.download.retry import RetryPolicy
 from weights.serving.errors import InvalidFileError, NotFoundError
+from weights.serving.settings import Settings
 
 VERSION = re.compile(r"[0-9a-f]{64}")
 TABS = {"api", "playground", "examples", "readme", "versions", "train"}
@@ -56,7 +56,7 @@ class ReplicateReference(Reference):
     def immutable(self) -> bool:
         return self.version is not None
 
-    def credential(self, settings: SourceSettings) -> Credential:
+    def credential(self, settings: Settings) -> Credential:
         return Credential(
             "REPLICATE_API_TOKEN", settings.replicate_endpoint, settings.replicate_token
         )

@@ -1,27 +1,32 @@
 from dataclasses import replace
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from lora.loader import AdapterLoader
-from lora.settings import LoaderSettings, SourceSettings
+from lora.settings import LoaderSettings
 from tests.lora.files import parse
 from tests.lora.saved_by_peft import Case
 from tests.support import tiny
 from tests.support.services import Civitai, HuggingFace, Replicate, tar
 from weights.download.cache import CacheSettings
 from weights.download.http import HttpSettings
+from weights.download.retry import RetryPolicy
+from weights.serving.settings import Settings
 
 
 @pytest.fixture
-def settings(hub, tmp_path):
+def settings(hub, tmp_path, monkeypatch):
     """Settings that lead to the stand-in hub, with short waits."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     return LoaderSettings(
         cache=CacheSettings(tmp_path / "cache", min_free_bytes=0),
-        sources=SourceSettings(hub.url, hub.url, hub.url, hf_cache_dir=tmp_path / "hf"),
+        deployment=Settings(
+            hf_endpoint=hub.url, civitai_endpoint=hub.url, replicate_endpoint=hub.url
+        ),
         http=HttpSettings(allow_private_hosts=True, connect_timeout=1, read_timeout=1),
-        attempts=3,
-        backoff=0.01,
+        retry=RetryPolicy(3, backoff=0.01),
     )
 
 
@@ -68,8 +73,8 @@ def flux(request):
 
 @pytest.fixture
 def case(flux, settings, new_loader):
-    allowing = replace(settings.sources, allow_local_paths=True)
-    return Case(flux, replace(settings, sources=allowing), new_loader)
+    allowing = replace(settings.deployment, lora_allow_local_paths=True)
+    return Case(flux, replace(settings, deployment=allowing), new_loader)
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import json
 from hashlib import sha256
+from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save
 
 from lora.formats.adapter import Targets, load_adapter
@@ -54,4 +56,4 @@ class Case:
         """The files on the disk that are, or hold a part of, an adapter or its configuration."""
         parts = [*self.settings.cache.root.glob("objects/*")]
         parts += self.settings.cache.root.glob("parts/*")
-        return [*parts, *self.settings.sources.hf_cache_dir.rglob("blobs/*")]
+        return [*parts, *Path(constants.HF_HUB_CACHE).rglob("blobs/*")]

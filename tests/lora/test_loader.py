@@ -14,17 +14,13 @@ import pytest
 from lora.formats.errors import AdapterError
 from lora.loader import AdapterLoader
 from lora.settings import LoaderSettings
-from tests.lora.files import parse, safetensors
+from tests.lora.files import add_files, parse, safetensors
 from tests.support.services import tar, trained_on_replicate
 from weights.download.cache import FileCache
 from weights.serving.errors import InvalidFileError, SourceUnavailableError
 from weights.serving.settings import Settings
 
 VERSION = "0a" * 32
-
-
-def add_files(hub, *names):
-    return [hub.add_file(f"/{name}.safetensors", safetensors(name)) for name in names]
 
 
 class CountingParser:
@@ -89,33 +85,16 @@ def test_same_content_under_two_names_is_one_adapter(hub, loader):
     assert two.source.endswith("/two.safetensors")
 
 
-def test_disk_budget_evicts_also_from_the_cache_of_huggingface(
-    hub, new_loader, huggingface, settings
-):
-    size = len(safetensors("hub"))
-    tight = replace(settings, cache=replace(settings.cache, max_bytes=size))
-    huggingface.add("o/n", {"a.safetensors": safetensors("hub")})
-    (text,) = add_files(hub, "url")
-    new_loader(tight).load("huggingface.co/o/n")
-    assert new_loader(tight).load("huggingface.co/o/n").hit == "disk"
-    new_loader(tight).load(text)
-    blobs = settings.sources.hf_cache_dir.rglob("blobs/*")
-    assert [path for path in blobs if path.is_file()] == []
-    assert new_loader(tight).load("huggingface.co/o/n").hit == "download"
-
-
-def test_file_that_was_in_the_cache_of_huggingface_before_is_left_there(
-    hub, new_loader, huggingface, settings
-):
-    huggingface.add("o/n", {"a.safetensors": safetensors("hub")})
-    new_loader().load("huggingface.co/o/n")
-    elsewhere = replace(settings.cache, root=settings.cache.root / "other", max_bytes=0)
-    loader = new_loader(replace(settings, cache=elsewhere))
-    assert loader.load("huggingface.co/o/n").hit == "disk"
-    loader.load(add_files(hub, "url")[0])
-    assert hub.count("GET", "/cdn/") == 1
-    assert loader.load("huggingface.co/o/n").hit == "memory"
-    assert hub.count("GET", "/cdn/") == 1
+def test_a_source_that_hangs_holds_up_one_request_in_a_while(hub, new_loader, settings, caplog):
+    loader = new_loader(replace(settings, http=replace(settings.http, answer_timeout=1)))
+    (text,) = add_files(hub, "x")
+    loader.load(text)
+    hub.drip_header("/x")
+    assert loader.load(text).hit == "memory"
+    asked = len(hub.requests)
+    assert loader.load(text).hit == "memory"
+    assert len(hub.requests) == asked
+    assert "its source did not answer, and is asked again in 60 s" in caplog.text
 
 
 def test_bad_file_is_named_and_the_next_request_is_fine(hub, new_loader):
@@ -275,11 +254,11 @@ def test_settings_come_from_the_environment():
             }
         )
     )
-    assert settings.sources.hf_endpoint == "http://mirror"
-    assert (settings.sources.hf_token, settings.sources.civitai_token) == ("hf_x", None)
+    assert settings.deployment.hf_endpoint == "http://mirror"
+    assert (settings.deployment.hf_token, settings.deployment.civitai_token) == ("hf_x", None)
     assert (str(settings.cache.root), settings.cache.max_bytes) == ("/cache/adapters", 500_000_000)
     assert settings.http.allow_private_hosts
-    assert not settings.sources.allow_local_paths
+    assert not settings.deployment.lora_allow_local_paths
     assert "hf_x" not in repr(settings)
 
 

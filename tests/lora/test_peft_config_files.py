@@ -77,7 +77,7 @@ def test_wrong_hash_of_the_original_is_refused(case, huggingface):
 
 def test_the_configuration_of_a_private_repository(case, hub, huggingface):
     huggingface.add("o/n", case.files, token="hf_mine")
-    sources = replace(case.settings.sources, hf_token="hf_mine")
-    case.settings = replace(case.settings, sources=sources)
+    deployment = replace(case.settings.deployment, hf_token="hf_mine")
+    case.settings = replace(case.settings, deployment=deployment)
     assert case.load("huggingface.co/o/n") == pytest.approx(ALPHA / RANK)
     assert {request.token for request in hub.seen("HEAD", CONFIG)} == {"hf_mine"}

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from weights.download.record import CacheRecord, read_record, write_record
 from weights.serving.cancel import POLL_SECONDS, CheckCancelled, never_cancelled
-from weights.serving.directories import usable
+from weights.serving.directories import existing, usable
 from weights.serving.errors import DirectoryError, DiskSpaceError, InvalidFileError
 from weights.serving.settings import GB, Settings
 
@@ -86,8 +86,10 @@ class FileCache:
         return record if record is not None and self._is_whole(record) else None
 
     def remember(self, key: str, record: CacheRecord) -> None:
-        """Let a key lead to a record from now on."""
-        write_record(self._record_path(key), record)
+        """Let a key lead to a record from now on; nothing is written if it does already."""
+        path = self._record_path(key)
+        if read_record(path) != record:
+            write_record(path, record)
 
     @contextlib.contextmanager
     def fetching(
@@ -136,37 +138,47 @@ class FileCache:
                 mark = stack.enter_context(self._use_path(record.sha256).open("a"))
                 fcntl.flock(mark, fcntl.LOCK_SH)
                 _touch(self._use_path(record.sha256))
-            yield self._root / record.path
+            yield self._path(record)
 
-    def make_room(self, size: int = 0) -> None:
+    def touch(self, record: CacheRecord) -> None:
+        """Have a file count as used now, where that can be written."""
+        with contextlib.suppress(OSError):
+            _touch(self._use_path(record.sha256))
+
+    def make_room(self, size: int = 0, directory: Path | None = None) -> None:
         """Evict what was not used for longest until `size` more bytes fit.
+
+        Args:
+            directory: where they go, if not into this cache; it may still have to be made.
 
         Raises:
             DiskSpaceError: the disk stays too full.
         """
+        place = existing(directory or self._root)
         with self._books():
             self._drop_strays()
-            self._drop_parts(size)
+            self._drop_parts(size, place)
             records = self._evictable()
             total = sum(record.size for record in records)
             for record in records:
-                if total + size <= self._settings.max_bytes and self._short_of(size) <= 0:
-                    break
-                if self._evict(record):
+                short = self._short_of(size, place) > 0 and _share_a_disk(self._path(record), place)
+                if (short or total + size > self._settings.max_bytes) and self._evict(record):
                     total -= record.size
-            if (missing := self._short_of(size)) > 0:
+            if (missing := self._short_of(size, place)) > 0:
+                floor = self._settings.min_free_bytes / GB
                 raise DiskSpaceError(
-                    f"No room for {size / 1e6:.0f} MB: the disk of the adapter cache is "
-                    f"{missing / 1e6:.0f} MB short of it. Free some, or lower the floor of free "
-                    f"space."
+                    f"No room for {size / 1e6:.0f} MB: the disk of {place} is {missing / 1e6:.0f} "
+                    f"MB short of it, with the {floor:g} GB that are always left free. Free some."
                 )
 
-    def _short_of(self, size: int) -> int:
-        free = shutil.disk_usage(self._root).free
-        return size + self._settings.min_free_bytes - free
+    def _short_of(self, size: int, place: Path) -> int:
+        return size + self._settings.min_free_bytes - shutil.disk_usage(place).free
+
+    def _path(self, record: CacheRecord) -> Path:
+        return self._root / record.path
 
     def _is_whole(self, record: CacheRecord) -> bool:
-        path = self._root / record.path
+        path = self._path(record)
         return path.is_file() and path.stat().st_size == record.size
 
     def _evictable(self) -> list[CacheRecord]:
@@ -183,7 +195,7 @@ class FileCache:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            path = self._root / record.path
+            path = self._path(record)
             (self._remove_external if Path(record.path).is_absolute() else Path.unlink)(path)
             mark.unlink(missing_ok=True)
         for entry, other in self._records():
@@ -201,7 +213,8 @@ class FileCache:
         records = self._records()
         known = {record.path for _, record in records}
         brief = [path for path, record in records if not record.lasting]
-        for path in filter(_is_old, [*brief, *(self._root / "parts").iterdir()]):
+        drafts = (self._root / "records").glob("*.draft")
+        for path in filter(_is_old, [*brief, *drafts, *(self._root / "parts").iterdir()]):
             path.unlink(missing_ok=True)
         for path in filter(_is_old, (self._root / "objects").iterdir()):
             if f"objects/{path.name}" not in known:
@@ -211,10 +224,10 @@ class FileCache:
             with contextlib.suppress(Timeout), FileLock(path, blocking=False):
                 path.unlink(missing_ok=True)  # who has opened it finds that out, and makes another
 
-    def _drop_parts(self, size: int) -> None:
+    def _drop_parts(self, size: int, place: Path) -> None:
         """Remove broken downloads that nobody goes on with, until the disk has room for `size`."""
         for path in sorted((self._root / "parts").iterdir(), key=_modified):
-            if self._short_of(size) <= 0:
+            if self._short_of(size, place) <= 0 or not _share_a_disk(path, place):
                 break
             lock = self._root / "locks" / f"{path.name.partition('.')[0]}.lock"
             with contextlib.suppress(Timeout), FileLock(lock, blocking=False):
@@ -245,6 +258,10 @@ def _touch(path: Path) -> None:
 
 def _modified(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _share_a_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def _is_old(path: Path) -> bool:

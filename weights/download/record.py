@@ -47,5 +47,8 @@ def read_record(path: Path) -> CacheRecord | None:
 def write_record(path: Path, record: CacheRecord) -> None:
     """Put a record into a file, whole or not at all."""
     draft = path.with_suffix(f".{uuid4().hex}.draft")
-    draft.write_text(json.dumps(asdict(record)))
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(asdict(record)))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -32,6 +32,12 @@ def usable(path: Path, setting: str) -> Path:
         ) from error
 
 
+def existing(path: Path) -> Path:
+    """The nearest directory above a path that is there, or the path itself."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
 def is_full(error: OSError) -> bool:
     """Whether an error says that the disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora.settings import LoaderSettings
+from lora.sources.civitai import OTHER_SITES, CivitaiReference
 from tests.lora.files import safetensors
 from tests.support.hub import Hub
 from tests.support.services import CIVITAI_LOGIN, Civitai
@@ -22,7 +22,7 @@ OLD, NEW = safetensors("old"), safetensors("new")
 
 
 def with_token(settings, token):
-    return replace(settings, sources=replace(settings.sources, civitai_token=token))
+    return replace(settings, deployment=replace(settings.deployment, civitai_token=token))
 
 
 def test_page_means_the_newest_version_and_page_with_version_that_one(loader, civitai):
@@ -191,11 +191,12 @@ def test_api_down_serves_the_file_from_before(hub, new_loader, civitai, caplog):
 
 
 @pytest.fixture
-def other_site(settings):
+def other_site(settings, monkeypatch):
     """Another site of CivitAI, and settings that know of it, with a token for both."""
     with Hub() as hub:
-        sources = replace(settings.sources, civitai_others=(hub.url,), civitai_token="mine")
-        yield hub, Civitai(hub), replace(settings, sources=sources)
+        deployment = replace(settings.deployment, civitai_token="mine")
+        monkeypatch.setitem(OTHER_SITES, deployment.civitai_endpoint, (hub.url,))
+        yield hub, Civitai(hub), replace(settings, deployment=deployment)
 
 
 def test_what_one_site_does_not_have_is_asked_for_at_the_other(hub, new_loader, other_site):
@@ -261,7 +262,7 @@ def test_a_version_whose_only_file_is_pruned(loader, civitai):
 
 
 def test_only_the_public_site_has_others():
-    public = LoaderSettings.of(Settings()).sources
-    assert public.civitai_others == ("https://civitai.red",)
-    mirror = LoaderSettings.of(Settings(civitai_endpoint="https://mirror.example")).sources
-    assert mirror.civitai_others == ()
+    reference = CivitaiReference(5)
+    assert reference.credential(Settings()).others == ("https://civitai.red",)
+    mirror = Settings(civitai_endpoint="https://mirror.example")
+    assert reference.credential(mirror).others == ()

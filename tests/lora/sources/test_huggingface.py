@@ -3,9 +3,11 @@
 import logging
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from tests.lora.files import safetensors
 from weights.serving.errors import (
@@ -20,7 +22,7 @@ OLD, NEW = safetensors("old"), safetensors("new")
 
 
 def with_token(settings, token):
-    return replace(settings, sources=replace(settings.sources, hf_token=token))
+    return replace(settings, deployment=replace(settings.deployment, hf_token=token))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_trigger_word_of_the_model_card(loader, huggingface):
 def test_no_second_copy_on_disk(loader, huggingface, settings):
     huggingface.add("o/n", {"a.safetensors": OLD})
     loader.load("huggingface.co/o/n")
-    everything = [*settings.cache.root.rglob("*"), *settings.sources.hf_cache_dir.rglob("*")]
+    everything = [*settings.cache.root.rglob("*"), *Path(constants.HF_HUB_CACHE).rglob("*")]
     copies = [p for p in everything if p.is_file() and not p.is_symlink() and p.read_bytes() == OLD]
     assert len(copies) == 1
 
@@ -117,9 +119,9 @@ def test_commit_of_one_hub_is_not_that_of_another(new_loader, huggingface, setti
     repository = huggingface.add("o/n", {"a.safetensors": OLD})
     text = f"huggingface.co/o/n/tree/{repository.branches['main']}"
     new_loader().load(text)
-    other = replace(settings.sources, hf_endpoint="http://127.0.0.1:9")
+    other = replace(settings.deployment, hf_endpoint="http://127.0.0.1:9")
     with pytest.raises(SourceUnavailableError):
-        new_loader(replace(settings, sources=other)).load(text)
+        new_loader(replace(settings, deployment=other)).load(text)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

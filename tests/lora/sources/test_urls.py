@@ -47,8 +47,8 @@ def test_replicate_retraining_is_picked_up_and_a_version_stays(hub, loader, repl
 
 def test_replicate_token_stays_on_its_host(hub, new_loader, replicate, settings):
     replicate.add("fofr/flux-x", trained_on_replicate(OLD))
-    sources = replace(settings.sources, replicate_token="r8_mine")
-    new_loader(replace(settings, sources=sources)).load("fofr/flux-x")
+    sources = replace(settings.deployment, replicate_token="r8_mine")
+    new_loader(replace(settings, deployment=sources)).load("fofr/flux-x")
     assert {request.token for request in hub.seen("GET", "/_weights")} == {"r8_mine"}
     assert {request.token for request in hub.seen("GET", "/delivery/")} == {None}
 
@@ -189,7 +189,9 @@ def test_local_file_only_where_allowed_and_noticed_when_changed(new_loader, sett
     file.write_bytes(OLD)
     with pytest.raises(ReferenceFormatError, match="LORA_ALLOW_LOCAL_PATHS=true"):
         new_loader().load(str(file))
-    allowing = replace(settings, sources=replace(settings.sources, allow_local_paths=True))
+    allowing = replace(
+        settings, deployment=replace(settings.deployment, lora_allow_local_paths=True)
+    )
     loader = new_loader(allowing)
     assert loader.load(str(file)).adapter.content == "old"
     file.write_bytes(NEW)

@@ -90,7 +90,7 @@ def test_damaged_record_is_no_hit(make, tmp_path):
     assert cache.find("key") is None
 
 
-def test_record_that_cannot_be_written_to_its_end_leaves_the_one_from_before(make):
+def test_record_that_cannot_be_written_to_its_end_leaves_the_one_from_before(make, tmp_path):
     cache, before = make(), resource.getrlimit(resource.RLIMIT_FSIZE)
     record = add(cache, "key", b"x")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
@@ -100,6 +100,7 @@ def test_record_that_cannot_be_written_to_its_end_leaves_the_one_from_before(mak
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert cache.find("key") == record
+    assert list((tmp_path / "cache" / "records").glob("*.draft")) == []
 
 
 def test_least_recently_used_leaves_first(make):
