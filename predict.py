@@ -63,7 +63,7 @@ class Predictor(BaseRunner):
         """
         _log_to_stderr()
         self._settings = Settings.from_environment()
-        self._default_adapter = weights or None
+        self._default_adapter = (weights or "").strip() or None
         self._thread = EngineThread()
         self._thread.call(self._load)
 

@@ -1,8 +1,11 @@
 """Deployment settings: one frozen dataclass, read from environment variables in one place."""
 # ruff: noqa: RUF009  (`_setting` makes a field, as dataclasses.field does)
 
+import math
 import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -46,31 +49,39 @@ def _one_of(choices: Any) -> Callable[[str], Any]:  # noqa: ANN401  (a Literal h
     return read
 
 
-def _probability(text: str) -> float:
-    if not 0 <= (value := float(text)) <= 1:
-        raise ValueError("expected a number from 0 to 1")
-    return value
+def _number(
+    read: Callable[[str], float], least: float, most: float, expected: str
+) -> Callable[[str], Any]:
+    """Reads a number within limits; `expected` says which."""
+
+    def read_within(text: str) -> float:
+        with suppress(ValueError, OverflowError):
+            if least <= (value := read(text)) <= most:
+                return value
+        raise ValueError(f"expected {expected}")
+
+    return read_within
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError("expected a whole number of at least 1")
-    return value
-
-
-def _input_megapixels(text: str) -> int:
-    """Pillow itself refuses images above 170."""
-    if (value := _positive(text)) > MAX_INPUT_MEGAPIXELS:
-        raise ValueError(f"expected at most {MAX_INPUT_MEGAPIXELS}")
-    return value
-
-
-def _gigabytes(text: str) -> int:
-    return int(float(text) * GB)
+_probability = _number(float, 0, 1, "a number from 0 to 1")
+_input_megapixels = _number(  # Pillow itself refuses larger images
+    int, 1, MAX_INPUT_MEGAPIXELS, f"a whole number from 1 to {MAX_INPUT_MEGAPIXELS}"
+)
+_gigabytes = _number(
+    lambda text: int(float(text) * GB), 0, math.inf, "gigabytes as a number of at least 0, like 4"
+)
 
 
 def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]\S*", text):
+        raise ValueError("expected a URL that begins with https:// or http://")
     return text.rstrip("/")
+
+
+def _token(text: str) -> str:
+    if not (text.isascii() and text.isprintable() and " " not in text):
+        raise ValueError("expected a token of printable ASCII characters without spaces")
+    return text
 
 
 def _setting(variable: str, read: Callable[[str], T], default: U, *, secret: bool = False) -> T | U:
@@ -163,9 +174,9 @@ class Settings:
     hf_endpoint: str = _setting("HF_ENDPOINT", _url, "https://huggingface.co")
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", _url, "https://civitai.com")
     replicate_endpoint: str = _setting("REPLICATE_ENDPOINT", _url, "https://replicate.com")
-    hf_token: str | None = _setting("HF_TOKEN", str, None, secret=True)
-    civitai_token: str | None = _setting("CIVITAI_API_TOKEN", str, None, secret=True)
-    replicate_token: str | None = _setting("REPLICATE_API_TOKEN", str, None, secret=True)
+    hf_token: str | None = _setting("HF_TOKEN", _token, None, secret=True)
+    civitai_token: str | None = _setting("CIVITAI_API_TOKEN", _token, None, secret=True)
+    replicate_token: str | None = _setting("REPLICATE_API_TOKEN", _token, None, secret=True)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Settings":
@@ -178,6 +189,7 @@ class Settings:
                 continue
             try:
                 values[setting.name] = setting.metadata["read"](text)
-            except (ValueError, OverflowError) as error:
-                raise SettingsError(f"{variable}={text!r}: {error}") from error
+            except ValueError as error:
+                given = f"{variable}={text!r}" if setting.repr else variable
+                raise SettingsError(f"{given}: {error}") from error
         return cls(**values)

@@ -36,28 +36,42 @@ def test_every_variable_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
+    ("variable", "value", "expected"),
     [
-        ("FLUX_DTYPE", "float8"),
-        ("FLUX_MAX_INPUT_MEGAPIXELS", "0"),
-        ("FLUX_MAX_INPUT_MEGAPIXELS", "many"),
-        ("FLUX_NSFW_THRESHOLD", "1.5"),
-        ("FLUX_MAX_INPUT_MEGAPIXELS", "171"),
-        ("FLUX_SAFETY_POLICY", "none"),
-        ("FLUX_AT_START", "fp16"),
-        ("FLUX_COMPILE", "true"),
-        ("FLUX_SAFETY_POLICY", "both"),
-        ("FLUX_REVISIONS", "main"),
-        ("FLUX_REVISIONS", "dev="),
-        ("FLUX_REVISIONS", "dev=main,pro=main"),
-        ("LORA_CACHE_GB", "much"),
-        ("LORA_DEVICE_MEMORY_GB", "inf"),
-        ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps"),
+        ("FLUX_DTYPE", "float8", "one of auto, bfloat16, float32"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "0", "a whole number from 1 to 170"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "many", "a whole number from 1 to 170"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "171", "a whole number from 1 to 170"),
+        ("FLUX_MAX_INPUT_MEGAPIXELS", "64.5", "a whole number from 1 to 170"),
+        ("FLUX_NSFW_THRESHOLD", "1.5", "a number from 0 to 1"),
+        ("FLUX_NSFW_THRESHOLD", "nan", "a number from 0 to 1"),
+        ("FLUX_SAFETY_POLICY", "none", "one of auto, official"),
+        ("FLUX_AT_START", "fp16", "one of all, bf16, fp8"),
+        ("FLUX_COMPILE", "true", "one of auto, on, off"),
+        ("FLUX_SAFETY_POLICY", "both", "one of auto, official"),
+        ("FLUX_REVISIONS", "main", "NAME=REVISION,..."),
+        ("FLUX_REVISIONS", "dev=", "NAME=REVISION,..."),
+        ("FLUX_REVISIONS", "dev=main,pro=main", "NAME=REVISION,..."),
+        ("LORA_CACHE_GB", "much", "gigabytes as a number of at least 0"),
+        ("LORA_CACHE_GB", '"50"', "gigabytes as a number of at least 0"),
+        ("LORA_DEVICE_MEMORY_GB", "inf", "gigabytes as a number of at least 0"),
+        ("LORA_DEVICE_MEMORY_GB", "-1", "gigabytes as a number of at least 0"),
+        ("FLUX_ALLOW_DISABLE_SAFETY_CHECKER", "perhaps", "true or false"),
+        ("HF_ENDPOINT", "hf-mirror.com", "a URL that begins with https://"),
+        ("CIVITAI_ENDPOINT", "ftp://mirror", "a URL that begins with https://"),
     ],
 )
-def test_a_bad_value_is_named_with_its_variable(variable: str, value: str) -> None:
-    with pytest.raises(SettingsError, match=f"{variable}='{value}'"):
+def test_a_bad_value_is_named_with_what_is_expected(
+    variable: str, value: str, expected: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
         Settings.from_environment({variable: value})
+    assert str(error.value).startswith(f"{variable}={value!r}: expected {expected}")
+
+
+def test_a_bad_token_is_named_and_does_not_show() -> None:
+    with pytest.raises(SettingsError, match=r"^HF_TOKEN: expected a token of printable ASCII"):
+        Settings.from_environment({"HF_TOKEN": "hf_ü"})
 
 
 def test_tokens_do_not_show() -> None:
