@@ -125,8 +125,7 @@ def make_request(inputs: Inputs, settings: Settings, default_adapter: str | None
     precision = _precision(inputs, image)
     first_seed = _seed(inputs.seed)
     logger.info("Using seed: %d", first_seed)
-    if not variant.guidance:
-        logger.info("guidance_scale is ignored: %s has no guidance embedding", variant.name)
+    _log_ignored(inputs, variant, default_adapter)
     return Request(
         prompt=inputs.prompt,
         variant=variant,
@@ -171,7 +170,7 @@ def _size(inputs: Inputs, image: Image.Image | None) -> tuple[int, int]:
             logger.info("aspect_ratio, width and height are ignored: the image sets the size")
         size = fit_size(*image.size, quarter=quarter)
         if size == fit_size(*image.size, quarter=not quarter):
-            logger.info("megapixels has no effect: the image is no larger than a quarter of one")
+            logger.info("megapixels has no effect: the image is small enough for either")
         elif not quarter and size[0] * size[1] > 1.1 * MEGAPIXEL:
             logger.info("megapixels is exceeded: the image sets the size, %d x %d", *size)
         return size
@@ -210,15 +209,34 @@ def _noise_levels(inputs: Inputs, mode: Mode, mask: Image.Image | None) -> tuple
     return tuple(sigmas(int(inputs.num_inference_steps), strength))
 
 
+def _log_ignored(inputs: Inputs, variant: Variant, default_adapter: str | None) -> None:
+    """Say in the log which inputs have no effect, besides those that would set the size."""
+    if not variant.guidance:
+        logger.info("guidance_scale is ignored: %s has no guidance embedding", variant.name)
+    main, extra = _references(inputs, default_adapter)
+    for name, reason in (
+        ("prompt_strength", "" if inputs.image is not None else "there is no image"),
+        ("output_quality", "png keeps every pixel" if inputs.output_format == "png" else ""),
+        ("lora_scale", "" if main else "there is no replicate_weights"),
+        ("extra_lora_scale", "" if extra else "there is no extra_lora"),
+    ):
+        if reason and getattr(inputs, name) != getattr(Inputs, name):
+            logger.info("%s is ignored: %s", name, reason)
+
+
 def _adapters(
     inputs: Inputs, default: str | None, multiplier: float
 ) -> tuple[tuple[str, float], ...]:
-    """Main and extra adapter with their scales; blank references are none."""
-    given = (
-        ((inputs.replicate_weights or "").strip() or default, inputs.lora_scale),
-        ((inputs.extra_lora or "").strip(), inputs.extra_lora_scale),
-    )
+    """Main and extra adapter with their scales."""
+    scales = (inputs.lora_scale, inputs.extra_lora_scale)
+    given = zip(_references(inputs, default), scales, strict=True)
     return tuple((reference, scale * multiplier) for reference, scale in given if reference)
+
+
+def _references(inputs: Inputs, default: str | None) -> tuple[str, str]:
+    """The main and the extra adapter's; blank ones are none."""
+    main = (inputs.replicate_weights or "").strip() or default or ""
+    return main, (inputs.extra_lora or "").strip()
 
 
 def _seed(seed: int | None) -> int:

@@ -175,6 +175,10 @@ def test_unknown_choices_are_named_where_no_schema_guards_them(inputs) -> None:
         ({**CUSTOM, "megapixels": "0.25"}, "megapixels is ignored"),
         ({**CUSTOM, "go_fast": True}, "go_fast is ignored"),
         ({"model": "schnell"}, "guidance_scale is ignored"),
+        ({"prompt_strength": 0.3}, "prompt_strength is ignored: there is no image"),
+        ({"output_format": "png", "output_quality": 3}, "output_quality is ignored"),
+        ({"lora_scale": 2, "extra_lora": "a/b"}, "lora_scale is ignored: there is no replicate_w"),
+        ({"extra_lora_scale": 2, "replicate_weights": "a/b"}, "extra_lora_scale is ignored"),
         ({"seed": 12}, "Using seed: 12"),
     ],
 )
@@ -182,6 +186,14 @@ def test_inputs_without_effect_are_named_in_the_log(caplog, inputs, line: str) -
     with caplog.at_level(logging.INFO):
         resolved(**inputs)
     assert line in caplog.text
+
+
+def test_inputs_with_an_effect_are_not_named(picture, caplog) -> None:
+    changed = {"prompt_strength": 0.3, "output_quality": 3, "lora_scale": 2, "extra_lora_scale": 2}
+    inputs = Inputs(prompt="", image=picture(64, 64), extra_lora="a/b", **changed)
+    with caplog.at_level(logging.INFO):
+        make_request(inputs, Settings(), default_adapter="c/d")
+    assert "ignored" not in caplog.text
 
 
 @pytest.mark.parametrize(
