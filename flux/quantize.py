@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flux.variants import VARIANTS
 from weights.checkpoint import commit_of
+from weights.serving.directories import usable
 from weights.serving.errors import WeightsError
 from weights.serving.quiet import importing_libraries, without_progress_bars
 from weights.serving.redact import without_secrets
@@ -73,7 +74,7 @@ def _quantize(variants: list[str], directory: Path, settings: Settings) -> None:
             fingerprint=fingerprint_of(source / TRANSFORMER),
             torchao=torchao.__version__,
         )
-        path = path_of(variant, directory)
+        path = path_of(variant, usable(directory, "--directory or FLUX_QUANTIZED_DIRECTORY"))
         logger.info("Quantizing %s to %s", identity, path)
         transformer = load_transformer(variant, source / TRANSFORMER, torch.bfloat16)
         size = write(path, transformer, identity)

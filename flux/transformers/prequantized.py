@@ -119,8 +119,9 @@ def write(path: Path, transformer: nn.Module, identity: Identity) -> int:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        _check_room(path.parent, size)
         draft = path.with_suffix(".draft")
+        draft.unlink(missing_ok=True)  # of a run that was killed
+        _check_room(path.parent, size)
         try:
             save_file(tensors, draft, metadata=metadata)
             draft.chmod(0o644)  # safetensors makes it private, and a server may be another user

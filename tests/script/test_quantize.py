@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,26 @@ def test_an_interrupted_run_leaves_the_files_as_they_were(
     assert status() == 1
     assert "0.00 GB are to be written, and the disk has 0.00 GB free" in caplog.text
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_written_is_named(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("sys.argv", ["script/quantize", "--directory", "/dev/null/files"])
+    monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
+    assert status() == 1
+    assert "/dev/null/files: this directory cannot be written" in caplog.text
+    assert "set --directory or FLUX_QUANTIZED_DIRECTORY" in caplog.text
+
+
+def test_what_a_killed_run_has_left_takes_no_room(monkeypatch, tmp_path) -> None:
+    def usage(place: Path) -> object:
+        left = sum(file.stat().st_size for file in Path(place).iterdir())
+        return SimpleNamespace(free=12_000_000 - left)
+
+    (tmp_path / "dev.draft").write_bytes(bytes(11_000_000))
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    monkeypatch.setattr("sys.argv", ["script/quantize", "dev", "--directory", str(tmp_path)])
+    monkeypatch.setenv("FLUX_CHECKPOINT", "nano")
+    assert status() == 0
 
 
 def test_a_file_that_cannot_be_written_to_its_end_is_named(monkeypatch, tmp_path, caplog) -> None:
