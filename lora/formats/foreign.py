@@ -80,12 +80,12 @@ MARKERS = (
 def refuse_foreign(header: Header, targets: Targets) -> None:
     """Raise an AdapterError that names the file if it is known not to be a FLUX.1 adapter."""
     _refuse_kind(header, targets)
-    _refuse_control(header, targets)
     if any(key.startswith("decoder.") for key in header.tensors):
         raise AdapterError("this file is an autoencoder (VAE); an adapter (LoRA) is needed")
     model = _marked(header) or _architecture(header, targets)
     if model is not None:
         raise AdapterError(f"this file is for {model}; a FLUX.1 adapter is needed")
+    _refuse_control(header, targets)
     if not _has_roles(header):
         _refuse_whole_model(header, targets)
 

@@ -21,6 +21,22 @@ def test_row_24_control_loras_store_norm_scales(flux, tmp_path):
     refused(flux, tmp_path, tensors, "Control LoRA")
 
 
+@pytest.mark.parametrize(
+    ("beside", "metadata", "name"),
+    [
+        ("diffusion_model.double_stream_modulation_img.lin", {}, "FLUX.2"),
+        ("diffusion_model.double_blocks.0.img_attn_qkv", {}, "HunyuanVideo"),
+        (TO_Q, {"modelspec.architecture": "flux.2-dev/lora"}, "FLUX.2"),
+    ],
+)
+def test_an_input_of_another_width_may_be_that_of_another_model(
+    flux, tmp_path, beside, metadata, name
+):
+    size = width(flux)
+    tensors = lora("diffusion_model.img_in", size, 7) | lora(beside, size, size)
+    refused(flux, tmp_path, tensors, f"for {name}; a FLUX.1 adapter", metadata)
+
+
 OTHER_MODELS = {
     "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": "Stable Diffusion 1.5",
     "lora_unet_input_blocks_4_1_proj_in.lora_up.weight": "Stable Diffusion",
