@@ -190,6 +190,10 @@ class Group:
             raise AdapterError(
                 f"{short(self.keys['oft_scaled'])} scales a rotation that the file lacks"
             )
+        if "up_bias" in self.keys and "up" not in self.keys:
+            raise AdapterError(
+                f"{short(self.keys['up_bias'])} is the bias of a LoRA's up, which the file lacks"
+            )
         if "magnitude" in self.keys and not columns:
             raise AdapterError(f"{short(self.spelling)} has a magnitude, and is not a matrix")
 

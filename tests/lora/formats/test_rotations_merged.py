@@ -139,6 +139,10 @@ def test_a_small_rotation_keeps_its_digits(flux, tmp_path):
         ({"oft_R.scaled_oft": ()}, "alone"),
         ({"oft_R.weight": (2, 6), "oft_R.scaled_oft": (2,)}, "for another model"),
         ({"diff": ("rows", "rows"), "oft_R.scaled_oft": ()}, "a rotation that the file lacks"),
+        (
+            {"oft_blocks": (4, "size", "size"), "lora_B.bias": ("rows",)},
+            "lora_B.bias' is the bias of a LoRA's up, which the file lacks",
+        ),
         ({"oft_R.weight": (2, 6), "oft_blocks": (4, "size", "size")}, "two kinds"),
         ({"a1.weight": ("rows", 2), "a2.weight": (2, "rows")}, "incomplete"),
         (
