@@ -117,7 +117,7 @@ def _refuse_overflow(group: Group, peaks: Mapping[str, float], scaling: float) -
     A factor below 1 counts as 1, so that the bound holds for products of some of them too.
     """
     layout, sizes = group.layout, group.sizes
-    scale = max(1.0, scaling) if group.rank else 1.0
+    scale = 1.0 if layout is not None and layout.turns else max(1.0, scaling)
     reach = max(scale * peak for peak in peaks.values())
     if layout is not None and layout.turns:
         rotation = peaks.get("oft_blocks", peaks.get("oft_R", 0.0))

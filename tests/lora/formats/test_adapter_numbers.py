@@ -143,6 +143,15 @@ def test_products_that_overflow_are_refused(flux, tmp_path, kind):
         tiny.load(tmp_path / "a", flux, tensors)
 
 
+@pytest.mark.parametrize("alpha", [1e17, 1e300])
+def test_a_strength_in_the_header_that_overflows_whole_matrices_is_refused(flux, tmp_path, alpha):
+    whole = {"lokr_w1": torch.full((1, 1), 0.1), "lokr_w2": torch.full((width(flux),) * 2, 0.1)}
+    tensors = {f"{TO_Q}.{role}": t for role, t in whole.items()}
+    settings = {"transformer.alpha": alpha, "transformer.r": 1}
+    with pytest.raises(AdapterError, match=r"to_q' has values that come to .* would overflow"):
+        tiny.load(tmp_path / "a", flux, tensors, {"lora_adapter_metadata": json.dumps(settings)})
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_largest_values_of_fp16_are_not_too_many(flux, tmp_path, kind):
     """65504 in each factor, and the highest scale with go_fast: every weight stays finite."""
