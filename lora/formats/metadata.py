@@ -1,8 +1,9 @@
 """What the `__metadata__` of a safetensors file tells: adapter settings and trigger words."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
-from math import inf, sqrt
+from math import sqrt
 from typing import Any
 
 from lora.formats.errors import AdapterError
@@ -21,6 +22,7 @@ TRIGGER_FIELDS = (
 PATTERN_SYNTAX = frozenset("*+?[](){}|\\$")  # PEFT would read a regular expression
 # Initialisations of PEFT that take what the factors begin with out of the model's weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+MOST = sys.float_info.max  # of an alpha or a rank; integers in JSON may be larger
 MAX_TRIGGERS = 5
 MAX_TRIGGER_CHARACTERS = 200
 
@@ -60,7 +62,7 @@ class AdapterSettings:
             rank: of its factors; None if nothing is factored, and the settings' r counts.
 
         Raises:
-            AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad alpha.
+            AdapterError: the settings have a rank of 0, as PEFT refuses too, or a bad number.
         """
         if self._get(component, "r") == 0:
             raise AdapterError(
@@ -71,10 +73,10 @@ class AdapterSettings:
         divisor = rank or self._by_pattern(component, module, "rank_pattern", "r")
         if alpha is None or not isinstance(divisor, int) or divisor < 1:
             return 1.0
-        if not isinstance(alpha, int | float) or not 0 < alpha < inf:
+        if not isinstance(alpha, int | float) or not 0 < alpha <= MOST or divisor > MOST:
             raise AdapterError(
-                f"lora_alpha of {short(module)} must be a finite number above 0, "
-                f"got {short(str(alpha))}"
+                f"lora_alpha and rank of {short(module)} must be finite numbers above 0, "
+                f"got {short(str(alpha))} and {short(str(divisor))}"
             )
         return float(alpha / (sqrt(divisor) if self._get(component, "use_rslora") else divisor))
 

@@ -152,6 +152,19 @@ def test_a_strength_in_the_header_that_overflows_whole_matrices_is_refused(flux,
         tiny.load(tmp_path / "a", flux, tensors, {"lora_adapter_metadata": json.dumps(settings)})
 
 
+@pytest.mark.parametrize(
+    ("alpha", "rank"),
+    [(10**400, 1), (0.5, 10**400), (float("nan"), 1)],
+    ids=["alpha of 401 digits", "rank of 401 digits", "NaN"],
+)
+def test_a_strength_in_the_header_that_is_no_number_is_refused(flux, tmp_path, alpha, rank):
+    size = width(flux)
+    tensors = {f"{TO_Q}.lokr_w1": torch.ones(1, 1), f"{TO_Q}.lokr_w2": torch.ones(size, size)}
+    metadata = {"lora_adapter_metadata": json.dumps({"alpha": alpha, "r": rank})}
+    with pytest.raises(AdapterError, match=r"lora_alpha and rank of .* must be finite"):
+        tiny.load(tmp_path / "a", flux, tensors, metadata)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_the_largest_values_of_fp16_are_not_too_many(flux, tmp_path, kind):
     """65504 in each factor, and the highest scale with go_fast: every weight stays finite."""
