@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+LEAST_NORM = torch.finfo(torch.float32).tiny ** 0.5
+"""Of a row or column; the squares of smaller values are lost in fp32, and a quotient overflows."""
 BaseValues = Callable[[str, str], Tensor]
 """(component, parameter name) -> the parameter's base value."""
 
@@ -214,7 +216,7 @@ class DoRA:
                 for part in weight.module.parts
             ]
             norm = torch.stack(squares).sum(dim=0).sqrt_()
-        moved.mul_(magnitude / norm.clamp_min_(torch.finfo(torch.float32).tiny))
+        moved.mul_(magnitude / norm.clamp_min_(LEAST_NORM))
         out.add_(moved.sub_(before), alpha=scale)
 
     def _moved(self, rows: slice, weight: Weight) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora.formats.errors import AdapterError
-from tests.lora.adapters import FUSED, FUSED_PARTS, dora, expect, random, weights
+from tests.lora.adapters import FUSED, FUSED_PARTS, TO_Q, dora, expect, load, random, weights
 from tests.support import tiny
 
 ALPHA, RANK = 3.0, 2
@@ -109,6 +109,22 @@ def test_row_20_dora_scales_the_finished_difference(flux, tmp_path, key, axis, s
     expected = {("transformer", n): d for n, d in zip(names, cut, strict=True)}
     tiny.assert_same(actual, expected)
     assert adapter.format.endswith("DoRA")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_row_20_dora_of_a_row_or_column_that_comes_to_nothing(flux, tmp_path, axis):
+    """It stays 0: there is no direction that the magnitude, above 4 here, could have."""
+    name = "transformer_blocks.0.attn.to_q.weight"
+    weight = flux["transformer"].get_parameter(name).detach()
+    first = torch.eye(len(weight))[:1]
+    down, up = (weight[:1], -first.T) if axis == 0 else (-first, weight[:, :1])
+    shape = (len(weight), 1) if axis == 0 else (1, len(weight))
+    tensors = {"lora_A.weight": down, "lora_B.weight": up.contiguous()}
+    tensors["dora_scale"] = torch.full(shape, 100.0)
+    adapter = load(flux, tmp_path, TO_Q, tensors)
+    [delta] = tiny.deltas(adapter, flux).values()
+    assert (weight + delta).select(axis, 0).abs().max() == 0
+    assert torch.isfinite(delta).all()
 
 
 def test_row_20_dora_on_the_modulation_keeps_its_rows_together(flux, tmp_path):
