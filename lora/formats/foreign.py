@@ -8,6 +8,7 @@ from collections.abc import Set
 
 from lora.formats.errors import AdapterError
 from lora.formats.keys import Targets
+from lora.formats.kinds import flat_shape
 from lora.formats.spellings import CLIP, T5, TRANSFORMER, is_embedding, split_role
 from weights.header import Header, TensorInfo, short
 
@@ -126,7 +127,8 @@ def _refuse_control(header: Header, targets: Targets) -> None:
             continue
         target = found[1]
         is_input = target.pieces[0].module == "x_embedder" and target.component == TRANSFORMER
-        widened = role == "down" and is_input and info.shape[1:] != target.shape[1:]
+        columns = flat_shape(role, info.shape)[1:]
+        widened = role == "down" and is_input and columns != target.shape[1:]
         if widened or (not role and key.endswith(".scale") and _has_roles(header)):
             raise AdapterError(
                 "this file is a Control LoRA (canny, depth or the like), which changes the "

@@ -229,18 +229,22 @@ def test_row_23_stored_dtypes_are_kept_and_computed_in_fp32(flux, tmp_path, dtyp
     assert adapter.nbytes == (2 * size * RANK + 1) * dtype.itemsize
 
 
-def test_linears_stored_as_convolutions(flux, tmp_path):
-    size = weights(flux, FUSED_PARTS)[0].shape[0]
-    module = "lora_unet_double_blocks_0_img_attn_proj"
-    down, up = tiny.factors(size, size, RANK)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_proj", "transformer_blocks.0.attn.to_out.0.weight"),
+        ("lora_unet_img_in", "x_embedder.weight"),
+    ],
+)
+def test_linears_stored_as_convolutions(flux, tmp_path, module, name):
+    [weight] = weights(flux, [name])
+    down, up = tiny.factors(*weight.shape, RANK)
     tensors = {
         f"{module}.lora_down.weight": down[..., None, None],
         f"{module}.lora_up.weight": up[..., None, None],
     }
     adapter = tiny.load(tmp_path / "a", flux, tensors)
-    expect(
-        flux, adapter, up.double() @ down.double(), ["transformer_blocks.0.attn.to_out.0.weight"]
-    )
+    expect(flux, adapter, up.double() @ down.double(), [name])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0, -4.0])
