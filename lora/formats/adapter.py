@@ -204,6 +204,8 @@ def _is_ignorable(key: str, info: TensorInfo, spelling: str, targets: Targets) -
 
 
 def _nothing_matched(header: Header, ignored: list[str]) -> str:
+    if not header.tensors:
+        return "the file holds no tensors; export or download the adapter again"
     if ignored and len(ignored) == len(header.tensors):
         return (
             f"the file changes nothing in this model: it holds only {_some(ignored)}, "
