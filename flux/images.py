@@ -2,10 +2,11 @@
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flux.colour import to_srgb
 from flux.sampling import MEGAPIXEL
@@ -14,16 +15,6 @@ from weights.serving.redact import without_secrets
 REFUSED_FORMATS = {"EPS"}  # Pillow has Ghostscript run the program that such a file is
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 MAX_SIDE = 65_535  # pixels
-ORIENTATION = 0x0112  # EXIF tag
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(ValueError):
@@ -72,12 +63,14 @@ def _read(
                 has_16_bits = any("16" in str(tile.args) for tile in image.tile)
                 image.load()
                 _check_size(name, image, max_pixels)  # an icon's directory need not tell it
+                with suppress(Exception):  # damaged EXIF must not refuse a picture
+                    ImageOps.exif_transpose(image, in_place=True)
                 read = _to_8_bits(image)
                 if has_16_bits:
                     _scale_transparency(read)
                 if mode == "RGB":  # a mask's values are numbers, not colours
                     read = to_srgb(read)
-                return _upright(_flatten(read, background).convert(mode), image)
+                return _flatten(read, background).convert(mode)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -125,15 +118,6 @@ def _too_large(name: str, max_pixels: int) -> str:
         f"{name}: has more pixels than this server's limit of {max_pixels / MEGAPIXEL:g} "
         "megapixels; send a smaller image"
     )
-
-
-def _upright(image: Image.Image, original: Image.Image) -> Image.Image:
-    """Rotate an image by its EXIF orientation; damaged EXIF is ignored."""
-    try:
-        turn = UPRIGHT.get(original.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return image
-    return image if turn is None else image.transpose(turn)
 
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
