@@ -26,18 +26,16 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
     Returns:
         RGB, or RGBA for an image with transparency; the image itself if it has no profile, one of
-        sRGB, or one that cannot be used, which the log says. The result carries no profile.
+        sRGB, or one that cannot be used, which the log says.
     """
     profile = image.info.get("icc_profile")
     if not profile:
         return image
     try:
-        converted = _converted(image, profile)
+        return _converted(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         logger.info("The image's colour profile is ignored: %s", error)
-        converted = image.copy()
-    converted.info.pop("icc_profile", None)  # or it would be written into an output file
-    return converted
+        return image
 
 
 def _converted(image: Image.Image, profile: bytes) -> Image.Image:
@@ -46,7 +44,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     description = ImageCms.getProfileDescription(source).strip()
     if "sRGB" in description and "linear" not in description.lower():  # GIMP has one of its own
-        return image.copy()
+        return image
     space = source.profile.xcolor_space.strip()
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     colours = _without_alpha(image)

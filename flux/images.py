@@ -70,7 +70,9 @@ def _read(
                     _scale_transparency(read)
                 if mode == "RGB":  # a mask's values are numbers, not colours
                     read = to_srgb(read)
-                return _flatten(read, background).convert(mode)
+                read = _flatten(read, background).convert(mode)
+                read.info.clear()  # comments and the like, which Pillow would write into an output
+                return read
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from serving.server import processes, resident
 from tests.support.hub import Hub
@@ -71,6 +72,29 @@ def test_damaged_exif_does_no_harm(server) -> None:
     assert same(round_trip(server, encode(picture, exif=exif)), upright)
     garbage = encode(picture, "JPEG", quality=95, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     assert round_trip(server, garbage).size == (64, 32)
+
+
+def with_text(text: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text("comment", text)
+    return info
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encode(colours(256, 256), "JPEG", comment=b"private"),
+        encode(colours(256, 256), "GIF", comment=b"x" * 70_000),
+        encode(colours(256, 256), pnginfo=with_text("x" * 70_000)),
+    ],
+    ids=["JPEG", "GIF", "PNG"],
+)
+@pytest.mark.parametrize("inputs", [{"prompt_strength": 0}, {"mask": data_uri(colours(32, 32))}])
+def test_comments_in_a_picture_are_not_in_the_output(server, content, inputs) -> None:
+    """A JPEG has room for 65533 bytes of them."""
+    output = {"output_format": "jpg", **SMALL, **UNCHECKED}
+    image = server.generate(image=data_uri(content), **output, **inputs).image
+    assert (image.format, image.info.get("comment")) == ("JPEG", None)
 
 
 def kinds_of_pictures() -> dict[str, tuple[bytes, Image.Image]]:
