@@ -11,8 +11,9 @@ and is loaded and evicted in the same way, by least recent use. docs/memory.md s
 before schnell. No request is refused because of them, because the host has them too.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Literal, NamedTuple, TypeVar
+import math
+from collections.abc import Collection, Mapping
+from typing import Literal, NamedTuple
 
 from flux.variants import Key, Precision
 from weights.serving.settings import GB
@@ -31,7 +32,6 @@ Item = Key | BaseCopy
 """What takes device memory."""
 Memory = Literal["device", "host"]
 """The memory that a budget is for."""
-T = TypeVar("T")
 
 START: tuple[Item, ...] = (
     Key("dev", "bf16"),
@@ -54,19 +54,6 @@ class BudgetError(RuntimeError):
     """Weights take more memory than there is. The message says what to do."""
 
 
-def that_fit(order: Iterable[T], sizes: Mapping[T, int], budget: int | None) -> list[T]:
-    """Take items in order, skipping those that exceed what is left of the budget."""
-    found: list[T] = []
-    left = budget
-    for item in order:
-        if left is None:
-            found.append(item)
-        elif sizes[item] <= left:
-            found.append(item)
-            left -= sizes[item]
-    return found
-
-
 class Residency:
     """What is on the device; the least recently used is evicted first.
 
@@ -81,7 +68,7 @@ class Residency:
     ) -> None:
         self._place = place
         self.sizes = dict(sizes)
-        self._budget = budget
+        self._budget = math.inf if budget is None else budget
         self._resident: list[Item] = []  # the least recently used first
 
     @property
@@ -106,15 +93,18 @@ class Residency:
         """
         forms = {*precisions, *((BASE,) if "bf16" in precisions else ())}
         wanted = [item for item in START if item in self.sizes and item[1] in forms]
-        found = that_fit(wanted, self.sizes, self._budget)
+        found, left = [], self._budget
+        for item in wanted:  # those that exceed what is left are skipped
+            if self.sizes[item] <= left:
+                found.append(item)
+                left -= self.sizes[item]
         if not found:  # base weights take no less than bf16, which comes before them
             self._check(min(wanted, key=self.sizes.__getitem__))
         return found[::-1]
 
     def fits_beside(self, item: Item, key: Key) -> bool:
         """Whether both fit together, if everything else is evicted."""
-        both = self.sizes[item] + self.sizes[key]
-        return self._budget is None or both <= self._budget
+        return self.sizes[item] + self.sizes[key] <= self._budget
 
     def admit(self, key: Item) -> list[Item]:
         """Count something as on the device and used just now.
@@ -129,7 +119,7 @@ class Residency:
         leaving: list[Item] = []
         if key in self._resident:
             self._resident.remove(key)
-        while self._budget is not None and self.used + self.sizes[key] > self._budget:
+        while self.used + self.sizes[key] > self._budget:
             leaving.append(self._resident.pop(0))
         self._resident.append(key)
         return leaving
@@ -145,7 +135,7 @@ class Residency:
         return self.sizes.pop(item, None) is not None
 
     def _check(self, key: Item) -> None:
-        if self._budget is not None and self.sizes[key] > self._budget:
+        if self.sizes[key] > self._budget:
             raise BudgetError(
                 f"{' '.join(key)} takes {self.sizes[key] / GB:.2f} GB, and the {self._place} "
                 f"has {max(0, self._budget) / GB:.2f} GB for transformers: use the other precision "
