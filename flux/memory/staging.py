@@ -4,8 +4,8 @@ On CUDA the copies run on a stream of their own. While one weight is merged, the
 into the other of two buffers. So a whole transformer needs device memory for two weights only. The
 host does not wait: it enqueues work on both streams, one weight after the other. The streams are
 ordered in one place, `CopyStream.join`. Whoever uses `Staging.prefetch` calls `Staging.wait` at the
-end, whatever happened. Then nothing that is computed later, or allocated in memory that was freed
-meanwhile, runs before a copy.
+end, whatever happened, as `Staging.copy` does. Then nothing that is computed later, or allocated in
+memory that was freed meanwhile, runs before a copy.
 
 From memory that is not page-locked, such as a mapped file, CUDA copies through a buffer of its own,
 and the host waits for it. Such sources pass through a ring of page-locked pieces instead: the host
@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from weights.serving.cancel import CheckCancelled, never_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +139,26 @@ class Staging:
         if near is not None:
             yield near
 
+    def copy(
+        self,
+        targets: Iterable[Tensor],
+        sources: Iterable[Tensor],
+        check_cancelled: CheckCancelled = never_cancelled,
+    ) -> None:
+        """Copy each source into its target on the device, and wait as `wait` does.
+
+        Args:
+            targets: one for each source, of its shape.
+            sources: on the device or the host.
+            check_cancelled: called before each target is written; raises to stop.
+        """
+        try:
+            for target, near in zip(targets, self.prefetch(sources), strict=True):
+                check_cancelled()
+                target.copy_(near)
+        finally:
+            self.wait()
+
     def wait(self) -> None:
         """Make what is enqueued from now on run after all copies; the host does not wait."""
         if self._stream is not None:
@@ -161,14 +183,11 @@ class Staging:
 def move(module: nn.Module, device: torch.device) -> None:
     """Move a module's parameters and buffers to a device, through `Staging` if it has streams."""
     stream = copy_stream(device)
-    staging, tensors = Staging(device, stream), [*module.parameters(), *module.buffers()]
     if stream is None:
         module.to(device)
         return
-    try:
-        for tensor, near in zip(
-            tensors, staging.prefetch(t.detach() for t in tensors), strict=True
-        ):
-            tensor.data = near.clone()
-    finally:
-        staging.wait()
+    tensors = [*module.parameters(), *module.buffers()]
+    targets = [torch.empty_like(tensor, device=device) for tensor in tensors]
+    Staging(device, stream).copy(targets, [tensor.detach() for tensor in tensors])
+    for tensor, target in zip(tensors, targets, strict=True):
+        tensor.data = target

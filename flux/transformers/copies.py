@@ -77,14 +77,7 @@ class DeviceCopies:
             name: torch.empty(source.shape, dtype=source.dtype, device=self._device)
             for name, source in sources.items()
         }
-        try:
-            for copy, near in zip(
-                found.values(), self._staging.prefetch(sources.values()), strict=True
-            ):
-                check_cancelled()
-                copy.copy_(near)
-        finally:
-            self._staging.wait()
+        self._staging.copy(found.values(), sources.values(), check_cancelled)
         self._copies[variant] = found
         self._seconds[variant] = time.perf_counter() - start
 

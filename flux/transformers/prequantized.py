@@ -187,12 +187,7 @@ class Prequantized:
         for name, parameter in module.named_parameters():
             working += storage(parameter)
             stored += storage(self._values[name])
-        try:
-            for target, near in zip(working, staging.prefetch(stored), strict=True):
-                check_cancelled()
-                target.copy_(near)
-        finally:
-            staging.wait()
+        staging.copy(working, stored, check_cancelled)
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not self.path.is_file():
