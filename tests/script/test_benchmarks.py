@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.start import checkpoint, gpu_tests
 from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
 from benchmarks.gpu.tiles import TILES
+from miniature.checkpoint import Dimensions
 from tests.support.server import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -87,33 +89,67 @@ def test_official_checkpoints_are_used_where_they_are(bench, monkeypatch, there:
     assert ("--checkpoint official" in " ".join(command)) == there
 
 
-@pytest.mark.parametrize("room", [True, False])
-def test_a_synthetic_checkpoint_goes_where_memory_has_room(monkeypatch, tmp_path, room) -> None:
-    """And is made once, but again if it was not finished."""
-    made: list[Path] = []
+@pytest.mark.parametrize(
+    ("in_memory", "on_disk", "takes", "blocks"),
+    [
+        (40, 40, "memory", 19),
+        (30, 40, "disk", 19),
+        (30, 30, "memory", 11),
+        (10, 30, "disk", 11),
+    ],
+)
+def test_a_synthetic_checkpoint_goes_where_there_is_room(
+    monkeypatch, tmp_path, in_memory, on_disk, takes, blocks
+) -> None:
+    """In memory first, with fewer blocks in less room. It is made once, but again if unfinished."""
+    made: list[tuple[Path, int]] = []
+    free = room(monkeypatch, tmp_path, in_memory, on_disk)
 
-    def build(directory: Path, *_: object) -> None:
+    def build(directory: Path, dimensions: Dimensions, *_: object) -> None:
         directory.mkdir(parents=True)
-        made.append(directory)
+        made.append((directory, dimensions.double_blocks))
 
-    memory, disk = tmp_path / "memory", tmp_path / "disk"
-    memory.mkdir()
-    monkeypatch.setattr("benchmarks.gpu.start.SHM", memory)
-    monkeypatch.setattr("benchmarks.gpu.start.SYNTHETIC_BYTES", 1 if room else 1e18)
-    monkeypatch.setattr("benchmarks.gpu.start.tempfile.gettempdir", lambda: str(disk))
     monkeypatch.setattr("benchmarks.gpu.start.synthetic.build", build)
     for _ in range(2):
         session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
         checkpoint(session)
-        assert session.checkpoint == str((memory if room else disk) / "flux-synthetic")
-        monkeypatch.setattr("benchmarks.gpu.start.SYNTHETIC_BYTES", 1e18)  # it takes the room
-    assert len(made) == 1
-    (made[0] / "whole").unlink()
-    (made[0] / "half a file").touch()
+        free[takes] -= 36 if blocks == 19 else 20
+    ((directory, depth),) = made
+    assert session.checkpoint == str(directory)
+    assert (directory.parent, depth) == (tmp_path / takes, blocks)
+    text = "\n".join(gpu.table(session.results.rows()))
+    assert f"depth: {blocks} + {2 * blocks} blocks" in text
+    notes = text.count("figures are of 11 + 22 blocks and 10 layers of T5; FLUX.1 has 19 + 38")
+    assert notes == (blocks == 11)
+    free[takes] = {"memory": in_memory, "disk": on_disk}[takes]
+    (directory / "whole").unlink()
+    (directory / "half a file").touch()
     session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
     checkpoint(session)
-    assert len(made) == 2
-    assert not list(made[0].glob("half*"))
+    assert made == [(directory, blocks)] * 2
+    assert not list(directory.glob("half*"))
+
+
+def test_without_room_for_a_synthetic_checkpoint_it_says_so(monkeypatch, tmp_path) -> None:
+    room(monkeypatch, tmp_path, 10, 15)
+    monkeypatch.setattr("benchmarks.gpu.start.synthetic.build", pytest.fail)
+    session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
+    with pytest.raises(OSError, match=r"takes 36 GB .* or 20 GB .*/disk has 15 GB: make room"):
+        checkpoint(session)
+
+
+def room(monkeypatch, tmp_path: Path, in_memory: float, on_disk: float) -> dict[str, float]:
+    """Two places for a synthetic checkpoint, with so many GB of room each."""
+    free = {"memory": in_memory, "disk": on_disk}
+    for name in free:
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr("benchmarks.gpu.start.SHM", tmp_path / "memory")
+    monkeypatch.setattr("benchmarks.gpu.start.tempfile.gettempdir", lambda: str(tmp_path / "disk"))
+    monkeypatch.setattr(
+        "benchmarks.gpu.start.shutil.disk_usage",
+        lambda place: SimpleNamespace(free=1e9 * free[Path(place).name]),
+    )
+    return free
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["", "&"])

@@ -138,14 +138,15 @@ def _worker(
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The figures, errors and times of the steps as lines of text."""
-    lines, took = [], []
+    """The figures, errors and times of the steps as lines of text, and what all must know."""
+    lines, took, notes = [], [], []
     for row in rows:
         step = row["step"]
         lines += [f"{step:10} {name}: {value}" for name, value in row.get("figures", {}).items()]
         lines += [f"{step:10} {word}: {row[word]}" for word in ("error", "skipped") if word in row]
         took += [f"{step} {row['took']}"] if "took" in row else []
-    return [*lines, f"seconds    {', '.join(took)}"]
+        notes += [f"note       {row['note']}"] if "note" in row else []
+    return [*lines, f"seconds    {', '.join(took)}", *dict.fromkeys(notes)]
 
 
 if __name__ == "__main__":

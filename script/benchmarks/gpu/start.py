@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +29,9 @@ from weights.serving.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 SHM = Path("/dev/shm")
-SYNTHETIC_BYTES = 36e9
+SHALLOW = replace(FLUX1, double_blocks=11, single_blocks=22, t5_layers=10)
+SYNTHETIC = {"flux-synthetic": (FLUX1, 36), "flux-synthetic-shallow": (SHALLOW, 20)}
+"""Directories of synthetic checkpoints, the most wanted first; the GB of room that each takes."""
 WHOLE = "whole"  # a file that says so
 TO_SAY_WHY = 10  # seconds
 BUFFER = 1 << 25  # of whole pages: into others some processors copy at a third of the speed
@@ -90,32 +93,56 @@ def _run(command: Sequence[str], sink: IO[str]) -> None:
 
 
 def checkpoint(session: Session) -> None:
-    """A synthetic checkpoint, in memory-backed storage where there is room."""
+    """A synthetic checkpoint, in memory-backed storage where there is room; shallow in little."""
     if session.checkpoint:
         return
-    directory = session.out / "checkpoint" if session.rehearse else _place()
+    directory, dimensions = (
+        (session.out / "checkpoint", TINY) if session.rehearse else _place_and_dimensions()
+    )
     if not (whole := directory / WHOLE).exists():
         start = time.perf_counter()
-        dimensions = TINY if session.rehearse else FLUX1
         synthetic.build(directory, dimensions, session.device.type)
         whole.touch()
         seconds = round(time.perf_counter() - start, 1)
         session.record("checkpoint", {"made in, s": seconds, "it stays in": str(directory)})
+    session.record("checkpoint", {"depth": _depth(dimensions)})
+    if dimensions != FLUX1:
+        note = f"from setup on, figures are of {_depth(dimensions)}; FLUX.1 has {_depth(FLUX1)}"
+        session.results.add("checkpoint", note=note)
     if session.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     session.checkpoint = str(directory)
 
 
-def _place() -> Path:
-    """Where a synthetic checkpoint is, or goes; it stays there for the next worker and call."""
-    in_memory, on_disk = (place / "flux-synthetic" for place in (SHM, Path(tempfile.gettempdir())))
-    for directory in (in_memory, on_disk):
-        if (directory / WHOLE).exists():
-            return directory
-        shutil.rmtree(directory, ignore_errors=True)  # what an earlier worker did not finish
-    has_room = SHM.is_dir() and shutil.disk_usage(SHM).free > SYNTHETIC_BYTES
-    return in_memory if has_room else on_disk
+def _place_and_dimensions() -> tuple[Path, Dimensions]:
+    """Where a synthetic checkpoint is, or goes; it stays there for the next worker and call.
+
+    Raises:
+        OSError: there is no room for any.
+    """
+    places = [place for place in (SHM, Path(tempfile.gettempdir())) if place.is_dir()]
+    for directory in (place / name for place in places for name in SYNTHETIC):
+        if not (directory / WHOLE).exists():  # what an earlier worker did not finish
+            shutil.rmtree(directory, ignore_errors=True)
+    free = {place: shutil.disk_usage(place).free / 1e9 for place in places}
+    for name, (dimensions, room) in SYNTHETIC.items():
+        there = [place for place in places if (place / name / WHOLE).exists()]
+        if found := there + [place for place in places if free[place] > room]:
+            return found[0] / name, dimensions
+    takes = " or ".join(f"{room} GB ({_depth(dims)})" for dims, room in SYNTHETIC.values())
+    has = ", ".join(f"{place} has {gb:.0f} GB" for place, gb in free.items())
+    raise OSError(
+        f"a synthetic checkpoint takes {takes}; {has}: make room there, or name another "
+        "directory in TMPDIR"
+    )
+
+
+def _depth(dimensions: Dimensions) -> str:
+    return (
+        f"{dimensions.double_blocks} + {dimensions.single_blocks} blocks and "
+        f"{dimensions.t5_layers} layers of T5"
+    )
 
 
 def setup(session: Session) -> None:
