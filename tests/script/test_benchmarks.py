@@ -21,6 +21,7 @@ from benchmarks.gpu.steps import Results, Step, chosen, do, supervise
 from benchmarks.gpu.tiles import TILES
 from miniature.checkpoint import Dimensions
 from tests.support.server import wait_for
+from weights.serving.inventory import MAPPED
 
 ROOT = Path(__file__).parents[2]
 IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
@@ -64,6 +65,12 @@ def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
     for name in ("diffusers compiled, s", "diffusers, hot-swap, ms", "decode, channels_last, ms"):
         assert figures[name] > 0
     assert figures["graphs in requests"] == 0
+    assert figures["dev's base weights are in"] == MAPPED
+    assert figures[f"dev fp8 swap, base weights in {MAPPED}, ms"] > 0
+    beside = {name: row["beside"] for row in rows if "beside" in row for name in row["figures"]}
+    for precision in ("fp8", "bf16"):
+        name = f"schnell {precision} comes in from {MAPPED}, s"
+        assert beside[name] == ["dev bf16", "dev fp8"]
     (ratio,) = [row["figures"] for row in rows if "start / reading" in row.get("figures", {})]
     assert ratio["from the start of its process, s"] > ratio["reading its files, s"] > 0
     assert all(value for name, value in figures.items() if " bits" in name)
@@ -132,7 +139,7 @@ def test_a_synthetic_checkpoint_goes_where_there_is_room(
 
 def test_without_room_for_a_synthetic_checkpoint_it_says_so(monkeypatch, tmp_path) -> None:
     room(monkeypatch, tmp_path, 10, 15)
-    monkeypatch.setattr("benchmarks.gpu.start.synthetic.build", pytest.fail)
+    monkeypatch.setattr("benchmarks.gpu.start.synthetic.build", lambda *_: pytest.fail("built"))
     session = Session(tmp_path, Results(tmp_path / "results.jsonl"), None, rehearse=False)
     with pytest.raises(OSError, match=r"takes 36 GB .* or 20 GB .*/disk has 15 GB: make room"):
         checkpoint(session)

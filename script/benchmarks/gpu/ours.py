@@ -45,9 +45,8 @@ def images(session: Session) -> None:
 
 
 def swaps(session: Session) -> None:
-    """Changes of adapter: base weights on the device, then in page-locked memory."""
+    """Changes of adapter: base weights on the device, if they are there, then on the host."""
     one, two = session.adapters
-    transformers = session.engine._transformers
 
     def turn(where: str, rounds: int = 3) -> None:
         for key, other in ((DEV8, DEV), (DEV, DEV8)):
@@ -65,15 +64,21 @@ def swaps(session: Session) -> None:
             )
         session.clean()
 
-    copied = "dev" in transformers._copies
-    turn("on the device" if copied else "where the budget has it")
+    if "dev" in session.engine._transformers._copies:
+        turn("on the device")
+    seconds, place = _to_host(session, "dev")
+    figures = {"page-locking dev's base weights, s": round(seconds, 2)}
+    session.record("swaps", {**figures, "dev's base weights are in": place})
+    turn(f"in {place}")
     session.record("swaps", {"nothing to change, ms": round(1000 * session.merge(DEV, []), 2)})
-    if copied:
-        session.evict(BaseCopy("dev"), for_good=True)
-        at_hand = transformers._base_weights["dev"].at_hand
-        seconds = session.call(lambda _: card.timed(at_hand, session.device))
-        session.record("swaps", {"page-locking dev's base weights, s": round(seconds, 2)})
-        turn("on the host")
+
+
+def _to_host(session: Session, variant: str) -> tuple[float, str]:
+    """Have base weights read from the host; return the seconds of page-locking, and the place."""
+    session.evict(BaseCopy(variant), for_good=True)
+    base = session.engine._transformers._base_weights[variant]
+    seconds = session.call(lambda _: card.timed(base.at_hand, session.device))
+    return seconds, base.entry().place
 
 
 def ratios(session: Session) -> None:
@@ -156,17 +161,21 @@ def _denoising(
 
 def schnell(session: Session) -> None:
     """schnell in both precisions and sizes; first it comes from the host, as on an 80 GB card."""
-    session.evict(BaseCopy("schnell"), for_good=True)
-    for key, go_fast in ((Key("schnell", "fp8"), True), (Key("schnell", "bf16"), False)):
-        session.evict(key)
+    _, place = _to_host(session, "schnell")
+    keys = (Key("schnell", "fp8"), Key("schnell", "bf16"))
+    for key in keys:
+        for each in keys:  # one would be made from the other, on the device
+            session.evict(each)
+        beside = [" ".join(other) for other in session.engine._transformers.resident]
         seconds = session.merge(key, [])
-        session.record("schnell", {f"schnell {key.precision} comes in, s": round(seconds, 2)})
+        name = f"schnell {key.precision} comes in from {place}, s"
+        session.record("schnell", {name: round(seconds, 2)}, beside=beside)
         for megapixels in ("1", "0.25"):
             session.series(
                 "schnell",
                 f"schnell {key.precision}, {megapixels} MP",
                 model="schnell",
-                go_fast=go_fast,
+                go_fast=key.precision == "fp8",
                 megapixels=megapixels,
             )
 
