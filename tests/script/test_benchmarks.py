@@ -67,6 +67,7 @@ def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
     assert figures["graphs in requests"] == 0
     assert figures["dev's base weights are in"] == MAPPED
     assert figures[f"dev fp8 swap, base weights in {MAPPED}, ms"] > 0
+    assert figures["dev fp8, 1 MP: queued by the host in, ms"] > 0
     beside = {name: row["beside"] for row in rows if "beside" in row for name in row["figures"]}
     for precision in ("fp8", "bf16"):
         name = f"schnell {precision} comes in from {MAPPED}, s"
