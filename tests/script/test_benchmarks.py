@@ -208,6 +208,9 @@ from benchmarks.gpu.steps import Results, Step, do
 def plain(shared): results.add("figure", step_of=os.environ.get("AGAIN", "once"), pid=os.getpid())
 def broken(shared): raise ArithmeticError("of this step alone")
 def slow(shared): time.sleep(60)
+def stubborn(shared):
+    try: time.sleep(60)
+    except Exception: pass
 def deaf(shared):
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     time.sleep(60)
@@ -221,7 +224,7 @@ class Shared:
 
 results = Results(__import__("pathlib").Path(sys.argv[1]))
 work = {"base": base, "broken": broken, "slow": slow, "deaf": deaf, "dead": dead}
-work["anew_broken"] = anew_broken
+work |= {"stubborn": stubborn, "anew_broken": anew_broken}
 steps = [
     Step(name, 1, work.get(name, plain), base=name == "base", anew=name.startswith("anew"))
     for name in sys.argv[2].split(",")
@@ -273,6 +276,7 @@ def done(rows: list[dict]) -> list[str]:
     [
         ("broken", "broken: ArithmeticError: of this step alone"),
         ("slow", "slow: OutOfTime: more than 1 s"),
+        ("stubborn", "stubborn: OutOfTime: more than 1 s"),
         ("deaf", "deaf: killed after"),
         ("dead", "dead: the worker ended with -9"),
     ],
