@@ -37,17 +37,22 @@ PRODUCTS = (  # tokens, and both sides of a weight; text alone, and with images 
     (512, 12288, 3072),
     (4608, 15360, 3072),
 )
+AHEAD = 40_000_000  # cycles of a card, about 20 ms, in which the host queues what is timed
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
-    """Median seconds of some work: by the card's events with CUDA, else by the clock."""
+    """Median seconds of some work: by the card's events with CUDA, else by the clock.
+
+    The card waits until the rounds are queued. Idle, it would count the host's time for a launch.
+    """
     for _ in range(2):
         work()
     if device.type != "cuda":
         return statistics.median(timed(work, device) for _ in range(rounds))
     event = torch.cuda.Event
     pairs = [(event(enable_timing=True), event(enable_timing=True)) for _ in range(rounds)]
+    torch.cuda._sleep(AHEAD)
     for begin, end in pairs:
         begin.record()
         work()
