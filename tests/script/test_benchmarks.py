@@ -81,6 +81,28 @@ def test_a_rehearsal_measures_everything(bench, monkeypatch) -> None:
     assert machine["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_order(bench, monkeypatch, number: signal.Signals) -> None:
+    """With a table, and without a worker that goes on."""
+    workers: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*_: object, **__: object) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        workers.append(popen(command, start_new_session=True))
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        return workers[0]
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.subprocess.Popen", start)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody has handled it"))
+    try:
+        _, text, _ = bench("--rehearse", "--only", "machine")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "results.jsonl has all of it" in text
+    assert workers[0].returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_official_checkpoints_are_used_where_they_are(bench, monkeypatch, there: bool) -> None:
     commands: list[list[str]] = []

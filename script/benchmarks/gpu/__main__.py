@@ -11,6 +11,7 @@ To try the code without a card: script/bench gpu --rehearse
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,8 +75,10 @@ def main() -> int:
     before = len(results.rows())
     steps = chosen(STEPS, arguments.only)
     start = partial(_worker, arguments, until)
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     with suppress(KeyboardInterrupt):  # what was measured is worth a table
         supervise(steps, start, results, until, pace)
+    signal.signal(signal.SIGTERM, ended)
     rows = results.rows()[before:]
     print("\n".join(table(rows)))
     print(f"\n{arguments.out}/results.jsonl has all of it, {arguments.out}/log.txt the log")
