@@ -26,9 +26,9 @@ from flux.memory.device import empty_cache, is_out_of_memory
 from flux.memory.offload import Empty, Placement
 from flux.memory.residency import ORDER, BaseCopy, BudgetError, Item, Residency
 from flux.memory.staging import Staging
-from flux.transformers.adapters import AdapterLike, BaseValues
+from flux.transformers.adapters import AdapterLike
 from flux.transformers.base_weights import BaseWeights
-from flux.transformers.copies import DeviceCopies
+from flux.transformers.copies import DeviceCopies, Plain
 from flux.transformers.merge import Swap, WorkingWeights
 from flux.transformers.one_pass import OnePass
 from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage
@@ -84,7 +84,6 @@ class Transformers:
         self._weights: dict[Key, WorkingWeights] = {}
         self._seconds: dict[Key, float] = {}  # that making them took
         self._sources: dict[Key, object] = {}  # what they were made from
-        self._copies = DeviceCopies(self._placement.memory, self._staging)
         sizes: dict[Item, int] = {k: size(self.modules[k], self._float8[k]) for k in ORDER}
         if self._placement.stream and self._placement.shares_device:  # else nothing is copied there
             sizes |= {BaseCopy(name): sizes[Key(name, "bf16")] for name in base_weights}
@@ -92,8 +91,8 @@ class Transformers:
         self._residency = Residency(sizes, budget, "device" if shares else "host")
         at_start = self._residency.at_start(precisions)
         self.at_start: Sequence[Key] = [k for k in ORDER[::-1] if k in at_start]
-        self._to_copy = {item.variant for item in at_start if isinstance(item, BaseCopy)}
-        self._begin_page_locking()
+        copied = {item.variant for item in at_start if isinstance(item, BaseCopy)}
+        self._copies = DeviceCopies(base_weights, self._placement.memory, self._staging, copied)
 
     @property
     def resident(self) -> tuple[Key, ...]:
@@ -136,7 +135,7 @@ class Transformers:
         def write_alone() -> Swap:  # the device has less memory than its budget says
             if self._residency.exclude(BaseCopy(key.variant)):
                 logger.warning("%s base weights stay on the host until the next start", key.variant)
-            self._copied(key.variant)
+            self._copies.settle(key.variant)
             return write()
 
         return self.with_room(key, write, write_alone)
@@ -204,7 +203,7 @@ class Transformers:
             self._sources[key] = ready_made.path if ready_made else f"{key.variant} base weights"
             self._weights[key] = WorkingWeights(
                 {TRANSFORMER: module},
-                self._base(key.variant),
+                self._copies.nearest(key.variant, self._plain(key.variant)),
                 staging=self._staging,
                 one_pass=self._one_pass,
                 blank=not ready_made,
@@ -234,7 +233,7 @@ class Transformers:
         item = BaseCopy(variant)
         if item not in self._residency.sizes or not self._residency.fits_beside(item, key):
             return False
-        if variant in self._to_copy:
+        if self._copies.is_pending(variant):
             return self._weights[key].differs(())  # those of a float8 file are base values
         plain = self._weights.get(Key(variant, "bf16"))
         if fresh or (plain and not plain.differs(())):
@@ -243,16 +242,12 @@ class Transformers:
 
     def _copy_base(self, variant: str, check_cancelled: CheckCancelled) -> None:
         """Have a variant's base weights on the device, unless its memory does not suffice."""
-        item, base = BaseCopy(variant), self._base_weights[variant]
+        item = BaseCopy(variant)
         self._make_room(self._residency.admit(item))
         if variant in self._copies:
             return
-        # In setup they are read once: no reason to page-lock. A copy that left may leave again.
-        host = base.open if variant in self._to_copy else base.at_hand
         try:
-            read = self._base(variant, host)
-            sources = {name: read(TRANSFORMER, name) for name in host()}
-            self._copies.fill(variant, sources, check_cancelled)
+            self._copies.fill(variant, self._plain(variant), check_cancelled)
         except BaseException as error:
             self._evict(item)
             if not is_out_of_memory(error):
@@ -260,19 +255,7 @@ class Transformers:
             logger.warning("The base weights of %s stay on the host: %s", variant, error)
             self._residency.exclude(item)
         finally:
-            self._copied(variant)
-
-    def _copied(self, variant: str) -> None:
-        """In setup: a variant's base weights are on the device, or will not be."""
-        if variant in self._to_copy:
-            self._to_copy.discard(variant)
-            self._begin_page_locking()
-
-    def _begin_page_locking(self) -> None:
-        """Start to page-lock what will be read from the host; not beside the copies of setup."""
-        for name, base in self._base_weights.items():
-            if base.is_open and name not in self._copies and not self._to_copy:
-                base.begin()
+            self._copies.settle(variant)
 
     def _make_room(self, leaving: Sequence[Item]) -> None:
         """Evict, and give back the blocks, which torch would else split for smaller weights."""
@@ -295,11 +278,6 @@ class Transformers:
         self._placement.leave(module)
         allocate(module, lambda _, shape, dtype: torch.empty(shape, dtype=dtype, device="meta"))
 
-    def _base(
-        self, variant: str, host: Callable[[], Mapping[str, Tensor]] | None = None
-    ) -> BaseValues:
-        """Where a variant's base values are nearest; see `DeviceCopies.nearest`."""
-        plain, base = Key(variant, "bf16"), self._base_weights[variant]
-        # Page-locking waits until the copies of setup are made.
-        on_host = host or (lambda: base.open() if self._to_copy else base.at_hand())
-        return self._copies.nearest(variant, lambda: self._weights.get(plain), on_host)
+    def _plain(self, variant: str) -> Plain:
+        """Gives the weights of a variant's bf16 transformer, if that is on the device."""
+        return partial(self._weights.get, Key(variant, "bf16"))
