@@ -84,10 +84,10 @@ class Adapter:
         """
         found = []
         for contribution in self.contributions[component, parameter]:
-            delta, part = contribution.delta, contribution.part
+            delta, piece = contribution.delta, contribution.piece
             if not isinstance(delta, LoRA):
                 return None
-            found.append((delta.up[part.source], delta.down, delta.scaling, part.target))
+            found.append((delta.up[piece.source], delta.down, delta.scaling, piece.target))
         return found
 
     def placed(self, parameters: Set[Parameter], send: Callable[[Tensor], Tensor]) -> "Adapter":

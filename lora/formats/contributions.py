@@ -10,19 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lora.formats.deltas import (
-    Contribution,
-    Delta,
-    DoRA,
-    Factored,
-    Full,
-    GLoRA,
-    LoHa,
-    LoKr,
-    LoRA,
-    Module,
-    Part,
-)
+from lora.formats.deltas import Contribution, Delta, DoRA, Factored, Full, GLoRA, LoHa, LoKr, LoRA
 from lora.formats.errors import AdapterError
 from lora.formats.kinds import NUMBERS, Group
 from lora.formats.metadata import AdapterSettings
@@ -60,11 +48,10 @@ def read_contributions(
         scaling = _scaling(group, settings, read)
         _refuse_overflow(group, peaks, scaling)
         for name, delta in _deltas(group, tensors, scaling):
-            module = _module(group, name)
-            for part in module.parts:
-                parameter = (module.component, part.parameter)
+            for piece in group.target.pieces:
+                parameter = (group.target.component, f"{piece.module}.{name}")
                 found = result.get(parameter, ())
-                result[parameter] = (*found, Contribution(delta, part, module))
+                result[parameter] = (*found, Contribution(delta, piece, group.target))
     return result
 
 
@@ -185,11 +172,3 @@ def _magnitude_matrix(magnitude: Tensor, rows: int) -> Tensor:
     if magnitude.dim() == 2:
         return magnitude
     return magnitude.unsqueeze(1) if magnitude.shape[0] == rows else magnitude.unsqueeze(0)
-
-
-def _module(group: Group, name: str) -> Module:
-    """The module's weight or bias, as the parameters that make it up."""
-    parts = tuple(
-        Part(f"{piece.module}.{name}", piece.source, piece.target) for piece in group.target.pieces
-    )
-    return Module(group.target.component, parts)

@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lora.formats.keys import Piece, Target
+
 T = TypeVar("T")
 LEAST_NORM = torch.finfo(torch.float32).tiny ** 0.5
 """Of a row or column; the squares of smaller values are lost in fp32, and a quotient overflows."""
@@ -24,45 +26,28 @@ BaseValues = Callable[[str, str], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The rows `source` of a delta, which are the rows `target` of one parameter."""
-
-    parameter: str
-    source: slice
-    target: slice
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A module as its trainer saw it: the parts of the model's parameters that make it up."""
-
-    component: str
-    parts: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Weight:
     """The base weight of a module, read where a delta needs it.
 
     Attributes:
-        module: the module, and so the order of its rows.
+        target: the module as its trainer saw it, and so the order of its rows.
         base: (component, parameter name) -> the parameter's base value.
         like: a tensor on the device where it is wanted.
     """
 
-    module: Module
+    target: Target
     base: BaseValues
     like: Tensor
 
     def rows(self, rows: slice) -> Tensor:
         """Some rows in fp32, which the caller must not write to."""
         found = []
-        for part in sorted(self.module.parts, key=lambda part: part.source.start):
-            first = max(rows.start, part.source.start)
-            last = min(rows.stop, part.source.stop)
+        for piece in sorted(self.target.pieces, key=lambda piece: piece.source.start):
+            first = max(rows.start, piece.source.start)
+            last = min(rows.stop, piece.source.stop)
             if first < last:
-                shift = part.target.start - part.source.start
-                values = self.base(self.module.component, part.parameter)
+                shift = piece.target.start - piece.source.start
+                values = self.base(self.target.component, f"{piece.module}.weight")
                 found.append(exact(values[first + shift : last + shift], self.like))
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -212,8 +197,8 @@ class DoRA:
             norm = moved.norm(dim=1, keepdim=True)
         else:
             squares = [
-                self._moved(part.source, weight)[1].square_().sum(dim=0, keepdim=True)
-                for part in weight.module.parts
+                self._moved(piece.source, weight)[1].square_().sum(dim=0, keepdim=True)
+                for piece in weight.target.pieces
             ]
             norm = torch.stack(squares).sum(dim=0).sqrt_()
         moved.mul_(magnitude / norm.clamp_min_(LEAST_NORM))
@@ -229,16 +214,16 @@ class DoRA:
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What an adapter adds to some rows of one parameter: `part` of the delta of `module`."""
+    """What an adapter adds to some rows of one parameter: `piece` of the delta of `target`."""
 
     delta: Delta
-    part: Part
-    module: Module
+    piece: Piece
+    target: Target
 
     def add_to(self, total: Tensor, scale: float, base: BaseValues) -> None:
         """Add `scale * delta` to the parameter's `total` (fp32) in place."""
-        out = total[self.part.target]
-        self.delta.add_to(out, self.part.source, scale, Weight(self.module, base, out))
+        out = total[self.piece.target]
+        self.delta.add_to(out, self.piece.source, scale, Weight(self.target, base, out))
 
 
 def placed(value: T, send: Callable[[Tensor], Tensor]) -> T:

@@ -7,7 +7,8 @@ from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass
 from flux.transformers.quantize import empty_float8, storage, store
 from lora.formats.adapter import Adapter
-from lora.formats.deltas import Contribution, LoRA, Module, Part
+from lora.formats.deltas import Contribution, LoRA
+from lora.formats.keys import Piece, Target
 
 COMPONENT = "transformer"
 
@@ -49,8 +50,10 @@ def adapter(digest: str, **deltas: tuple[LoRA, slice, slice]) -> Adapter:
     """An adapter of deltas by parameter, each with rows of it and the rows they are added to."""
     found = {}
     for name, (delta, source, target) in deltas.items():
-        part = Part(name, source, target)
-        found[COMPONENT, name] = (Contribution(delta, part, Module(COMPONENT, (part,))),)
+        piece = Piece(name, source, target)
+        shape = (delta.up.shape[0], delta.down.shape[1])
+        module = Target(COMPONENT, name, "", shape, (piece,), has_bias=False)
+        found[COMPONENT, name] = (Contribution(delta, piece, module),)
     size = sum(delta.up.nbytes + delta.down.nbytes for delta, *_ in deltas.values())
     return Adapter(digest, "", len(found), size, (), (), found)
 
