@@ -30,7 +30,6 @@ EXTENDED = (
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 TRIGGER = re.compile(r"""^[\s"'-]*trigger_word["']?\s*:\s*["']?([^"'\n,#]+)""", re.MULTILINE)
-MADE_UP_WORD = re.compile(r"\b(?=[A-Z0-9_]*[A-Z])[A-Z0-9_]{3,}\b")
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -125,7 +124,6 @@ class _Reader:
         self._members = self._bytes = 0
         self._found: list[str] = []
         self._triggers: list[str] = []
-        self._captions: list[set[str]] = []
         self._configs: dict[str, bytes] = {}
 
     def take(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
@@ -144,8 +142,8 @@ class _Reader:
                 self._copy(content)
         elif path.name == CONFIG_NAME:
             self._keep_config(str(path), content)
-        elif member.size <= MAX_TEXT_BYTES and suffix in (*CONFIG_SUFFIXES, ".txt"):
-            self._read_text(content.read().decode(errors="replace"), is_caption=suffix == ".txt")
+        elif member.size <= MAX_TEXT_BYTES and suffix in CONFIG_SUFFIXES:
+            self._read_triggers(content.read().decode(errors="replace"))
 
     def finish(self) -> tuple[tuple[str, ...], str]:
         """Check that there was exactly one file of weights; the trigger words, PEFT's settings."""
@@ -155,8 +153,7 @@ class _Reader:
                 f"{self._name}: a tar must hold exactly one .safetensors file, this one holds "
                 f"{held}. Give the link of a single .safetensors file."
             )
-        common = set.intersection(*self._captions) if len(self._captions) > 1 else set()
-        words = tuple(dict.fromkeys(self._triggers)) or tuple(sorted(common))
+        words = tuple(dict.fromkeys(self._triggers))
         config = self._configs.get(config_of(str(PurePosixPath(self._found[0]))) or "")
         return words, "" if config is None else settings_of(config, self._name)
 
@@ -181,9 +178,6 @@ class _Reader:
             raise InvalidFileError(f"the tar holds more than {MAX_CONFIGS} files {CONFIG_NAME}")
         self._configs[path] = content.read(MAX_CONFIG_BYTES + 1)
 
-    def _read_text(self, text: str, *, is_caption: bool) -> None:
-        if is_caption:
-            self._captions.append(set(MADE_UP_WORD.findall(text)))
-            return
+    def _read_triggers(self, text: str) -> None:
         words = (word.strip() for word in TRIGGER.findall(text))
         self._triggers += [word for word in words if word.lower() not in ("", "null", "none", "~")]

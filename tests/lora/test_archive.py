@@ -50,10 +50,8 @@ def test_weights_and_trigger_word_of_a_trainer(take, compression):
         ({"config.yaml": b'  trigger_word: "p3rs0n"  # mine\n'}, ("p3rs0n",)),
         ({"config.yaml": b"- trigger_word: null\n"}, ()),
         ({"job.json": b'{"config": {"steps": 1,\n "trigger_word": "my dog"}}'}, ("my dog",)),
-        ({"1.txt": b"a photo of TOK", "2.txt": b"TOK on a BIKE"}, ("TOK",)),
         ({"job.json": b" " * (1 << 16) + b'"trigger_word": "my dog"'}, ()),  # too large for one
-        ({"1.txt": b"a photo of TOK"}, ()),
-        ({"1.txt": b"\xff\xfe", "2.txt": b"TOK"}, ()),
+        ({"config.yaml": b"\xff\xfe\ntrigger_word: TOK"}, ("TOK",)),
     ],
 )
 def test_trigger_words_beside_the_weights(take, beside, words):
