@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shared.report import parser, publish
+from benchmarks.shared.report import parser, report
 from miniature.evaluation.effects import adapter_inputs
 from serving.server import Server
 from serving.webhook import webhook
@@ -123,7 +123,7 @@ def main() -> int:
         }
         for name, ends in found.items()
     }
-    publish(
+    report(
         "cancels",
         {"stages": rows, "files left": left, "reference image is the same": same},
         arguments.json,

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 
 from benchmarks.shared import full_depth
-from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, parser, report
 from flux.variants import Key
 
 HEADS = 3
@@ -45,6 +45,7 @@ class Case:
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         results = {}
@@ -65,8 +66,9 @@ def main() -> None:
             "traces": TRACES,
             "trace_times_ours": traces,
         },
+        file,
     )
-    chart((11, 3), lambda figure: plot(figure, results))
+    chart(file, (11, 3), lambda figure: plot(figure, results))
 
 
 def in_a_process_of_its_own(

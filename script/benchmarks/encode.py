@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from benchmarks.shared.report import interleave, medians, report
+from benchmarks.shared.report import interleave, medians, parser, report
 from miniature.evaluation.effects import psnr
 from serving.server import Server
 
@@ -25,6 +25,7 @@ QUALITY = 80
 
 
 def main() -> None:
+    file = parser().parse_args().json
     pictures = {"photograph": photograph(), "by the miniature": generated(), "noise": noise()}
     found: dict[str, dict[str, Any]] = {}
     for name, picture in pictures.items():
@@ -38,7 +39,11 @@ def main() -> None:
                 "kB": round(len(content) / 1000, 1),
                 "PSNR dB": round(psnr(picture, decoded(content)), 2),
             }
-    report("encode", {"pixels": [SIDE, SIDE], "quality": QUALITY, "rounds": ROUNDS, "webp": found})
+    report(
+        "encode",
+        {"pixels": [SIDE, SIDE], "quality": QUALITY, "rounds": ROUNDS, "webp": found},
+        file,
+    )
 
 
 def encode(picture: Image.Image, method: int) -> bytes:

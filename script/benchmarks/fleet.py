@@ -23,7 +23,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
-from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, parser, report
 from flux.deployment import NANO
 from serving.server import Server, processes
 
@@ -55,6 +55,7 @@ Send = Callable[[dict[str, Any]], requests.Response]
 
 
 def main() -> None:
+    file = parser().parse_args().json
     with tempfile.TemporaryDirectory() as directory:
         adapters = [write_adapter(Path(directory) / f"{n}.safetensors", n) for n in range(ADAPTERS)]
         settings = {**SETTINGS, "FLUX_CACHE_DIRECTORY": f"{directory}/cache"}
@@ -64,8 +65,8 @@ def main() -> None:
             "warm_share": [warm_shares(size, adapters, settings) for size in SIZES],
             "losses": losses(settings, f"FLEET_OF={directory}"),
         }
-    report("fleet", results)
-    chart((8, 3.5), lambda figure: plot(figure, results["warm_share"]))
+    report("fleet", results, file)
+    chart(file, (8, 3.5), lambda figure: plot(figure, results["warm_share"]))
 
 
 def write_adapter(path: Path, seed: int) -> str:

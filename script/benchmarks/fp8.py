@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from benchmarks.shared import flux1, full_depth
-from benchmarks.shared.report import BLUE, GREY, chart, report
+from benchmarks.shared.report import BLUE, GREY, chart, parser, report
 from benchmarks.step import inputs
 from flux.request import GO_FAST_MULTIPLIER
 from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
@@ -31,6 +31,7 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     gains = {f"{percent:g} %": gain(percent / 100) for percent in DELTAS}
@@ -44,8 +45,8 @@ def main() -> None:
         "model": full_depth.describe(full_depth.transformer(torch.float32)),
         "output_error": output_errors(),
     }
-    report("fp8", results)
-    chart((7, 4), lambda figure: plot(figure, gains))
+    report("fp8", results, file)
+    chart(file, (7, 4), lambda figure: plot(figure, gains))
 
 
 def ours(weight: Tensor, *, dynamic: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from benchmarks.shared import flux1
-from benchmarks.shared.report import report
+from benchmarks.shared.report import parser, report
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import BASE, ORDER, BaseCopy, BudgetError, Item, Residency
@@ -103,13 +103,14 @@ def hosts(sizes: Mapping[Item, int], shared: Mapping[str, nn.Module]) -> list[st
 
 def main() -> None:
     """Print the tables."""
+    file = parser().parse_args().json
     sizes, shared = transformers(), components()
     for line in (*cards(sizes, shared), "", *hosts(sizes, shared), ""):
         print(line)
     visitors = [flux1.transformer("dev"), shared["text_encoder_2"]]
     bytes_by_part = {" ".join(key): count for key, count in sizes.items()}
     bytes_by_part |= {name: bytes_of(module) for name, module in shared.items()}
-    report("memory", {"bytes": bytes_by_part, "largest_layer": largest_layer(visitors)})
+    report("memory", {"bytes": bytes_by_part, "largest_layer": largest_layer(visitors)}, file)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from diffusers import FluxPipeline
 
-from benchmarks.shared.report import interleave, medians, report
+from benchmarks.shared.report import interleave, medians, parser, report
 from flux.deployment import NANO
 from predict import Predictor
 
@@ -22,6 +22,7 @@ STEPS = 28
 
 
 def main() -> None:
+    file = parser().parse_args().json
     os.environ |= {"FLUX_CHECKPOINT": "nano", "FLUX_DEVICE": "cpu"}
     predictor = Predictor()
     predictor.setup()
@@ -36,6 +37,7 @@ def main() -> None:
             "median_seconds": {name: round(value, 4) for name, value in median.items()},
             "ratio_to_diffusers": {name: round(value / base, 3) for name, value in median.items()},
         },
+        file,
     )
 
 

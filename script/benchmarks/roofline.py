@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shared import flux1
-from benchmarks.shared.report import BLUE, GREY, chart, report
+from benchmarks.shared.report import BLUE, GREY, chart, parser, report
 from flux.transformers.quantize import float8_parameters
 from flux.transformers.skeleton import size
 from flux.variants import VARIANTS
@@ -154,6 +154,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_grad_enabled(False)
     found = cases()
     cards = {card.name: [card.bf16, card.fp8, card.bandwidth] for card in CARDS}
@@ -166,8 +167,8 @@ def main() -> None:
             for side in SIDES
         },
     }
-    report("roofline", results)
-    chart((11, 3.4), lambda figure: plot(figure, found))
+    report("roofline", results, file)
+    chart(file, (11, 3.4), lambda figure: plot(figure, found))
 
 
 def plot(figure: Any, found: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import requests
 from PIL import Image
 
-from benchmarks.shared.report import BLUE, chart_beside, parser, publish
+from benchmarks.shared.report import BLUE, chart, parser, report
 from miniature.evaluation.effects import adapter_inputs
 from miniature.evaluation.painter import data_uri
 from serving.server import Server, ServerError, resident
@@ -253,9 +253,8 @@ def conclude(soak: Soak, same: Mapping[str, bool], file: Path | None) -> int:
     window = count - count // 3
     slopes = {name: slope(values[-window:]) for name, values in soak.samples.items()}
     rising = [name for name, s in slopes.items() if s.rises(window, RESOLUTION.get(name, 0))]
-    if file:
-        chart_beside(file, (8, 7), lambda figure: plot(figure, soak.samples, count // 3))
-    publish(
+    chart(file, (8, 7), lambda figure: plot(figure, soak.samples, count // 3))
+    report(
         "soak",
         {
             "requests": count,

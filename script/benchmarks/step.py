@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.shared import full_depth
-from benchmarks.shared.report import interleave, medians, report
+from benchmarks.shared.report import interleave, medians, parser, report
 from flux.transformers.merge import WorkingWeights
 from lora.formats.adapter import Targets, load_adapter
 
@@ -18,6 +18,7 @@ BASE = "no adapter"
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as directory:
@@ -41,7 +42,7 @@ def main() -> None:
         "median_ms": {name: round(1000 * value, 1) for name, value in median.items()},
         "times_base": {name: round(value / median[BASE], 3) for name, value in median.items()},
     }
-    report("step", results)
+    report("step", results, file)
 
 
 def ours(files: list[Path]) -> Callable[[], object]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.shared import full_depth
-from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, report
+from benchmarks.shared.report import BLUE, GREY, chart, interleave, medians, parser, report
 from flux.transformers.merge import WorkingWeights
 from lora.formats.adapter import Targets, load_adapter
 
@@ -29,11 +29,12 @@ Contenders = dict[str, Callable[[], object]]
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     widths = [at_width(heads) for heads in HEADS]
-    report("swap", {"peft": version("peft"), "rounds": ROUNDS, "widths": widths})
-    chart((12, 4), lambda figure: plot(figure, widths))
+    report("swap", {"peft": version("peft"), "rounds": ROUNDS, "widths": widths}, file)
+    chart(file, (12, 4), lambda figure: plot(figure, widths))
 
 
 def at_width(heads: int) -> dict[str, Any]:

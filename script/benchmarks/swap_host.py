@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.shared import full_depth
-from benchmarks.shared.report import interleave, medians, report
+from benchmarks.shared.report import interleave, medians, parser, report
 from flux.transformers.lora_kernel import write
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass
@@ -68,6 +68,7 @@ class IdleDriver:
 
 
 def main() -> None:
+    file = parser().parse_args().json
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(IdleDriver())
     model = full_depth.transformer(torch.bfloat16, 1)
@@ -103,7 +104,7 @@ def main() -> None:
         label: {name: round(1e6 * value / count, 1) for name, value in found.items()}
         for label, found in (("shortest_us", shortest), ("median_us", medians(seconds)))
     }
-    report("swap_host", {"weights": count, "rounds": ROUNDS, **figures})
+    report("swap_host", {"weights": count, "rounds": ROUNDS, **figures}, file)
 
 
 if __name__ == "__main__":

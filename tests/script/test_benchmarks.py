@@ -1,4 +1,4 @@
-"""script/bench gpu where there is no card."""
+"""The command line of script/bench, and script/bench gpu where there is no card."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from miniature.checkpoint import Dimensions
 from tests.support.server import wait_for
 from weights.serving.inventory import MAPPED
 
+BENCHMARKS = Path(__file__).parents[2] / "script" / "benchmarks"
 IN_ANOTHER_TEST = "gpu_tests"  # they are skipped here, which takes ten seconds to say
 
 
@@ -34,6 +36,16 @@ def bench(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, list[d
         return status, capsys.readouterr().out, Results(tmp_path / "out/results.jsonl").rows()
 
     return run
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_mistyped_option_is_refused_before_anything_is_measured(monkeypatch, capsys, path):
+    monkeypatch.setattr("sys.argv", [path.stem, "--jsno", "x.json"])
+    with pytest.raises(SystemExit):
+        import_module(f"benchmarks.{path.stem}").main()
+    found = capsys.readouterr()
+    assert "unrecognized arguments: --jsno" in found.err
+    assert found.out == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -53,26 +53,25 @@ def machine() -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of a benchmark; one with more options than `--json FILE` adds its own."""
+    """The command line of a benchmark; one with more options than `--json FILE` adds its own.
+
+    It is parsed before anything is measured, so that a mistyped option costs nothing.
+    """
     found = argparse.ArgumentParser()
     found.add_argument("--json", type=Path, metavar="FILE")
     return found
 
 
-def report_file() -> Path | None:
-    """Where `--json FILE` on the command line says that the report goes."""
-    file: Path | None = parser().parse_args().json
-    return file
+def chart(file: Path | None, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    """A chart beside the report, with the suffix .png, if the report goes to a file.
 
-
-def chart(size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """A chart beside the report, if there is one; `size` in inches, `draw` takes the figure."""
-    if file := report_file():
-        chart_beside(file, size, draw)
-
-
-def chart_beside(file: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    """A chart with the name of a report and the suffix .png."""
+    Args:
+        file: of the report.
+        size: in inches.
+        draw: takes the figure.
+    """
+    if not file:
+        return
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=size, layout="constrained")
@@ -82,12 +81,7 @@ def chart_beside(file: Path, size: tuple[float, float], draw: Callable[[Any], No
     figure.savefig(file.with_suffix(".png"), dpi=110)
 
 
-def report(title: str, results: dict[str, Any]) -> None:
-    """Print the results, and write them to the report's file."""
-    publish(title, results, report_file())
-
-
-def publish(title: str, results: dict[str, Any], file: Path | None) -> None:
+def report(title: str, results: dict[str, Any], file: Path | None) -> None:
     """Print the results and the machine they are from; write them to a file if one is given."""
     document = {"benchmark": title, "machine": machine(), **results}
     text = json.dumps(document, indent=2)
