@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.report import parser, report
+from benchmarks.soak import BASE, SMALL
 from miniature.evaluation.effects import adapter_inputs
 from serving.server import Server
 from serving.webhook import webhook
 
-SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
 LARGE = {"aspect_ratio": "custom", "width": 1024, "height": 1024, "num_inference_steps": 1}
-BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
 REFERENCE = {**BASE, **SMALL, "num_inference_steps": 2}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     # stage: the line of the log that it begins with, and inputs that make it long

@@ -5,7 +5,6 @@ URIs, as callers send them. The peak is that of the worker's resident memory, wh
 each request, above what it was then.
 """
 
-import base64
 import io
 import json
 import struct
@@ -20,17 +19,13 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.shared.report import parser, report
+from benchmarks.soak import SMALL
+from miniature.evaluation.painter import data_uri
 from serving.server import Server, processes
 from weights.header import MAX_TENSORS
 
 SECONDS, BYTES = 2, 300_000_000
-INPUTS = {
-    "prompt": "a hat",
-    "num_inference_steps": 1,
-    "aspect_ratio": "custom",
-    "width": 256,
-    "height": 256,
-}
+INPUTS = {"prompt": "a hat", "num_inference_steps": 1, **SMALL}
 
 
 def header(length: int, content: bytes = b"") -> bytes:
@@ -146,10 +141,6 @@ def cases(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         given = data_uri(make())
         yield f"image: {name}", {"image": given}
         yield f"mask: {name}", {"image": plain, "mask": given}
-
-
-def data_uri(content: bytes) -> str:
-    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"
 
 
 def peak(pid: int) -> int:
