@@ -7,8 +7,9 @@ precision (float8 weights are another class of tensor), and for the first single
 of its inputs differ from those that single blocks pass to each other.
 
 - `dynamic=True`: one graph for all numbers of tokens. torch takes two dimensions that are equal
-  while tracing for the same dimension ("duck shapes"), and 4096, the tokens of a megapixel, is also
-  T5's width. So the warm-up uses odd numbers of image and text tokens; no width is odd.
+  while tracing for the same dimension ("duck shapes"): a text of 64 tokens beside heads of width 64
+  made four more graphs, and 4096, the tokens of a megapixel, is also T5's width. So the warm-up
+  uses odd numbers of image and text tokens; no width is odd.
 - `specialize_float=True`: with `dynamic=True`, torch also takes the norms' epsilons for inputs that
   vary, learns after tracing that they cannot, and traces the graph again.
 - `fake_tensor_cache_enabled=False`: torch keeps what it learns of an operator by the sizes of its

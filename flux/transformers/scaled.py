@@ -1,15 +1,9 @@
 """Products of float8 matrices with a scale for each row, of any number of rows.
 
 `torch._scaled_mm` asks cuBLASLt for an algorithm, and with scales for each row there is none for
-some shapes on an H100: rows of 9216 values are refused up to 256 rows, and taken from 257 on; rows
-of 3072 values are taken at 127 (https://github.com/pytorch/ao/issues/4582). FLUX.1 has such shapes:
-the text of schnell is 256 tokens, which the second linear of a feed-forward multiplies in rows of
-12288 values, small input images have few tokens, and the modulations (`norm*.linear`) have one
-row. Cards of capability 12 refuse all of them (https://github.com/pytorch/pytorch/issues/192707).
-
-So every shape is tried once, at its first use: as it is, then with rows of zeros added, up to a
-number that is accepted. If none is, the product is computed from widened values, in the output's
-dtype.
+some shapes of FLUX.1 (docs/fp8.md says which). So every shape is tried once, at its first use: as
+it is, then with rows of zeros added, up to a number that is accepted. If none is, the product is
+computed from widened values, in the output's dtype.
 
 The product is a custom operator, which is opaque to the compiler. A condition on the number of rows
 in Python would become a guard, and small images would compile again.
