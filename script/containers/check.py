@@ -26,6 +26,14 @@ class CheckError(Exception):
     """Something is not as it should be."""
 
 
+FAILURES = (
+    CheckError,
+    AssertionError,
+    subprocess.CalledProcessError,
+    requests.RequestException,
+)
+
+
 def main() -> int:
     """Build, run every check, and return 1 if one has failed."""
     options = argparse.ArgumentParser(prog="script/container-check", description=__doc__)
@@ -39,7 +47,7 @@ def main() -> int:
         start = time.monotonic()
         try:
             found = check()
-        except (CheckError, AssertionError, subprocess.CalledProcessError) as error:
+        except FAILURES as error:
             failed += 1
             found = f"FAILED: {error}"
         finally:
