@@ -29,10 +29,10 @@ from flux.memory.staging import move
 from flux.transformers.attention import attend, build_plans, needs_plans, set_attention_backend
 from flux.transformers.base_weights import BaseWeights
 from flux.transformers.compile import compile_blocks
+from flux.transformers.float8 import quantizes_activations
 from flux.transformers.one_pass import one_pass
 from flux.transformers.pool import Transformers
 from flux.transformers.prequantized import Prequantized, path_of
-from flux.transformers.quantize import quantizes_activations
 from flux.variants import Precision
 from weights.serving.inventory import Inventory
 from weights.serving.quiet import without_progress_bars

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FluxPipeline
 
-from weights.serving.recent import Recent
+from weights.serving.lru import LruCache
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class PromptEncoder:
 
     def __init__(self, pipeline: FluxPipeline) -> None:
         self._pipeline = pipeline
-        self._cache: Recent[Hashable, PromptEmbeddings] = Recent(CAPACITY)
+        self._cache: LruCache[Hashable, PromptEmbeddings] = LruCache(CAPACITY)
 
     def encode(
         self, prompt: str, max_sequence_length: int, encoder_state: Hashable

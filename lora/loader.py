@@ -28,7 +28,7 @@ from weights.download.transfer import check_size
 from weights.serving.cancel import CheckCancelled, never_cancelled
 from weights.serving.directories import is_full
 from weights.serving.errors import DiskSpaceError, InvalidFileError, SourceUnavailableError
-from weights.serving.recent import Recent
+from weights.serving.lru import LruCache
 from weights.serving.redact import one_line
 
 if TYPE_CHECKING:
@@ -96,8 +96,10 @@ class AdapterLoader:
         self._parse = parse
         self._access = Access(settings.deployment, HttpClient(settings.http))
         self._cache = FileCache(settings.cache, huggingface.remove)
-        self._memory: Recent[str, Adapter] = Recent(settings.memory_bytes)
-        self._silent: Recent[str, float] = Recent(MAX_SILENT)  # until when it is not asked again
+        self._memory: LruCache[str, Adapter] = LruCache(settings.memory_bytes)
+        self._silent: LruCache[str, float] = LruCache(
+            MAX_SILENT
+        )  # until when it is not asked again
 
     def close(self) -> None:
         """Close the connections kept open."""

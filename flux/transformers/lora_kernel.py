@@ -7,7 +7,7 @@ amplitude, divide, round), about 47 bytes of traffic for each float8 weight. Her
 its tile of the base weight, adds the product of the factors in fp32, and rounds once: 4 bytes a
 weight in bf16. For float8 a program owns whole rows and sweeps them twice, once for the amplitude
 and once for the values: 5 bytes a weight, of which 2 are read again soon after, while they may
-still be in the L2 cache. The rule is that of flux/transformers/quantize.py, and its numbers come
+still be in the L2 cache. The rule is that of flux/transformers/float8.py, and its numbers come
 from there.
 
 Products are taken in `tf32x3`: each factor is split in two TF32 numbers, and three products of them
@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
-from flux.transformers.quantize import FLOAT8, LARGEST, TINY
+from flux.transformers.float8 import FLOAT8, LARGEST, TINY
 
 
 class Tile(NamedTuple):

@@ -26,9 +26,9 @@ from flux.transformers.adapters import (
     MergeRecord,
     ParameterName,
 )
-from flux.transformers.quantize import store
+from flux.transformers.float8 import store
 from weights.serving.cancel import CheckCancelled, never_cancelled
-from weights.serving.recent import Recent
+from weights.serving.lru import LruCache
 
 if TYPE_CHECKING:
     from flux.transformers.one_pass import OnePass
@@ -110,7 +110,7 @@ class WorkingWeights:
         self._store = store
         self._staging = staging or Staging(torch.device("cpu"), stream=None)
         self._one_pass = one_pass
-        self._plans: Recent[MergeRecord, Mapping[ParameterName, MergeRecord]] = Recent(PLANS)
+        self._plans: LruCache[MergeRecord, Mapping[ParameterName, MergeRecord]] = LruCache(PLANS)
         self._records: dict[ParameterName, MergeRecord | None] = {}
         if blank:
             self._records |= dict.fromkeys(self._parameters, UNKNOWN)

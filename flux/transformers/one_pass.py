@@ -35,8 +35,8 @@ from flux.transformers.adapters import (
     MergeRecord,
     ParameterName,
 )
-from flux.transformers.quantize import empty_float8
-from weights.serving.recent import Recent
+from flux.transformers.float8 import empty_float8
+from weights.serving.lru import LruCache
 from weights.serving.settings import GB
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class DeviceAdapterSet:
 
     factors: Mapping[ParameterName, Factors]
     adapters: Mapping[str, AdapterLike]
-    scaled: Recent[tuple[float, ...], DeviceAdapters]
+    scaled: LruCache[tuple[float, ...], DeviceAdapters]
 
 
 class OnePass:
@@ -93,8 +93,8 @@ class OnePass:
         self._kernel = kernel
         self._limit = limit
         self._send = send
-        self._held: Recent[tuple[str, ...], DeviceAdapterSet] = Recent(limit)
-        self._refused: Recent[tuple[str, ...], bool] = Recent(SETS)
+        self._held: LruCache[tuple[str, ...], DeviceAdapterSet] = LruCache(limit)
+        self._refused: LruCache[tuple[str, ...], bool] = LruCache(SETS)
         self.failed = False
         """Whether the kernel failed once, and is not used any more."""
 
@@ -173,7 +173,7 @@ class OnePass:
 
     def forget(self) -> None:
         """Give back the memory of adapters on the device; they come again where they are wanted."""
-        self._held = Recent(self._limit)
+        self._held = LruCache(self._limit)
 
     def _upload(
         self, digests: tuple[str, ...], adapters: Mapping[str, AdapterLike]
@@ -198,7 +198,7 @@ class OnePass:
             digest: adapters[digest].placed(adapters[digest].parameters - sent.keys(), self._send)
             for digest in digests
         }
-        return self._held.put(digests, DeviceAdapterSet(sent, others, Recent(SCALES)), size)
+        return self._held.put(digests, DeviceAdapterSet(sent, others, LruCache(SCALES)), size)
 
     def _scaled(self, held: DeviceAdapterSet, scales: Sequence[float]) -> DeviceAdapters:
         """A set of adapters with scales, which are brought in one copy."""

@@ -29,9 +29,9 @@ from flux.memory.staging import Staging
 from flux.transformers.adapters import AdapterLike
 from flux.transformers.base_weights import BaseWeights
 from flux.transformers.copies import DeviceCopies, Plain
+from flux.transformers.float8 import FLOAT8, empty_float8, float8_parameters, storage
 from flux.transformers.merge import Swap, WorkingWeights
 from flux.transformers.one_pass import OnePass
-from flux.transformers.quantize import FLOAT8, empty_float8, float8_parameters, storage
 from flux.transformers.skeleton import allocate, size, skeleton
 from flux.variants import Key, Precision
 from weights.serving.cancel import CheckCancelled, never_cancelled

@@ -1,6 +1,6 @@
 """Float8 transformers on disk, so that a server for float8 does not read the bf16 weights at start.
 
-A file holds exactly what `flux/transformers/quantize.py` makes of a checkpoint's base weights, in
+A file holds exactly what `flux/transformers/float8.py` makes of a checkpoint's base weights, in
 torchao's own layout; `safetensors` and torchao's `unflatten_tensor_state_dict` can read it. It does
 not say whether a linear also quantizes its inputs, because that depends on the device.
 
@@ -24,7 +24,7 @@ from torchao.prototype.safetensors.safetensors_support import (
 
 from flux.components import ADVICE, CheckpointError
 from flux.memory.staging import Staging
-from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into, storage
+from flux.transformers.float8 import empty_float8, float8_parameters, quantize_into, storage
 from weights.fingerprint import fingerprint, stored_tensors
 from weights.serving.cancel import CheckCancelled
 from weights.serving.errors import InvalidFileError, sentences
@@ -178,7 +178,7 @@ class Prequantized:
         """Copy the weights into the storage of a float8 transformer: its base values.
 
         Args:
-            module: of the skeleton's shapes; float8 parameters as `quantize.empty_float8` has them.
+            module: of the skeleton's shapes; float8 parameters as `float8.empty_float8` has them.
             staging: brings the values to where the weights are.
             check_cancelled: called before each tensor is written; raises to stop.
         """

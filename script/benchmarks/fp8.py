@@ -20,7 +20,7 @@ from benchmarks.shared import flux1, full_depth
 from benchmarks.shared.report import BLUE, GREY, chart, parser, report
 from benchmarks.step import inputs
 from flux.request import GO_FAST_MULTIPLIER
-from flux.transformers.quantize import empty_float8, float8_parameters, quantize_into
+from flux.transformers.float8 import empty_float8, float8_parameters, quantize_into
 from flux.transformers.skeleton import size
 
 WIDTH, RANK, SEEDS = 1536, 16, 5

@@ -15,7 +15,7 @@ from benchmarks.shared.report import parser, report
 from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of
 from flux.memory.offload import COMPONENTS
 from flux.memory.residency import BASE, ORDER, BaseCopy, BudgetError, Item, Residency
-from flux.transformers.quantize import float8_parameters
+from flux.transformers.float8 import float8_parameters
 from flux.transformers.skeleton import size
 from flux.variants import VARIANTS, Key
 from weights.serving.settings import GB, Settings

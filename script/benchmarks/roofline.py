@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.shared import flux1
 from benchmarks.shared.report import BLUE, GREY, chart, parser, report
-from flux.transformers.quantize import float8_parameters
+from flux.transformers.float8 import float8_parameters
 from flux.transformers.skeleton import size
 from flux.variants import VARIANTS
 

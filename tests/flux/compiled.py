@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flux.transformers import lora_kernel
-from flux.transformers.quantize import LARGEST, TINY
+from flux.transformers.float8 import LARGEST, TINY
 
 POINTERS = {"base": "*bf16", "scales": "*fp32", "amplitudes": "*fp32"}
 SIZES = ("rows", "columns", "rank", "changed")

@@ -19,7 +19,7 @@ from torch._inductor.runtime import triton_helpers, triton_heuristics  # noqa: F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flux.transformers.compile import Compilation
-from flux.transformers.quantize import empty_float8, float8_parameters
+from flux.transformers.float8 import empty_float8, float8_parameters
 from flux.transformers.skeleton import allocate, skeleton
 from flux.variants import Key
 from tests.flux import card

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from flux.transformers.float8 import empty_float8, storage, store
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.one_pass import OnePass
-from flux.transformers.quantize import empty_float8, storage, store
 from lora.formats.adapter import Adapter
 from lora.formats.deltas import Contribution, LoRA
 from lora.formats.keys import Piece, Target

@@ -9,9 +9,9 @@ from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.memory.residency import ORDER
+from flux.transformers.float8 import float8_parameters, storage
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
-from flux.transformers.quantize import float8_parameters, storage
 from flux.variants import Key
 from lora.formats.adapter import Adapter
 from tests.flux import low_rank

@@ -15,7 +15,7 @@ from flux.components import load_skeleton
 from flux.deployment import NANO
 from flux.memory.budget import bytes_of
 from flux.quantize import main
-from flux.transformers.quantize import float8_parameters
+from flux.transformers.float8 import float8_parameters
 from flux.transformers.skeleton import size
 from tests.support.adapters import adapter
 from tests.support.pictures import colours, data_uri, same

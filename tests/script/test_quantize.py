@@ -18,7 +18,7 @@ from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
 from flux.deployment import NANO
 from flux.quantize import main
-from flux.transformers.quantize import float8_parameters
+from flux.transformers.float8 import float8_parameters
 from tests.support.services import tar
 
 ROOT = Path(__file__).parents[2]

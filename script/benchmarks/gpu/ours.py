@@ -22,7 +22,7 @@ from flux.memory.residency import BaseCopy
 from flux.request import Request
 from flux.sampling import ASPECT_RATIOS
 from flux.transformers.compile import graphs
-from flux.transformers.quantize import storage
+from flux.transformers.float8 import storage
 from flux.variants import Key
 from safety.checker import SafetyError
 from weights.serving.cancel import CheckCancelled

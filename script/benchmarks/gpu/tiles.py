@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu import card
 from benchmarks.gpu.session import Session
-from flux.transformers.quantize import empty_float8, store
+from flux.transformers.float8 import empty_float8, store
 
 SHAPES = ((3072, 3072), (3072, 15360))  # the most frequent one, and that with the longest rows
 RANKS = (8, 16, 32)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from flux.memory.offload import OnHost, Placement, offload, offloaded
 from flux.memory.residency import ORDER, BudgetError
+from flux.transformers.float8 import storage
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
-from flux.transformers.quantize import storage
 from flux.transformers.skeleton import size
 from tests.flux.merging import SIZE
 from tests.flux.streams import Streams

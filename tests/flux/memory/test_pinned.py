@@ -18,7 +18,7 @@ from flux.memory.budget import DEVICE_RESERVE, HOST_RESERVE, bytes_of, device_bu
 from flux.memory.device import empty_cache, is_out_of_memory
 from flux.memory.pinned import Arena, PinnedBudget, empty_host_cache, move_parameters
 from flux.memory.residency import BudgetError
-from flux.transformers.quantize import float8_parameters
+from flux.transformers.float8 import float8_parameters
 from tests.support import tiny
 from weights.serving.inventory import PAGE_LOCKED, place_of
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from flux.memory.offload import Placement
 from flux.memory.residency import ORDER, BaseCopy
 from flux.transformers.base_weights import BaseWeights
+from flux.transformers.float8 import float8_parameters, storage
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
-from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size
 from flux.variants import Key
 from tests.flux import pools

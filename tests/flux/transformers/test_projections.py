@@ -6,9 +6,9 @@ from torch import nn
 
 from flux.memory.offload import OnHost
 from flux.memory.residency import ORDER
+from flux.transformers.float8 import float8_parameters, storage
 from flux.transformers.pool import Transformers
 from flux.transformers.projections import Projection
-from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size
 from tests.flux.pools import CPU, DEV, DEV8, freshly_merged, make
 from tests.flux.transformers.test_merge_step import Operators, inputs

@@ -8,9 +8,9 @@ from torch import nn
 
 from flux.memory.offload import Empty, Placement
 from flux.memory.residency import ORDER, BudgetError
+from flux.transformers.float8 import float8_parameters, storage
 from flux.transformers.merge import WorkingWeights
 from flux.transformers.pool import Transformers
-from flux.transformers.quantize import float8_parameters, storage
 from flux.transformers.skeleton import size, skeleton
 from tests.flux.pools import (
     CPU,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from flux.transformers.quantize import empty_float8, quantize_into
+from flux.transformers.float8 import empty_float8, quantize_into
 from flux.transformers.scaled import MORE_ROWS, multiply
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8WeightOnlyConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Float8Tensor
 
-from flux.transformers.quantize import (
+from flux.transformers.float8 import (
     empty_float8,
     float8_parameters,
     quantize_into,
@@ -188,7 +188,7 @@ def test_activations_are_quantized_where_the_card_multiplies_them(
     monkeypatch, capability, taken, dynamic
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr("flux.transformers.quantize.rows_taken", lambda *_, **__: taken)
+    monkeypatch.setattr("flux.transformers.float8.rows_taken", lambda *_, **__: taken)
     cuda = torch.device("cuda")
     assert quantizes_activations("auto", cuda, torch.bfloat16) is dynamic
     assert not quantizes_activations("auto", cuda, torch.float32)
