@@ -10,14 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 
 PREFIX = "flux-files-"
-YOUNG_SECONDS = 60.0  # its owner may not have locked it yet
+YOUNG_SECONDS = 3600.0  # may be in use by another machine, whose locks not all volumes show
 
 
 class Scratch:
     """A directory that is removed with this object, at the latest when the process exits.
 
-    A process that is killed removes nothing. So each holds a lock on its directory, and the next
-    one beside it removes those that nobody holds.
+    A process that is killed removes nothing. So each holds a lock on its directory, and one that
+    starts beside it removes those that nobody holds and nothing was written to for an hour.
 
     Args:
         parent: where to make it; None: in the system's temporary directory.
