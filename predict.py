@@ -191,6 +191,7 @@ class Predictor(BaseRunner):
         """
         from flux.memory.device import answers
 
+        self._inputs.make()  # here, because Cog fetches inputs before it calls `run`
         return self._thread.is_alive and answers(self._engine.device)
 
     def _load(self, check_cancelled: CheckCancelled) -> None:

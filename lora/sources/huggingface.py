@@ -170,7 +170,12 @@ class HubArtifact(Artifact):
 
     @property
     def room(self) -> tuple[int, Path | None]:
+        if self._is_cached(self.file):
+            return 0, None
         return self.size or 0, Path(constants.HF_HUB_CACHE)
+
+    def _is_cached(self, file: str) -> bool:
+        return isinstance(try_to_load_from_cache(self.repo, file, revision=self.commit), str)
 
     def fetch(
         self, target: Path, access: Access, retry: RetryPolicy, on_progress: Progress
@@ -202,7 +207,7 @@ class HubArtifact(Artifact):
             if on_progress:
                 on_progress(done, total)
 
-        found = isinstance(try_to_load_from_cache(self.repo, file, revision=self.commit), str)
+        found = self._is_cached(file)
         if not found:
             folder = repo_folder_name(repo_id=self.repo, repo_type="model")
             drop_leftovers(Path(constants.HF_HUB_CACHE) / folder / "blobs")

@@ -1,6 +1,7 @@
 """Input images over HTTP: whatever the file, and what the strength makes of it."""
 
 import os
+import shutil
 import struct
 import zlib
 
@@ -53,6 +54,13 @@ def test_what_a_failed_download_has_left_goes_with_the_next_request(server) -> N
     assert list(server.temporary.rglob("*cut.png"))
     server.generate(image=data_uri(whole), prompt_strength=0, **RAW)
     assert [path.name for path in server.temporary.rglob("*.png")] == []
+
+
+def test_a_directory_of_inputs_that_vanishes_is_made_anew(server) -> None:
+    for directory in server.temporary.glob("flux-files-*"):
+        shutil.rmtree(directory)
+    server.server.request("GET", "/health-check")
+    assert round_trip(server, colours(64, 32)).size == (64, 32)
 
 
 def test_exif_orientation_is_applied(server) -> None:

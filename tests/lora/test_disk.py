@@ -13,6 +13,12 @@ from tests.lora.files import add_files, safetensors
 from weights.serving.errors import DiskSpaceError
 
 
+def hub_cache_is_full(place):
+    """As `shutil.disk_usage`: the cache of huggingface_hub is on a disk of its own."""
+    full = Path(place).is_relative_to(constants.HF_HUB_CACHE)
+    return SimpleNamespace(total=1 << 41, free=0 if full else 1 << 40)
+
+
 def test_disk_budget_evicts_also_from_the_cache_of_huggingface(
     hub, new_loader, huggingface, settings
 ):
@@ -54,6 +60,16 @@ def test_file_that_was_in_the_cache_of_huggingface_before_is_left_there(
     assert hub.count("GET", "/cdn/") == 1
 
 
+def test_what_the_cache_of_huggingface_has_needs_no_room_there(
+    new_loader, huggingface, settings, monkeypatch
+):
+    huggingface.add("o/n", {"a.safetensors": safetensors("old")})
+    new_loader().load("huggingface.co/o/n")
+    monkeypatch.setattr("shutil.disk_usage", hub_cache_is_full)
+    new = replace(settings.cache, root=settings.cache.root.parent / "new")
+    assert new_loader(replace(settings, cache=new)).load("huggingface.co/o/n").hit == "disk"
+
+
 def test_an_adapter_in_memory_needs_no_room_on_the_disk(hub, loader, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -91,13 +107,9 @@ def test_what_killed_downloads_have_left_is_removed(loader, huggingface):
 
 
 def test_the_disk_of_the_cache_of_huggingface_must_have_room(loader, huggingface, monkeypatch):
-    def usage(place):
-        free = 0 if Path(constants.HF_HUB_CACHE).is_relative_to(place) else 1 << 40
-        return SimpleNamespace(total=1 << 41, free=free)
-
     huggingface.add("o/n", {"a.safetensors": safetensors("old")})
     Path(constants.HF_HUB_CACHE).mkdir()
-    monkeypatch.setattr("shutil.disk_usage", usage)
+    monkeypatch.setattr("shutil.disk_usage", hub_cache_is_full)
     with pytest.raises(DiskSpaceError, match=r"No room for .* the disk of .*/hf is .* MB short"):
         loader.load("huggingface.co/o/n")
 

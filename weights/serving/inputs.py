@@ -22,9 +22,13 @@ class InputFiles:
         tempfile.tempdir = str(self._scratch.path)
         weakref.finalize(self, _forget, tempfile.tempdir)
 
+    def make(self) -> None:
+        """Make the directory anew if a cleaner of temporary files removed it."""
+        self._scratch.make()
+
     def clear(self, keep: Collection[Path]) -> None:
         """Remove all files but these; directories are not Cog's."""
-        self._scratch.make()
+        self.make()
         for file in self._scratch.path.iterdir():
             if file.is_file() and file not in keep:
                 file.unlink(missing_ok=True)

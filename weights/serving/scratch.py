@@ -25,16 +25,26 @@ class Scratch:
 
     def __init__(self, parent: Path | None = None) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        self._lock = os.open(self.path, os.O_RDONLY)
-        _take(self._lock)
-        weakref.finalize(self, _leave, self.path, self._lock)
+        self._hold()
         for other in self.path.parent.glob(f"{PREFIX}*"):
             if other != self.path:
                 _remove_if_left(other)
 
     def make(self) -> None:
         """Make the directory anew if somebody, like a cleaner of temporary files, removed it."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.path.is_dir():
+            self._leave()  # the lock of what was there
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+
+    def _hold(self) -> None:
+        lock = _open(self.path)
+        _take(lock)
+        self._leave = weakref.finalize(self, _leave, self.path, lock)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
 def _take(directory: int) -> bool:
@@ -49,7 +59,7 @@ def _remove_if_left(path: Path) -> None:
     with suppress(OSError):  # gone meanwhile, or another user's
         if time.time() - path.stat().st_mtime < YOUNG_SECONDS:
             return
-        directory = os.open(path, os.O_RDONLY)
+        directory = _open(path)
         try:
             if _take(directory):
                 shutil.rmtree(path, ignore_errors=True)

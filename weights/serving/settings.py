@@ -73,7 +73,7 @@ _gigabytes = _number(
 
 
 def _url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/]\S*", text):
+    if not re.fullmatch(r"(?i:https?)://[^\s/]\S*", text):
         raise ValueError("expected a URL that begins with https:// or http://")
     return text.rstrip("/")
 
@@ -190,6 +190,7 @@ class Settings:
             try:
                 values[setting.name] = setting.metadata["read"](text)
             except ValueError as error:
-                given = f"{variable}={text!r}" if setting.repr else variable
+                is_secret = not setting.repr or "@" in text  # a URL may hold a password
+                given = variable if is_secret else f"{variable}={text!r}"
                 raise SettingsError(f"{given}: {error}") from error
         return cls(**values)

@@ -105,8 +105,13 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path) -> None
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_directory_that_vanishes_is_made_anew(tmp_path) -> None:
-    outputs = Outputs(tmp_path / "mounted" / "outputs")
+def test_a_directory_that_vanishes_is_made_anew_and_is_as_safe(tmp_path) -> None:
+    directory = tmp_path / "mounted" / "outputs"
+    outputs = Outputs(directory)
     shutil.rmtree(tmp_path / "mounted")
     (path,) = written(outputs, "png", 80, colours(16, 16))
+    os.utime(path.parents[1], (0, 0))
+    os.mkfifo(directory / "flux-files-of somebody else", 0o600)
+    os.utime(directory / "flux-files-of somebody else", (0, 0))
+    Outputs(directory)
     assert path.is_file()

@@ -69,9 +69,16 @@ def test_a_bad_value_is_named_with_what_is_expected(
     assert str(error.value).startswith(f"{variable}={value!r}: expected {expected}")
 
 
-def test_a_bad_token_is_named_and_does_not_show() -> None:
-    with pytest.raises(SettingsError, match=r"^HF_TOKEN: expected a token of printable ASCII"):
-        Settings.from_environment({"HF_TOKEN": "hf_ü"})
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("HF_TOKEN", "geheim_ü", "a token of printable ASCII"),
+        ("HF_ENDPOINT", "me:geheim@mirror.example", "a URL that begins"),
+    ],
+)
+def test_a_bad_secret_is_named_and_does_not_show(variable, value, expected) -> None:
+    with pytest.raises(SettingsError, match=f"^{variable}: expected {expected}"):
+        Settings.from_environment({variable: value})
 
 
 def test_tokens_do_not_show() -> None:
