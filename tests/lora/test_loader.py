@@ -94,7 +94,7 @@ def test_a_source_that_hangs_holds_up_one_request_in_a_while(hub, new_loader, se
     asked = len(hub.requests)
     assert loader.load(text).hit == "memory"
     assert len(hub.requests) == asked
-    assert "its source did not answer, and is asked again in 60 s" in caplog.text
+    assert "its source did not answer, and is asked again in" in caplog.text
 
 
 def test_bad_file_is_named_and_the_next_request_is_fine(hub, new_loader):

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
@@ -40,12 +40,21 @@ def bench(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, list[d
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("[!_]*.py")), ids=lambda path: path.stem)
 def test_a_mistyped_option_is_refused_before_anything_is_measured(monkeypatch, capsys, path):
+    module, called = import_module(f"benchmarks.{path.stem}"), []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(BENCHMARKS):
+            called.append(frame.f_code.co_name)
+
     monkeypatch.setattr("sys.argv", [path.stem, "--jsno", "x.json"])
-    with pytest.raises(SystemExit):
-        import_module(f"benchmarks.{path.stem}").main()
-    found = capsys.readouterr()
-    assert "unrecognized arguments: --jsno" in found.err
-    assert found.out == ""
+    sys.setprofile(note)
+    try:
+        with pytest.raises(SystemExit):
+            module.main()
+    finally:
+        sys.setprofile(None)
+    assert "unrecognized arguments: --jsno" in capsys.readouterr().err
+    assert set(called) <= {"main", "parser"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -104,11 +113,15 @@ def test_a_signal_ends_it_in_order(bench, monkeypatch, number: signal.Signals) -
         return workers[0]
 
     monkeypatch.setattr("benchmarks.gpu.__main__.subprocess.Popen", start)
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody has handled it"))
+    # Both are set: a command that a shell has started with `&` ignores SIGINT.
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody has handled it"))
     try:
         _, text, _ = bench("--rehearse", "--only", "machine")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert "results.jsonl has all of it" in text
     assert workers[0].returncode == -signal.SIGKILL
 

@@ -68,14 +68,17 @@ def swaps(session: Session) -> None:
     if "dev" in session.engine._transformers._copies:
         turn("on the device")
     seconds, place = _to_host(session, "dev")
-    figures = {"page-locking dev's base weights, s": round(seconds, 2)}
+    figures = {"until dev's base weights are at hand on the host, s": round(seconds, 2)}
     session.record("swaps", {**figures, "dev's base weights are in": place})
     turn(f"in {place}")
     session.record("swaps", {"nothing to change, ms": round(1000 * session.merge(DEV, []), 2)})
 
 
 def _to_host(session: Session, variant: str) -> tuple[float, str]:
-    """Have base weights read from the host; return the seconds of page-locking, and the place."""
+    """Have base weights read from the host; return the seconds until they are at hand, and where.
+
+    That is the time of page-locking, where they are page-locked and setup has not begun it.
+    """
     session.evict(BaseCopy(variant), for_good=True)
     base = session.engine._transformers._base_weights[variant]
     seconds = session.call(lambda _: card.timed(base.at_hand, session.device))
