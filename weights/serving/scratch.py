@@ -1,4 +1,4 @@
-"""Temporary directories of this process, which do not outlive it, even if it is killed."""
+"""Temporary directories of this process, and the removal of those that killed ones have left."""
 
 import fcntl
 import os
