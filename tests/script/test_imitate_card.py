@@ -14,6 +14,7 @@ NOT_IMITATED = (  # Triton's kernels; and a test that keeps a real card busy
     "tests/flux/transformers/test_lora_kernel.py",
     "tests/flux/memory/test_staging.py",
 )
+MEMORY = "tests/predictor/test_memory.py"
 FACTS = """
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -67,9 +68,18 @@ def test_copies_come_late_memory_ends_and_each_backend_attends() -> None:
     ]
 
 
-def test_what_needs_a_card_passes_on_it() -> None:
+@pytest.mark.parametrize(  # a minute each, as bf16 is slow on a CPU
+    "chosen",
+    [
+        ("tests/flux",),
+        (MEMORY, "-k", "not both_variants"),
+        *((MEMORY, "-k", f"both_variants and {offload}") for offload in ("none", "t5", "all")),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_a_card_passes_on_it(chosen: tuple[str, ...]) -> None:
     left_out = [word for path in NOT_IMITATED for word in ("--ignore", path)]
     command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *left_out]
-    output = on_imitated_card(*command, "tests/predictor/test_memory.py", "tests/flux")
+    output = on_imitated_card(*command, *chosen)
     assert "passed" in output
     assert "skipped" not in output
