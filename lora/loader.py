@@ -97,9 +97,8 @@ class AdapterLoader:
         self._access = Access(settings.deployment, HttpClient(settings.http))
         self._cache = FileCache(settings.cache, huggingface.remove)
         self._memory: LruCache[str, Adapter] = LruCache(settings.memory_bytes)
-        self._silent: LruCache[str, float] = LruCache(
-            MAX_SILENT
-        )  # until when it is not asked again
+        # Until when the source of a reference is not asked again.
+        self._silent: LruCache[str, float] = LruCache(MAX_SILENT)
 
     def close(self) -> None:
         """Close the connections kept open."""

@@ -161,8 +161,10 @@ class FileCache:
             records = self._evictable()
             total = sum(record.size for record in records)
             for record in records:
-                short = self._short_of(size, place) > 0 and _share_a_disk(self._path(record), place)
-                if (short or total + size > self._settings.max_bytes) and self._evict(record):
+                over = total + size > self._settings.max_bytes
+                if not over and self._short_of(size, place) <= 0:
+                    break
+                if (over or _share_a_disk(self._path(record), place)) and self._evict(record):
                     total -= record.size
             if (missing := self._short_of(size, place)) > 0:
                 floor = self._settings.min_free_bytes / GB

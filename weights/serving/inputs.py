@@ -8,7 +8,7 @@ from pathlib import Path
 from weights.serving.scratch import Scratch
 
 
-class InputFiles:
+class InputFiles(Scratch):
     """The directory to which Cog fetches the files of a request's inputs.
 
     Cog removes those of a request that it has served, but not what a download that failed or was
@@ -18,18 +18,14 @@ class InputFiles:
 
     def __init__(self) -> None:
         tempfile.tempdir = None  # the system's
-        self._scratch = Scratch()
-        tempfile.tempdir = str(self._scratch.path)
+        super().__init__()
+        tempfile.tempdir = str(self.path)
         weakref.finalize(self, _forget, tempfile.tempdir)
-
-    def make(self) -> None:
-        """Make the directory anew if a cleaner of temporary files removed it."""
-        self._scratch.make()
 
     def clear(self, keep: Collection[Path]) -> None:
         """Remove all files but these; directories are not Cog's."""
         self.make()
-        for file in self._scratch.path.iterdir():
+        for file in self.path.iterdir():
             if file.is_file() and file not in keep:
                 file.unlink(missing_ok=True)
 
