@@ -17,8 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared.inputs import BASE, SMALL
 from benchmarks.shared.report import parser, report
-from benchmarks.soak import BASE, SMALL
 from miniature.evaluation.effects import adapter_inputs
 from serving.server import Server
 from serving.webhook import webhook

@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.shared.inputs import SMALL
 from benchmarks.shared.report import parser, report
-from benchmarks.soak import SMALL
 from miniature.evaluation.painter import data_uri
 from serving.server import Server, processes
 from weights.header import MAX_TENSORS

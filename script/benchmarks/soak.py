@@ -24,14 +24,13 @@ from typing import Any
 import requests
 from PIL import Image
 
+from benchmarks.shared.inputs import BASE, SMALL
 from benchmarks.shared.report import BLUE, chart, parser, report
 from miniature.evaluation.effects import adapter_inputs
 from miniature.evaluation.painter import data_uri
 from serving.server import Server, ServerError, resident
 from serving.supervise import children
 
-SMALL = {"aspect_ratio": "custom", "width": 256, "height": 256}
-BASE = {"prompt": "a red circle on a blue background", "seed": 7, "output_format": "png"}
 ADAPTERS = {"inverted": adapter_inputs("inverted"), "outline": adapter_inputs("outline")}
 REFERENCES: Mapping[str, Mapping[str, Any]] = {
     "dev": {"num_inference_steps": 3, **SMALL},
